@@ -1,0 +1,257 @@
+"""The ``occfeat-targets`` command: nuScenes dataroot to targets store.
+
+    occfeat-targets demo-data demo-world              # a synthetic drive, if you have no nuScenes
+    occfeat-targets build demo-world targets.zarr --teacher random:0
+    occfeat-targets info targets.zarr
+    occfeat-targets verify targets.zarr
+    occfeat-targets view targets.zarr --frame 0
+
+Commands are thin: they parse, call one function and turn errors into one message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from occfeat_targets import __version__
+
+EXIT_FAILED = 1
+EXIT_SKIPPED = 3
+"""The store is finished, but some frames were left out (``--on-error skip``)."""
+
+dataroot_argument = click.argument("dataroot", type=click.Path(path_type=Path))
+store_argument = click.argument("store")
+version_option = click.option(
+    "--version",
+    "dataset_version",
+    help="Dataset version, such as v1.0-mini. Needed only if the dataroot holds several.",
+)
+config_option = click.option(
+    "--config",
+    "config_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="YAML file of settings; see pipelines/nuscenes.yaml for all of them.",
+)
+set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="One setting, such as lidar.sweeps=3 or frames.splits=[mini_train]. May be repeated.",
+)
+
+
+@contextlib.contextmanager
+def _one_message() -> Iterator[None]:
+    """Expected errors become one message and exit status 1; anything else is a bug and raises."""
+    from occfeat_targets.build import BuildStopped
+    from occfeat_targets.cluster import ClusterError
+    from occfeat_targets.schema import StoreError
+    from occfeat_targets.teacher import TeacherError
+
+    try:
+        yield
+    except (BuildStopped, ClusterError, StoreError, TeacherError, ValueError) as error:
+        click.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(EXIT_FAILED)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, package_name="occfeat")
+def main() -> None:
+    """Make OccFeat pretraining targets: lidar occupancy + image features per voxel, in Zarr."""
+
+
+@main.command("demo-data")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--scenes", default=4, show_default=True, help="Number of scenes, 2 or more.")
+@click.option("--samples", default=10, show_default=True, help="Keyframes per scene.")
+@click.option("--seed", default=0, show_default=True, help="Same seed, same bytes.")
+@click.option(
+    "--version",
+    "dataset_version",
+    type=click.Choice(["v1.0-mini", "v1.0-trainval"]),
+    default="v1.0-mini",
+    show_default=True,
+    help="Whose scene names and splits to use; mini has room for 10 scenes.",
+)
+@click.option("--workers", type=int, help="Processes; default: one per core.")
+def demo_data(
+    out: Path, scenes: int, samples: int, seed: int, dataset_version: str, workers: int | None
+) -> None:
+    """Render a synthetic drive in nuScenes format to the directory OUT.
+
+    Streets, buildings, vehicles and pedestrians seen by the real rig's six cameras and lidar,
+    with boxes and map. nuscenes-devkit loads it unchanged. Run again to continue.
+    """
+    from occfeat_targets.demo_world import make_demo_world
+
+    with _one_message():
+        make_demo_world(out, scenes, samples, seed, dataset_version, workers)
+
+
+@main.command()
+@dataroot_argument
+@store_argument
+@version_option
+@config_option
+@set_option
+@click.option(
+    "--teacher",
+    help="DINOv2 hub id or local directory, random:SEED (no DINOv2 features!), or a plug-in "
+    "package.module:factory. Default: facebook/dinov2-small.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    help="Of the teacher. auto: float32 on CPU, bfloat16 on CUDA.",
+)
+@click.option("--scene", "scenes", multiple=True, help="Only this scene. May be repeated.")
+@click.option("--limit", type=int, help="Only the first so many keyframes.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    help="Worker processes. Default: one per GPU, else one per core. 0: in this process.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Tasks at a time in each worker.")
+@click.option("--scheduler", metavar="tcp://HOST:PORT", help="Use a running Dask scheduler.")
+@click.option(
+    "--on-error",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    show_default=True,
+    help=f"A frame fails: stop after the running blocks, or leave it out (exit {EXIT_SKIPPED}).",
+)
+@click.option("--overwrite", is_flag=True, help="Delete the targets store that is there first.")
+def build(
+    dataroot: Path,
+    store: str,
+    dataset_version: str | None,
+    config_file: Path | None,
+    overrides: tuple[str, ...],
+    teacher: str | None,
+    precision: str | None,
+    scenes: tuple[str, ...],
+    limit: int | None,
+    workers: int | None,
+    threads: int | None,
+    scheduler: str | None,
+    on_error: str,
+    overwrite: bool,
+) -> None:
+    """Build the targets store STORE from the nuScenes dataroot DATAROOT.
+
+    STORE is a directory or a URL that fsspec opens (s3://…). Killed or failed builds continue
+    where they were when the same command is run again.
+    """
+    from occfeat_targets import writer
+    from occfeat_targets.build import build as run_build
+    from occfeat_targets.build import prepare
+    from occfeat_targets.cluster import executor
+    from occfeat_targets.config import load_config
+
+    flags = {"teacher.name": teacher, "teacher.precision": precision, "frames.limit": limit}
+    flags["frames.scenes"] = list(scenes) or None
+    chosen = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+    with _one_message():
+        config = load_config(config_file, [*overrides, *chosen])
+        if config.teacher.name.startswith("random:"):
+            click.echo(
+                f"note: teacher {config.teacher.name} has random weights; these are not DINOv2 "
+                "features (fine for trying things out, useless for results)"
+            )
+        source = prepare(dataroot, store, dataset_version, config, overwrite)
+        if not source.has_map and config.labels.map == "auto":
+            click.echo("note: no map expansion in this dataroot, so no map labels are stored")
+        if writer.is_complete(store):
+            click.echo(f"{store} is complete: {len(source.records)} frames, nothing to do")
+            return
+        with executor(workers, threads, scheduler) as where:
+            failed = run_build(store, config, source, where, on_error == "skip")
+    click.echo(f"{store}: {len(source.records)} frames, {len(failed)} failed")
+    if failed:
+        for message in failed.values():
+            click.secho(f"  left out: {message}", fg="yellow", err=True)
+        sys.exit(EXIT_SKIPPED)
+
+
+@main.command()
+@dataroot_argument
+@version_option
+@config_option
+@set_option
+def check(
+    dataroot: Path,
+    dataset_version: str | None,
+    config_file: Path | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Check DATAROOT without building: files, sizes, JPEG headers, calibration.
+
+    build does the same before it starts.
+    """
+    from occfeat_targets.config import load_config
+    from occfeat_targets.nuscenes_source import check_records, load_source
+
+    with _one_message():
+        source = load_source(dataroot, dataset_version, load_config(config_file, overrides))
+        check_records(source.records)
+    scenes = len({record.scene for record in source.records})
+    frames = f"{scenes} scenes, {len(source.records)} keyframes"
+    click.echo(f"{dataroot}: {source.version}, {frames}: ok")
+
+
+@main.command()
+@store_argument
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def info(store: str, as_json: bool) -> None:
+    """Show what STORE holds: frames, splits, voxels a frame, bytes, teacher, config."""
+    from occfeat_targets.info import as_text, summarise
+
+    with _one_message():
+        summary = summarise(store)
+    click.echo(json.dumps(summary, indent=2) if as_json else as_text(summary))
+
+
+@main.command()
+@store_argument
+@click.option("--recompute", default=0, metavar="K", help="Also recompute K random frames.")
+@click.option(
+    "--dataroot", type=click.Path(path_type=Path), help="Where from; needed for --recompute."
+)
+@click.option("--seed", default=0, show_default=True, help="Which random frames.")
+def verify(store: str, recompute: int, dataroot: Path | None, seed: int) -> None:
+    """Re-read every frame of STORE and check that it is sound and consistent."""
+    from occfeat_targets.verify import recompute_frames, verify_store
+
+    if recompute and dataroot is None:
+        raise click.UsageError("--recompute needs --dataroot")
+    with _one_message():
+        n_frames, problems = verify_store(store)
+        if recompute:
+            problems += recompute_frames(store, dataroot, recompute, seed)
+    for problem in problems:
+        click.secho(f"  {problem}", fg="red", err=True)
+    again = f", {min(recompute, n_frames)} recomputed" if recompute else ""
+    click.echo(f"{store}: {n_frames} frames read{again}, {len(problems)} problem(s)")
+    sys.exit(EXIT_FAILED if problems else 0)
+
+
+@main.command()
+@store_argument
+@click.option("--frame", default=0, show_default=True, help="Index of the frame.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: view-FRAME.png.")
+def view(store: str, frame: int, out: Path | None) -> None:
+    """Draw one frame of STORE to a PNG: six cameras with the voxels, and the BEV."""
+    from occfeat_targets.view import draw_frame
+
+    out = out or Path(f"view-{frame}.png")
+    with _one_message():
+        draw_frame(store, frame, out)
+    click.echo(f"wrote {out}")

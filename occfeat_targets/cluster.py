@@ -1,0 +1,194 @@
+"""Where tasks run: in this process, on a local Dask cluster, or on a running scheduler.
+
+The only module that imports dask.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Protocol
+
+import psutil
+import torch
+
+WORKER_BYTES = 1_500_000_000
+"""What one CPU worker is given: teacher, activations and one block."""
+_GPU_THREADS = 8
+"""Most threads of a GPU worker: JPEG decoding, not the teacher, bounds it."""
+_RETRIES = 2
+
+
+class ClusterError(RuntimeError):
+    """The cluster can't be reached, or a task kills its worker every time."""
+
+
+class Executor(Protocol):
+    """Runs functions of one argument on one or many workers."""
+
+    def everywhere(self, function: Callable, argument: Any) -> list:
+        """``function(argument)`` once on every worker: their results."""
+        ...
+
+    def run(self, function: Callable, jobs: Iterable) -> Iterator[tuple[Any, Any]]:
+        """``(job, result)`` or ``(job, exception)`` as jobs end.
+
+        ``jobs`` is drawn from as workers come free, so it may end early: what is running then
+        is still finished and yielded.
+        """
+        ...
+
+
+class InProcess:
+    """Everything in this process, one after another: breakpoints work."""
+
+    def everywhere(self, function: Callable, argument: Any) -> list:
+        """See :class:`Executor`."""
+        return [function(argument)]
+
+    def run(self, function: Callable, jobs: Iterable) -> Iterator[tuple[Any, Any]]:
+        """See :class:`Executor`."""
+        for job in jobs:
+            try:
+                result = function(job)
+            except Exception as error:
+                result = error
+            yield job, result
+
+
+class DaskExecutor:
+    """Tasks on a Dask client: few in flight, retried, small results only."""
+
+    def __init__(self, client: Any):
+        self._client = client
+
+    def everywhere(self, function: Callable, argument: Any) -> list:
+        """See :class:`Executor`."""
+        client = self._client
+        return client.gather(
+            [
+                client.submit(function, argument, workers=[worker], pure=False)
+                for worker in client.nthreads()
+            ]
+        )
+
+    def run(self, function: Callable, jobs: Iterable) -> Iterator[tuple[Any, Any]]:
+        """See :class:`Executor`. A task whose worker dies is run again elsewhere."""
+        from distributed import as_completed
+
+        jobs = iter(jobs)
+        running: dict[Any, Any] = {}
+        finished = as_completed()
+
+        def submit(count: int) -> None:
+            for job in islice(jobs, count):
+                future = self._client.submit(function, job, retries=_RETRIES, pure=False)
+                running[future] = job
+                finished.add(future)
+
+        # One waiting task per thread hides the round trip; more would only hold memory.
+        submit(2 * max(1, sum(self._client.nthreads().values())))
+        for future in finished:
+            job = running.pop(future)
+            error = future.exception()
+            yield job, future.result() if error is None else _readable(error)
+            submit(1)
+
+
+def _readable(error: BaseException) -> BaseException:
+    from distributed import KilledWorker
+
+    if isinstance(error, KilledWorker):
+        return ClusterError(
+            "its worker died every time (out of memory?): use fewer --workers or smaller "
+            "block_frames, or --workers 0 to see the error here"
+        )
+    return error
+
+
+@contextmanager
+def executor(
+    workers: int | None = None, threads: int | None = None, scheduler: str | None = None
+) -> Iterator[Executor]:
+    """Executor for the ``with`` block.
+
+    Args:
+        workers: local worker processes; 0 runs in this process; None chooses from cores,
+            memory and GPUs (one worker per GPU).
+        threads: tasks at a time in each worker; None chooses.
+        scheduler: address of a running Dask scheduler, such as ``tcp://host:8786``.
+
+    Raises:
+        ClusterError: the scheduler can't be reached or has no workers.
+    """
+    if scheduler is None and workers == 0:
+        yield InProcess()
+        return
+    from distributed import Client
+
+    if scheduler is not None:
+        with _connect(scheduler) as client:
+            yield DaskExecutor(client)
+        return
+    with _local_cluster(workers, threads) as cluster, Client(cluster) as client:
+        yield DaskExecutor(client)
+
+
+def _connect(scheduler: str) -> Any:
+    from distributed import Client
+
+    try:
+        client = Client(scheduler, timeout="10s")
+    except (OSError, ValueError) as error:
+        raise ClusterError(f"no Dask scheduler at {scheduler}: {error}") from error
+    if not client.nthreads():
+        client.close()
+        raise ClusterError(
+            f"the scheduler at {scheduler} has no workers: start some with dask worker {scheduler}"
+        )
+    return client
+
+
+def _local_cluster(workers: int | None, threads: int | None) -> Any:
+    from distributed import Nanny, Scheduler, SpecCluster
+
+    gpus = _visible_gpus()
+    chosen_workers, chosen_threads = choose(
+        cores=len(os.sched_getaffinity(0)),
+        memory=psutil.virtual_memory().available,
+        gpus=len(gpus),
+    )
+    workers, threads = workers or chosen_workers, threads or chosen_threads
+    options = {"nthreads": threads, "silence_logs": logging.ERROR, "dashboard_address": None}
+    options["memory_limit"] = psutil.virtual_memory().total / workers
+    specs = {
+        # A GPU worker sees one GPU, set before its process imports torch.
+        i: {
+            "cls": Nanny,
+            "options": options
+            | ({"env": {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]}} if gpus else {}),
+        }
+        for i in range(workers)
+    }
+    logging.getLogger("distributed").setLevel(logging.ERROR)
+    scheduler = {"cls": Scheduler, "options": {"dashboard_address": None, "dashboard": False}}
+    return SpecCluster(workers=specs, scheduler=scheduler, silence_logs=logging.ERROR)
+
+
+def choose(cores: int, memory: int, gpus: int) -> tuple[int, int]:
+    """Workers and threads per worker for a machine (memory in bytes)."""
+    if gpus:
+        return gpus, max(1, min(_GPU_THREADS, cores // gpus))
+    return max(1, min(cores, memory // WORKER_BYTES)), 1
+
+
+def _visible_gpus() -> list[str]:
+    """Names for CUDA_VISIBLE_DEVICES, one per GPU this process may use."""
+    if not torch.cuda.is_available():
+        return []
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return listed.split(",")[:count] if listed else [str(i) for i in range(count)]

@@ -1,0 +1,259 @@
+"""What a targets store is made of: frozen dataclasses, read from YAML and ``--set key=value``.
+
+Everything here changes the stored bytes and is recorded in the store; how a build is run
+(workers, scheduler, paths) is not, so a build may be continued elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.schema import point_step_m
+
+MAP_MODES = ("auto", "required", "off")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+
+
+class ConfigError(ValueError):
+    """A setting is unknown or impossible; the message names it."""
+
+
+@dataclass(frozen=True)
+class LidarConfig:
+    """Which lidar returns make the occupancy."""
+
+    near_m: float = 2.2
+    """Returns with |x| and |y| below this, in the sensor frame, are dropped (hits on the ego
+    car; a square, as nuscenes-devkit's ``remove_close``). 0 keeps everything."""
+    sweeps: int = 1
+    """Sweeps to accumulate, ego-motion compensated: the keyframe's and the ones before it."""
+    max_points: int = 40960
+    """Room for this many returns per sweep; a frame with more is an error."""
+
+    def __post_init__(self) -> None:
+        _require(self.near_m >= 0, "lidar.near_m", "must be >= 0 metres", self.near_m)
+        _require(self.sweeps >= 1, "lidar.sweeps", "must be >= 1", self.sweeps)
+        _require(self.max_points >= 1, "lidar.max_points", "must be >= 1", self.max_points)
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The frozen image model whose features are the targets."""
+
+    name: str = "facebook/dinov2-small"
+    """DINOv2 hub id or local directory, ``random:SEED`` (same ViT-S/14, random weights, for
+    demos and tests), or ``package.module:factory`` for a plug-in."""
+    input_size: tuple[int, int] = (252, 448)
+    """Image height and width the teacher sees; multiples of its patch size."""
+    precision: str = "auto"
+    """``auto`` is float32 on CPU and bfloat16 on CUDA."""
+
+    def __post_init__(self) -> None:
+        _require_size("teacher.input_size", self.input_size)
+        _require(
+            self.precision in PRECISIONS,
+            "teacher.precision",
+            f"must be one of {', '.join(PRECISIONS)}",
+            self.precision,
+        )
+
+
+@dataclass(frozen=True)
+class ImagesConfig:
+    """The images stored for the trainer."""
+
+    size: tuple[int, int] = (288, 512)
+    """Stored height and width."""
+    quality: int = 95
+    """JPEG quality, 1 to 100."""
+
+    def __post_init__(self) -> None:
+        _require_size("images.size", self.size)
+        _require(1 <= self.quality <= 100, "images.quality", "must be 1 to 100", self.quality)
+
+
+@dataclass(frozen=True)
+class LabelsConfig:
+    """BEV labels for finetuning."""
+
+    map: str = "auto"
+    """``auto`` stores map masks if the map expansion is there, ``required`` insists on it,
+    ``off`` never does."""
+    divider_width_m: float = 1.5
+    """A cell is a divider if its centre lies within half of this of the line. The default is
+    the width that nuscenes-devkit's two-pixel lines paint at 0.5 m per cell."""
+    max_vehicles: int = 256
+    """Room for this many vehicle boxes a frame; a frame with more is an error."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.map in MAP_MODES, "labels.map", f"must be one of {', '.join(MAP_MODES)}", self.map
+        )
+        _require(
+            self.divider_width_m > 0, "labels.divider_width_m", "must be > 0", self.divider_width_m
+        )
+        _require(self.max_vehicles >= 1, "labels.max_vehicles", "must be >= 1", self.max_vehicles)
+
+
+@dataclass(frozen=True)
+class FramesConfig:
+    """Which keyframes of the dataroot."""
+
+    scenes: tuple[str, ...] = ()
+    """Scene names to keep; empty keeps all."""
+    splits: tuple[str, ...] = ()
+    """Official splits to keep (``mini_train``, ``val``, …); empty keeps all."""
+    limit: int | None = None
+    """Keep the first so many keyframes of those."""
+
+    def __post_init__(self) -> None:
+        _require(self.limit is None or self.limit >= 1, "frames.limit", "must be >= 1", self.limit)
+
+
+@dataclass(frozen=True)
+class TargetsConfig:
+    """Everything that decides the bytes of a targets store."""
+
+    grid: VoxelGrid = field(default_factory=VoxelGrid)
+    lidar: LidarConfig = field(default_factory=LidarConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
+    frames: FramesConfig = field(default_factory=FramesConfig)
+    block_frames: int = 32
+    """Frames of one block: one task, one file of every large array, one unit of resuming."""
+    train_preset: str = ""
+    """Name of the trainer preset this store is meant for; the trainer uses it unless told
+    otherwise. The demo sets it."""
+
+    def __post_init__(self) -> None:
+        _require(self.block_frames >= 1, "block_frames", "must be >= 1", self.block_frames)
+        point_step_m(self.grid)
+
+    def to_dict(self) -> dict:
+        """Plain nested dict of lists and scalars, as stored in the root attributes."""
+        return _plain(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> TargetsConfig:
+        """Inverse of :meth:`to_dict`; missing keys keep their defaults.
+
+        Raises:
+            ConfigError: naming the key, on an unknown key, a value of the wrong type, or one
+                out of range.
+        """
+        return _build(cls, values, "")
+
+
+def load_config(path: Path | None, overrides: typing.Sequence[str] = ()) -> TargetsConfig:
+    """Config from a YAML file (or the defaults) with ``section.key=value`` overrides on top.
+
+    Values of overrides are YAML, so ``teacher.input_size=[252,448]`` works.
+
+    Raises:
+        ConfigError: on unreadable YAML, an unknown key or an impossible value.
+    """
+    values: dict = {}
+    if path is not None:
+        values = _read_yaml(path.read_text(), str(path)) or {}
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} must hold a mapping of settings")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set wants section.key=value, got {override!r}")
+        *sections, leaf = key.strip().split(".")
+        target = values
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set {override}: {section} is not a section")
+        target[leaf] = _read_yaml(text, f"--set {override}")
+    return TargetsConfig.from_dict(values)
+
+
+def differences(stored: dict, wanted: dict, prefix: str = "") -> list[str]:
+    """Lines ``key: stored -> wanted`` for every leaf that differs between two plain dicts."""
+    lines = []
+    for key in sorted(stored.keys() | wanted.keys()):
+        a, b, name = stored.get(key), wanted.get(key), f"{prefix}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{name}.")
+        elif a != b:
+            lines.append(f"{name}: {a} -> {b}")
+    return lines
+
+
+def _read_yaml(text: str, where: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from error
+
+
+def _require(condition: bool, name: str, rule: str, value: object) -> None:
+    if not condition:
+        raise ConfigError(f"{name} {rule}, got {value}")
+
+
+def _require_size(name: str, size: tuple[int, int]) -> None:
+    _require(len(size) == 2 and min(size) >= 1, name, "must be [height, width]", list(size))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, VoxelGrid):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _build(cls: type, values: object, prefix: str) -> typing.Any:
+    """Instance of dataclass ``cls`` from a plain dict, strict about names and types."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{prefix.rstrip('.') or 'config'} must be a mapping, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    arguments = {}
+    for key, value in values.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(names)}"
+            raise ConfigError(f"unknown setting {prefix}{key}{hint}")
+        arguments[key] = _convert(hints[key], value, f"{prefix}{key}")
+    try:
+        return cls(**arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:  # VoxelGrid and point_step_m know nothing of configs
+        raise ConfigError(str(error)) from error
+
+
+def _convert(hint: typing.Any, value: object, name: str) -> object:
+    """``value`` as the annotated type: ints pass for floats, lists for tuples, nothing else."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{name}.")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return None if value is None else _convert(arguments[0], value, name)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{name} must be a list, got {value!r}")
+        if arguments[-1] is Ellipsis:
+            arguments = arguments[:1] * len(value)
+        if len(arguments) != len(value):
+            raise ConfigError(f"{name} must have {len(arguments)} entries, got {value!r}")
+        return tuple(_convert(a, v, name) for a, v in zip(arguments, value, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or isinstance(value, bool):
+        raise ConfigError(f"{name} must be {hint.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,147 @@
+"""One keyframe to its arrays: a pure function, no cluster and no store.
+
+In a notebook: ``frame_targets(record, config, load_teacher(config.teacher))``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from occfeat_targets.config import TargetsConfig
+from occfeat_targets.geometry import transform
+from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.images import ImageError, decode_jpeg, encode_jpeg, resize
+from occfeat_targets.labels import map_masks, vehicle_boxes, vehicle_masks
+from occfeat_targets.map_layers import load_map
+from occfeat_targets.records import FrameError, FrameRecord
+from occfeat_targets.sampling import camera_bits, quantise, sample_mean, see
+from occfeat_targets.schema import point_step_m
+from occfeat_targets.teacher import Teacher, dense_features
+
+
+def frame_targets(
+    record: FrameRecord, config: TargetsConfig, teacher: Teacher
+) -> dict[str, np.ndarray]:
+    """Everything the store holds of one frame that is not in its record.
+
+    Returns:
+        By the names, dtypes and axes of ``schema.array_specs``, trimmed to what is valid:
+        ``voxel_index`` (V,), ``features`` (V, C), ``feature_scale`` (V,), ``feature_cameras``
+        (V,), ``images`` (bytes,), ``image_offset`` (7,), ``points`` (P, 4), ``vehicle_boxes``
+        (n, 8), ``vehicle`` and ``vehicle_visible`` (X, Y), and ``map`` (5, X, Y) if the record
+        has a map.
+
+    Raises:
+        FrameError: naming scene, sample and file, when the frame can't be processed.
+    """
+    try:
+        points, intensity = read_lidar(record, config.lidar.near_m)
+        teacher_images, jpegs = camera_images(record, config)
+        voxels = voxel_targets(record, config, teacher, points, teacher_images)
+        packed = pack_points(points, intensity, config.grid)
+        room = config.lidar.max_points * config.lidar.sweeps
+        _require_room(len(packed), room, "lidar returns", "lidar.max_points")
+        return voxels | {"points": packed} | pack_images(jpegs) | bev_labels(record, config)
+    except (ImageError, ValueError) as error:
+        raise FrameError(f"{record}: {error}") from error
+
+
+def read_lidar(record: FrameRecord, near_m: float) -> tuple[np.ndarray, np.ndarray]:
+    """Lidar returns of all sweeps of a record.
+
+    Returns:
+        ``(xyz, intensity)``: float64 (M, 3) metres in the ego frame, and float32 (M,) 0..255.
+
+    Raises:
+        ValueError: naming the file, when it is missing, truncated or holds NaN or infinity.
+    """
+    xyz_ego, intensity = [], []
+    for path, ego_T_sensor in zip(record.sweep_paths, record.ego_T_sweep, strict=True):
+        try:
+            raw = np.fromfile(path, dtype="<f4")
+        except OSError as error:
+            raise ValueError(f"{path}: cannot read the lidar file: {error.strerror}") from error
+        if raw.size == 0 or raw.size % 5 or Path(path).stat().st_size % 20:
+            raise ValueError(f"{path} is truncated: its size is not a multiple of 20 bytes")
+        rows = raw.reshape(-1, 5)
+        bad = np.count_nonzero(~np.isfinite(rows[:, :4]).all(axis=1))
+        if bad:
+            raise ValueError(f"{path} has {bad} points with NaN or infinite coordinates")
+        near = (np.abs(rows[:, :2]) < near_m).all(axis=1)
+        rows = rows[~near]
+        xyz_ego.append(transform(ego_T_sensor, rows[:, :3]))
+        intensity.append(rows[:, 3])
+    return np.concatenate(xyz_ego), np.concatenate(intensity)
+
+
+def camera_images(
+    record: FrameRecord, config: TargetsConfig
+) -> tuple[list[Image.Image], list[bytes]]:
+    """Decode each camera's JPEG once; resize for the teacher and, re-encoded, for the store."""
+    for_teacher, stored = [], []
+    (a, b), (c, d) = config.teacher.input_size, config.images.size
+    for path in record.image_paths:
+        image = decode_jpeg(Path(path), (max(a, c), max(b, d)))
+        for_teacher.append(resize(image, config.teacher.input_size))
+        stored.append(encode_jpeg(resize(image, config.images.size), config.images.quality))
+    return for_teacher, stored
+
+
+def voxel_targets(
+    record: FrameRecord,
+    config: TargetsConfig,
+    teacher: Teacher,
+    xyz_ego: np.ndarray,
+    images: list[Image.Image],
+) -> dict[str, np.ndarray]:
+    """Occupied voxels and their mean teacher feature (paper §3.3), quantised."""
+    voxel_index = config.grid.occupied(xyz_ego)
+    position, valid = see(
+        config.grid.centres(voxel_index), record.K, record.cam_T_ego, np.array(record.image_hw)
+    )
+    features = dense_features(teacher, images, config.teacher.input_size)
+    codes, scale = quantise(sample_mean(features, position, valid))
+    return {
+        "voxel_index": voxel_index,
+        "features": codes,
+        "feature_scale": scale,
+        "feature_cameras": camera_bits(valid),
+    }
+
+
+def bev_labels(record: FrameRecord, config: TargetsConfig) -> dict[str, np.ndarray]:
+    """Vehicle boxes and BEV masks, and map masks if the record has a map."""
+    boxes = vehicle_boxes(record.boxes)
+    _require_room(len(boxes), config.labels.max_vehicles, "vehicles", "labels.max_vehicles")
+    vehicle, visible = vehicle_masks(boxes, config.grid)
+    labels = {"vehicle_boxes": boxes, "vehicle": vehicle, "vehicle_visible": visible}
+    if record.map_path:
+        layers = load_map(record.map_path)
+        labels["map"] = map_masks(
+            layers, record.global_T_ego, config.labels.divider_width_m, config.grid
+        )
+    return labels
+
+
+def pack_points(xyz_ego: np.ndarray, intensity: np.ndarray, grid: VoxelGrid) -> np.ndarray:
+    """Points as int16 (P, 4): x, y, z in steps of ``point_step_m(grid)``, and intensity.
+
+    Returns farther than 32767 steps on any axis are left out; the grid never reaches there.
+    """
+    steps = np.rint(xyz_ego / point_step_m(grid))
+    fits = (np.abs(steps) <= 32767).all(axis=1)
+    return np.column_stack([steps[fits], np.rint(intensity[fits])]).astype(np.int16)
+
+
+def pack_images(jpegs: list[bytes]) -> dict[str, np.ndarray]:
+    """JPEGs one after another as uint8 (bytes,), with int32 (N + 1,) offsets."""
+    offset = np.cumsum([0, *map(len, jpegs)], dtype=np.int32)
+    return {"images": np.frombuffer(b"".join(jpegs), dtype=np.uint8), "image_offset": offset}
+
+
+def _require_room(n: int, room: int, what: str, setting: str) -> None:
+    if n > room:
+        raise ValueError(f"{n} {what}, the store has room for {room}: raise {setting}")

@@ -1,0 +1,280 @@
+"""nuScenes dataroot to plain records. The only module that imports nuscenes-devkit."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from occfeat_targets.config import TargetsConfig
+from occfeat_targets.geometry import inverse_rigid, rigid, yaw
+from occfeat_targets.images import check_jpeg
+from occfeat_targets.records import Boxes, FrameRecord, Source
+from occfeat_targets.schema import CAMERAS
+
+if TYPE_CHECKING:
+    from nuscenes.nuscenes import NuScenes
+
+LIDAR = "LIDAR_TOP"
+LIDAR_ROW_BYTES = 20  # x, y, z, intensity, ring as float32
+_SPLITS = {
+    "v1.0-mini": ("mini_train", "mini_val"),
+    "v1.0-trainval": ("train", "val"),
+    "v1.0-test": ("test",),
+}
+_MAX_FAULTS_SHOWN = 20
+
+
+class SourceError(ValueError):
+    """The dataroot is not usable; the message says what was found and what is wanted."""
+
+
+def find_version(dataroot: Path, version: str | None) -> str:
+    """The dataset version to read: the one asked for, or the only one there.
+
+    Raises:
+        SourceError: no dataroot, no such version, or several to choose from.
+    """
+    if not dataroot.is_dir():
+        raise SourceError(f"no such directory: {dataroot}")
+    found = sorted(p.parent.name for p in dataroot.glob("*/sample_data.json"))
+    if not found:
+        raise SourceError(
+            f"{dataroot} is not a nuScenes dataroot: it should hold samples/, maps/ and a table "
+            "directory such as v1.0-mini/ with sample_data.json in it"
+        )
+    if version is None and len(found) > 1:
+        raise SourceError(f"{dataroot} holds {', '.join(found)}: choose one with --version")
+    if version is not None and version not in found:
+        raise SourceError(f"no version {version} in {dataroot}; found {', '.join(found)}")
+    return version or found[0]
+
+
+def load_source(dataroot: Path, version: str | None, config: TargetsConfig) -> Source:
+    """Read the tables once and turn the selected keyframes into records.
+
+    Raises:
+        SourceError: unusable dataroot, unknown scene or split, missing tables, or a required
+            map expansion that is not there.
+    """
+    from nuscenes.nuscenes import NuScenes
+
+    version = find_version(dataroot, version)
+    try:
+        nusc = NuScenes(version=version, dataroot=str(dataroot), verbose=False)
+    except (AssertionError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise SourceError(f"nuscenes-devkit cannot load {dataroot / version}: {error!r}") from error
+    split_of = _split_of_scene(dataroot, version)
+    scenes = _selected_scenes(nusc, config, split_of)
+    map_path = _map_paths(nusc, dataroot, scenes, config.labels.map)
+    chosen = []
+    for scene in scenes:
+        for sample in _chain(nusc, "sample", scene["first_sample_token"]):
+            chosen.append((scene, sample))
+    records = [
+        _record(nusc, scene, sample, split_of, map_path, config.lidar.sweeps)
+        for scene, sample in tqdm(
+            chosen[: config.frames.limit], desc="reading tables", unit="frame", disable=None
+        )
+    ]
+    manifest = dataroot / "demo_world.json"
+    return Source(
+        records,
+        "occfeat demo world" if manifest.exists() else "nuScenes",
+        version,
+        metadata.version("nuscenes-devkit"),
+        tuple(scene["name"] for scene in scenes),
+        tuple(dict.fromkeys(split_of.values())),
+        any(map_path.values()),
+    )
+
+
+def check_records(records: list[FrameRecord]) -> None:
+    """Before any work: every file is there and sound by its size or header, calibration is sane.
+
+    Raises:
+        SourceError: listing all faults at once, each with scene, sample and file.
+    """
+    with ThreadPoolExecutor(16) as pool:  # waits for storage, not for the processor
+        results = pool.map(lambda record: list(_faults(record)), records)
+        progress = tqdm(
+            results, total=len(records), desc="checking files", unit="frame", disable=None
+        )
+        faults = [fault for found in progress for fault in found]
+    if faults:
+        shown = "\n".join(f"  {fault}" for fault in faults[:_MAX_FAULTS_SHOWN])
+        more = len(faults) - _MAX_FAULTS_SHOWN
+        raise SourceError(
+            f"{len(faults)} fault(s) in the dataroot, nothing was built:\n{shown}"
+            + (f"\n  … and {more} more" if more > 0 else "")
+        )
+
+
+def _faults(record: FrameRecord) -> Iterator[str]:
+    for path in record.sweep_paths:
+        try:
+            size = Path(path).stat().st_size
+        except OSError:
+            yield f"{record}: {path} is missing"
+            continue
+        if size == 0 or size % LIDAR_ROW_BYTES:
+            yield (
+                f"{record}: {path} is truncated: {size} bytes, not a multiple of {LIDAR_ROW_BYTES}"
+            )
+    for path, hw in zip(record.image_paths, record.image_hw, strict=True):
+        problem = check_jpeg(Path(path), hw)
+        if problem:
+            yield f"{record}: {path} {problem}"
+    for camera, K in zip(CAMERAS, record.K, strict=True):
+        if not np.isfinite(K).all() or abs(np.linalg.det(K)) < 1e-6:
+            yield f"{record}: {camera}: camera_intrinsic is singular: {K.tolist()}"
+    poses = dict(zip(CAMERAS, record.cam_T_ego, strict=True)) | {LIDAR: record.ego_T_sweep}
+    for sensor, a_T_b in poses.items():
+        if not np.isfinite(a_T_b).all():
+            yield f"{record}: {sensor}: zero rotation or non-finite number in its pose chain"
+
+
+def _split_of_scene(dataroot: Path, version: str) -> dict[str, str]:
+    """Scene name to split: the official ones, or the dataroot's own ``<version>/splits.json``."""
+    from nuscenes.utils.splits import create_splits_scenes
+
+    own = dataroot / version / "splits.json"  # the devkit's convention for custom splits
+    if own.exists():
+        splits = json.loads(own.read_text())
+    elif version in _SPLITS:
+        official = create_splits_scenes()
+        splits = {name: official[name] for name in _SPLITS[version]}
+    else:
+        raise SourceError(
+            f"{version} has no official splits ({', '.join(_SPLITS)} have); describe them in "
+            f'{own} as {{"train": [scene names], "val": [scene names]}}'
+        )
+    return {scene: split for split, scenes in splits.items() for scene in scenes}
+
+
+def _selected_scenes(nusc: NuScenes, config: TargetsConfig, split_of: dict[str, str]) -> list[dict]:
+    names = [scene["name"] for scene in nusc.scene]
+    lost = [name for name in names if name not in split_of]
+    if lost:
+        raise SourceError(f"scenes in no split of {nusc.version}: {', '.join(lost[:5])}")
+    for name in config.frames.scenes:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3) or names[:3]
+            raise SourceError(f"no scene {name} in {nusc.version}; there are {', '.join(near)}, …")
+    for split in config.frames.splits:
+        if split not in split_of.values():
+            known = ", ".join(dict.fromkeys(split_of.values()))
+            raise SourceError(f"no split {split} in {nusc.version}; there are {known}")
+    scenes = [
+        scene
+        for scene in nusc.scene
+        if scene["name"] in (config.frames.scenes or names)
+        and split_of[scene["name"]] in (config.frames.splits or split_of.values())
+    ]
+    if not scenes:
+        raise SourceError(
+            f"no keyframes left: {nusc.version} in {nusc.dataroot} has {len(names)} scene(s), none "
+            f"in splits {list(config.frames.splits)} and scenes {list(config.frames.scenes)}"
+        )
+    return scenes
+
+
+def _map_paths(nusc: NuScenes, dataroot: Path, scenes: list[dict], mode: str) -> dict[str, str]:
+    """Map-expansion file of each scene's location, by scene name; empty strings for no maps."""
+    location = {s["name"]: nusc.get("log", s["log_token"])["location"] for s in scenes}
+    paths = {
+        place: dataroot / "maps" / "expansion" / f"{place}.json" for place in location.values()
+    }
+    missing = [str(path) for path in paths.values() if not path.exists()]
+    if mode == "off" or (mode == "auto" and len(missing) == len(paths)):
+        return dict.fromkeys(location, "")
+    if missing:
+        raise SourceError(
+            f"missing map expansion: {', '.join(missing)}. Unpack nuScenes' map expansion (v1.3) "
+            "there, or build without map labels: --set labels.map=off"
+        )
+    return {name: str(paths[place]) for name, place in location.items()}
+
+
+def _chain(nusc: NuScenes, table: str, token: str, link: str = "next") -> Iterator[dict]:
+    while token:
+        row = nusc.get(table, token)
+        yield row
+        token = row[link]
+
+
+def _sensor_pose(nusc: NuScenes, data: dict) -> tuple[np.ndarray, np.ndarray, dict]:
+    """``(global_T_ego, ego_T_sensor, calibrated_sensor)`` of a sample_data at its own time."""
+    pose = nusc.get("ego_pose", data["ego_pose_token"])
+    sensor = nusc.get("calibrated_sensor", data["calibrated_sensor_token"])
+    global_T_ego = rigid(pose["rotation"], pose["translation"])
+    return global_T_ego, rigid(sensor["rotation"], sensor["translation"]), sensor
+
+
+def _record(
+    nusc: NuScenes,
+    scene: dict,
+    sample: dict,
+    split_of: dict[str, str],
+    map_path: dict[str, str],
+    n_sweeps: int,
+) -> FrameRecord:
+    missing = [c for c in (LIDAR, *CAMERAS) if c not in sample["data"]]
+    if missing:
+        raise SourceError(
+            f"{scene['name']}, sample {sample['token']}: no keyframe of {', '.join(missing)}"
+        )
+    lidar = nusc.get("sample_data", sample["data"][LIDAR])
+    global_T_ego = _sensor_pose(nusc, lidar)[0]
+    ego_T_global = inverse_rigid(global_T_ego)
+    sweep_paths, ego_T_sweep = [], []
+    for sweep in islice(_chain(nusc, "sample_data", lidar["token"], "prev"), n_sweeps):
+        global_T_then, then_T_lidar, _sensor = _sensor_pose(nusc, sweep)
+        sweep_paths.append(str(Path(nusc.dataroot) / sweep["filename"]))
+        ego_T_sweep.append(ego_T_global @ global_T_then @ then_T_lidar)
+    images, K, cam_T_ego = [], [], []
+    for camera in CAMERAS:
+        image = nusc.get("sample_data", sample["data"][camera])
+        global_T_egocam, egocam_T_cam, sensor = _sensor_pose(nusc, image)
+        images.append(image)
+        K.append(sensor["camera_intrinsic"])
+        # Through the camera's own ego pose: the car moves between lidar and camera times.
+        cam_T_ego.append(inverse_rigid(global_T_egocam @ egocam_T_cam) @ global_T_ego)
+    return FrameRecord(
+        token=sample["token"],
+        scene=scene["name"],
+        split=split_of[scene["name"]],
+        timestamp_us=lidar["timestamp"],
+        map_path=map_path[scene["name"]],
+        image_paths=tuple(str(Path(nusc.dataroot) / image["filename"]) for image in images),
+        image_hw=tuple((image["height"], image["width"]) for image in images),
+        K=np.array(K, dtype=np.float64),
+        cam_T_ego=np.stack(cam_T_ego),
+        sweep_paths=tuple(sweep_paths),
+        ego_T_sweep=np.stack(ego_T_sweep),
+        global_T_ego=global_T_ego,
+        boxes=_boxes(nusc, sample, ego_T_global),
+    )
+
+
+def _boxes(nusc: NuScenes, sample: dict, ego_T_global: np.ndarray) -> Boxes:
+    rows = [nusc.get("sample_annotation", token) for token in sample["anns"]]
+    n = len(rows)
+    ego_T_box = ego_T_global @ rigid(
+        np.reshape([row["rotation"] for row in rows], (n, 4)),
+        np.reshape([row["translation"] for row in rows], (n, 3)),
+    )
+    width, length, height = np.reshape([row["size"] for row in rows], (n, 3)).T
+    return Boxes(
+        category=tuple(row["category_name"] for row in rows),
+        box=np.column_stack([ego_T_box[:, :3, 3], length, width, height, yaw(ego_T_box)]),
+        visibility=np.array([int(row["visibility_token"] or 0) for row in rows], dtype=np.uint8),
+    )
