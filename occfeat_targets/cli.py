@@ -255,3 +255,7 @@ def view(store: str, frame: int, out: Path | None) -> None:
     with _one_message():
         draw_frame(store, frame, out)
     click.echo(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

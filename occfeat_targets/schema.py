@@ -215,7 +215,7 @@ def zarr_store(url: str, read_only: bool) -> zarr.abc.store.Store:
 
 
 def create_arrays(group: zarr.Group, specs: tuple[ArraySpec, ...], n_frames: int, block: int):
-    """Create every array that the group does not have yet (so an interrupted init can go on).
+    """Create all arrays of a store.
 
     Args:
         group: the root group, writable.
@@ -224,8 +224,6 @@ def create_arrays(group: zarr.Group, specs: tuple[ArraySpec, ...], n_frames: int
         block: frames per shard.
     """
     for spec in specs:
-        if spec.name in group:
-            continue
         sharded = spec.chunk is not None
         group.create_array(
             spec.name,

@@ -107,6 +107,9 @@ def _check_arrays(store: TargetStore) -> Iterator[str]:
         array = store.array(spec.name)
         if array.dtype != spec.dtype or array.shape != (store.attrs["n_frames"], *spec.shape):
             yield f"{spec.name} is {array.dtype} {array.shape}, not what the config implies"
+    for name, names in (("scene", "scenes"), ("split", "splits")):
+        if (store.per_frame[name] >= len(store.attrs[names])).any():
+            yield f"{name} holds numbers that the attribute {names} has no name for"
 
 
 def _check_frame(store: TargetStore, i: int) -> list[str]:
@@ -115,7 +118,10 @@ def _check_frame(store: TargetStore, i: int) -> list[str]:
         return [] if known else [f"{_name(store, i)}: marked failed, but no reason is recorded"]
     try:
         frame = store.frame(i)
-        checks = (_voxels, _features, _calibration, _cameras, _images, _labels, _points)
+        checks = (_features, _calibration, _cameras, _images, _labels, _points)
+        broken = [f"{_name(store, i)}: {p}" for p in _voxels(store, frame)]
+        if broken:  # the other checks look voxels up
+            return broken
         return [f"{_name(store, i)}: {p}" for check in checks for p in check(store, frame)]
     except Exception as error:  # whatever a damaged file makes zarr or a codec raise
         return [f"{_name(store, i)}: cannot be read: {error!r}"]
@@ -127,8 +133,6 @@ def _voxels(store: TargetStore, frame: dict) -> Iterator[str]:
         yield "voxel_index is not ascending"
     if index.max(initial=0) >= store.grid.n_voxels:
         yield "voxel_index leaves the grid"
-    if frame["scene"] >= len(store.attrs["scenes"]) or frame["split"] >= len(store.attrs["splits"]):
-        yield "scene or split is not in the attributes' list"
 
 
 def _features(store: TargetStore, frame: dict) -> Iterator[str]:

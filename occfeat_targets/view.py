@@ -37,7 +37,7 @@ def draw_frame(url: str, i: int, out: Path) -> None:
         raise ValueError(f"no frame {i}: {url} has frames 0 to {len(store) - 1}")
     frame = store.frame(i)
     colours = feature_colours(dequantise(frame["features"], frame["feature_scale"]))
-    figure = Figure(figsize=(24, 9.5), layout="constrained")
+    figure = Figure(figsize=(24, 7.2), layout="constrained")
     FigureCanvasAgg(figure)
     cameras, bev = figure.subfigures(1, 2, width_ratios=[2.7, 1])
     for c, axis in enumerate(cameras.subplots(2, len(CAMERAS) // 2).ravel()):

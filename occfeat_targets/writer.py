@@ -69,7 +69,8 @@ def begin(url: str, config: TargetsConfig, source: Source, overwrite: bool) -> N
         if fs.exists(trash):  # an earlier --overwrite was killed half-way
             fs.rm(trash, recursive=True)
         existing = _existing_attributes(url)
-        if existing is not None and overwrite:
+        # Without a teacher nothing was computed: its settings bind nobody.
+        if existing is not None and (overwrite or "teacher" not in existing):
             fs.mv(path, trash, recursive=True)  # a half-deleted store must not look like one
             fs.rm(trash, recursive=True)
             existing = None
@@ -113,7 +114,7 @@ def set_teacher(url: str, config: TargetsConfig, teacher: dict) -> None:
         return
     specs = schema.array_specs(config.to_dict(), teacher["dim"], attrs["map_classes"] != [])
     schema.create_arrays(group, specs, attrs["n_frames"], config.block_frames)
-    group.attrs["teacher"] = teacher  # last: with it, all arrays are there
+    group.attrs["teacher"] = teacher  # last: a store that names its teacher has its arrays
 
 
 def describe_teacher(config: TargetsConfig) -> dict:

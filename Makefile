@@ -1,0 +1,47 @@
+# make targets                       demo world -> targets.zarr (random teacher, offline)
+# make targets NUSCENES=/data/sets/nuscenes [VERSION=v1.0-trainval] [STORE=/fast/targets.zarr]
+#              [TEACHER=DIR or hub id] [WORKERS=8] [SCHEDULER=tcp://host:8786]
+# make test                          the tests
+# make lint · make format
+# Each installs into .venv first if need be; PYTHON=python3.11 chooses the interpreter.
+
+PYTHON ?= python3
+VENV ?= .venv
+STORE ?= targets.zarr
+DEMO ?= demo-world
+
+bin := $(VENV)/bin
+installed := $(VENV)/.installed
+options := $(if $(VERSION),--version $(VERSION)) $(if $(TEACHER),--teacher $(TEACHER)) \
+	$(if $(WORKERS),--workers $(WORKERS)) $(if $(SCHEDULER),--scheduler $(SCHEDULER))
+
+.PHONY: install targets test lint format
+.DEFAULT_GOAL := targets
+
+install: $(installed)
+
+$(installed): setup.cfg pyproject.toml constraints.txt
+	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
+	$(bin)/python -m pip install --quiet --constraint constraints.txt --editable '.[targets,dev]'
+	touch $@
+
+ifdef NUSCENES
+targets: $(installed)
+	$(bin)/occfeat-targets build '$(NUSCENES)' '$(STORE)' --config pipelines/nuscenes.yaml $(options)
+else
+targets: $(installed)
+	$(bin)/occfeat-targets demo-data '$(DEMO)'
+	$(bin)/occfeat-targets build '$(DEMO)' '$(STORE)' --config pipelines/demo.yaml $(options)
+endif
+	$(bin)/occfeat-targets info '$(STORE)'
+
+test: $(installed)
+	$(bin)/python -m pytest
+
+lint: $(installed)
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+
+format: $(installed)
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .

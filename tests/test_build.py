@@ -1,0 +1,375 @@
+"""Building in this process: resuming, refusing, and every kind of bad input."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from conftest import build_store, tree_bytes
+from PIL import Image
+
+from occfeat_targets import writer
+from occfeat_targets.build import BuildStopped
+from occfeat_targets.config import ConfigError
+from occfeat_targets.nuscenes_source import SourceError, find_version
+from occfeat_targets.schema import StoreError, open_store, zarr_store
+from occfeat_targets.teacher import TeacherError
+
+
+def _files(dataroot, channel):
+    return sorted((dataroot / "samples" / channel).iterdir())
+
+
+def _edit_table(dataroot, table, change):
+    path = dataroot / "v1.0-mini" / f"{table}.json"
+    rows = json.loads(path.read_text())
+    change(rows)
+    path.write_text(json.dumps(rows))
+
+
+# --- resuming -----------------------------------------------------------------------------------
+
+
+def test_a_stopped_build_continues_and_ends_byte_for_byte_the_same(
+    demo_root, demo_store, tmp_path, monkeypatch
+):
+    store = tmp_path / "targets.zarr"
+    whole_plan = writer.plan
+    monkeypatch.setattr(writer, "plan", lambda *args: whole_plan(*args)[:1])
+    with pytest.raises(StoreError, match="1 of 2 blocks are not done"):
+        build_store(demo_root, store)
+    with pytest.raises(StoreError, match="not finished"):
+        open_store(store)
+    first_block = (store / "features" / "c" / "0" / "0" / "0").stat().st_mtime_ns
+    (store / "features" / "c" / "0" / "0" / "0.abc.partial").write_bytes(b"torn")
+    monkeypatch.undo()
+    build_store(demo_root, store)
+    assert (store / "features" / "c" / "0" / "0" / "0").stat().st_mtime_ns == first_block
+    assert tree_bytes(store) == tree_bytes(demo_store)
+
+
+def test_a_block_without_its_marker_is_done_again(demo_root, demo_store, tmp_path, monkeypatch):
+    """Killed between arrays and marker: the arrays alone prove nothing."""
+    store = tmp_path / "targets.zarr"
+    monkeypatch.setattr(writer, "_write_marker", lambda *args: None)
+    with pytest.raises(StoreError, match="2 of 2 blocks are not done"):
+        build_store(demo_root, store)
+    monkeypatch.undo()
+    build_store(demo_root, store)
+    assert tree_bytes(store) == tree_bytes(demo_store)
+
+
+def test_killed_while_the_arrays_are_created(demo_root, demo_store, tmp_path, monkeypatch):
+    store = tmp_path / "targets.zarr"
+    create = zarr.Group.create_array
+
+    def create_three(self, name, **arguments):
+        if name == "token":
+            raise KeyboardInterrupt
+        return create(self, name, **arguments)
+
+    monkeypatch.setattr(zarr.Group, "create_array", create_three)
+    with pytest.raises(KeyboardInterrupt):
+        build_store(demo_root, store)
+    monkeypatch.undo()
+    build_store(demo_root, store)
+    assert tree_bytes(store) == tree_bytes(demo_store)
+
+
+def test_a_finished_build_is_left_alone(demo_root, demo_store, tmp_path):
+    store = Path(shutil.copytree(demo_store, tmp_path / "targets.zarr"))
+    before = {p: p.stat().st_mtime_ns for p in store.rglob("*") if p.is_file()}
+    assert writer.is_complete(str(store))
+    (store / "features" / "zarr.json.1.partial").write_bytes(b"")
+    build_store(demo_root, store)
+    assert not list(store.rglob("*.partial"))
+    assert tree_bytes(store) == tree_bytes(demo_store)
+    assert before.keys() == {p for p in store.rglob("*") if p.is_file()}
+
+
+def test_other_settings_refuse_to_continue_and_show_the_difference(demo_root, demo_store, tmp_path):
+    store = shutil.copytree(demo_store, tmp_path / "targets.zarr")
+    with pytest.raises(StoreError) as error:
+        build_store(demo_root, store, "lidar.near_m=1.0", "images.quality=90")
+    assert "config.images.quality: 95 -> 90" in str(error.value)
+    assert "config.lidar.near_m: 2.2 -> 1.0" in str(error.value)
+    assert "--overwrite" in str(error.value)
+    assert tree_bytes(store) == tree_bytes(demo_store)
+
+
+def test_another_teacher_behind_the_same_name_refuses(demo_root, tmp_path, monkeypatch):
+    store = tmp_path / "targets.zarr"
+    whole_plan = writer.plan
+    monkeypatch.setattr(writer, "plan", lambda *args: whole_plan(*args)[:1])
+    with pytest.raises(StoreError):
+        build_store(demo_root, store)
+    monkeypatch.undo()
+    described = writer.describe_teacher
+    monkeypatch.setattr(
+        writer, "describe_teacher", lambda config: described(config) | {"weights": "other"}
+    )
+    with pytest.raises(StoreError, match="teacher.weights: none -> other"):
+        build_store(demo_root, store)
+
+
+def test_a_worker_with_other_weights_refuses(demo_root, tmp_path, monkeypatch):
+    described = writer.describe_teacher
+    monkeypatch.setattr(
+        writer, "describe_teacher", lambda config: described(config) | {"weights": "other"}
+    )
+    with pytest.raises(BuildStopped, match="this worker's teacher differs .* weights: other"):
+        build_store(demo_root, tmp_path / "targets.zarr")
+
+
+def test_overwrite_starts_again_even_after_a_kill_in_mid_deletion(demo_root, demo_store, tmp_path):
+    store = Path(shutil.copytree(demo_store, tmp_path / "targets.zarr"))
+    trash = Path(shutil.copytree(demo_store, tmp_path / "targets.zarr.deleting"))
+    build_store(demo_root, store, "images.quality=50", overwrite=True)
+    assert open_store(store).attrs["config"]["images"]["quality"] == 50
+    assert not trash.exists()
+
+
+def test_foreign_directories_are_never_touched(demo_root, tmp_path):
+    place = tmp_path / "thesis"
+    place.mkdir()
+    (place / "chapter1.tex").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(StoreError, match="not an occfeat-targets store"):
+            build_store(demo_root, place, overwrite=overwrite)
+    assert (place / "chapter1.tex").read_text() == "precious"
+
+
+def test_a_store_of_another_format_version_refuses(demo_root, demo_store, tmp_path):
+    store = shutil.copytree(demo_store, tmp_path / "targets.zarr")
+    zarr.open_group(zarr_store(store, read_only=False), mode="r+").attrs["format_version"] = 99
+    with pytest.raises(StoreError, match="format version 99, this program writes 1"):
+        build_store(demo_root, store)
+
+
+# --- bad input found before any work ------------------------------------------------------------
+
+
+def test_all_faults_are_listed_at_once_and_nothing_is_built(dataroot, tmp_path):
+    lidar = _files(dataroot, "LIDAR_TOP")
+    lidar[0].unlink()
+    lidar[1].write_bytes(lidar[1].read_bytes()[:-7])
+    images = _files(dataroot, "CAM_FRONT")
+    images[0].unlink()
+    images[1].write_bytes(b"not a jpeg")
+    Image.new("RGB", (640, 480)).save(_files(dataroot, "CAM_BACK")[2])
+    store = tmp_path / "targets.zarr"
+    with pytest.raises(SourceError) as error:
+        build_store(dataroot, store)
+    text = str(error.value)
+    assert "5 fault(s)" in text
+    assert f"{lidar[0]} is missing" in text
+    assert f"{lidar[1]} is truncated" in text
+    assert f"{images[0]} is missing" in text
+    assert f"{images[1]} is not a readable JPEG" in text
+    assert "is 480x640, its record says 900x1600" in text
+    assert text.count("scene-") == text.count("sample ") == 5
+    assert not store.exists()
+
+
+@pytest.mark.parametrize("table", ["calibrated_sensor", "ego_pose"])
+def test_singular_calibration_is_refused(dataroot, tmp_path, table):
+    def spoil(rows):
+        row = next(r for r in rows if r.get("camera_intrinsic", True))
+        if table == "calibrated_sensor":
+            row["camera_intrinsic"][1] = [0, 0, 0]
+        else:
+            row["rotation"] = [0, 0, 0, 0]
+
+    _edit_table(dataroot, table, spoil)
+    message = "singular" if table == "calibrated_sensor" else "zero rotation"
+    with pytest.raises(SourceError, match=message):
+        build_store(dataroot, tmp_path / "targets.zarr")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["frames.scenes=[scene-0062]"], "no scene scene-0062 in v1.0-mini; there are scene-00"),
+        (["frames.splits=[train]"], "no split train in v1.0-mini; there are mini_train, mini_val"),
+        (["frames.splits=[mini_val]", "frames.scenes=[scene-0061]"], "no keyframes left"),
+        (["teacher.input_size=[250, 448]"], r"\[250, 448\] must be multiples of the patch size 14"),
+    ],
+)
+def test_impossible_selections_and_sizes(demo_root, tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        build_store(demo_root, tmp_path / "targets.zarr", *overrides)
+
+
+def test_a_mistake_seen_by_the_teacher_does_not_bind_the_next_try(demo_root, demo_store, tmp_path):
+    """The store was begun before the teacher could object; mended settings must be accepted."""
+    store = tmp_path / "targets.zarr"
+    with pytest.raises(ConfigError):
+        build_store(demo_root, store, "teacher.input_size=[250, 448]")
+    build_store(demo_root, store)
+    assert tree_bytes(store) == tree_bytes(demo_store)
+
+
+def test_unknown_version_names_what_is_there(demo_root, tmp_path):
+    with pytest.raises(SourceError, match=r"no version v1.0-test in .*; found v1.0-mini"):
+        find_version(demo_root, "v1.0-test")
+    with pytest.raises(SourceError, match="not a nuScenes dataroot"):
+        find_version(tmp_path, None)
+    with pytest.raises(SourceError, match="no such directory"):
+        find_version(tmp_path / "nowhere", None)
+    shutil.copytree(demo_root / "v1.0-mini", tmp_path / "v1.0-mini")
+    shutil.copytree(demo_root / "v1.0-mini", tmp_path / "v1.0-trainval")
+    with pytest.raises(SourceError, match="choose one with --version"):
+        find_version(tmp_path, None)
+
+
+def test_broken_tables_are_named(dataroot, tmp_path):
+    (dataroot / "v1.0-mini" / "ego_pose.json").unlink()
+    with pytest.raises(SourceError, match="nuscenes-devkit cannot load"):
+        build_store(dataroot, tmp_path / "targets.zarr")
+
+
+def test_missing_map_expansion_is_refused_when_required(dataroot, tmp_path):
+    shutil.rmtree(dataroot / "maps" / "expansion")
+    with pytest.raises(SourceError, match="missing map expansion: .*labels.map=off"):
+        build_store(dataroot, tmp_path / "targets.zarr")
+    build_store(dataroot, tmp_path / "targets.zarr", "labels.map=auto", "frames.limit=1")
+    assert "map" not in open_store(tmp_path / "targets.zarr").frame(0)
+
+
+def test_a_broken_map_expansion_names_the_file(dataroot, tmp_path):
+    (path,) = (dataroot / "maps" / "expansion").iterdir()
+    path.write_text("{}")
+    with pytest.raises(BuildStopped, match=f"{path.name}: not a nuScenes map expansion"):
+        build_store(dataroot, tmp_path / "targets.zarr")
+
+
+def test_scenes_without_an_official_split_need_a_splits_file(dataroot, tmp_path):
+    names = []
+
+    def rename(rows):
+        for row in rows:
+            row["name"] = f"my-{row['name']}"
+            names.append(row["name"])
+
+    _edit_table(dataroot, "scene", rename)
+    with pytest.raises(SourceError, match="in no split of v1.0-mini: my-scene"):
+        build_store(dataroot, tmp_path / "targets.zarr")
+    own = {"train": names[:1], "val": names[1:]}
+    (dataroot / "v1.0-mini" / "splits.json").write_text(json.dumps(own))
+    build_store(dataroot, tmp_path / "targets.zarr")
+    store = open_store(tmp_path / "targets.zarr")
+    assert {store.split(i) for i in range(4)} == {"train", "val"}
+
+
+# --- bad input found on the way -----------------------------------------------------------------
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:30_000])
+
+
+def _nan_points(path):
+    points = np.fromfile(path, dtype="<f4")
+    points[7] = np.nan
+    points.tofile(path)
+
+
+SPOILED = {
+    "truncated jpeg": ("CAM_FRONT", _truncate, "cannot decode the JPEG"),
+    "nan points": ("LIDAR_TOP", _nan_points, "has 1 points with NaN"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_a_bad_frame_stops_the_build_and_a_rerun_continues(dataroot, demo_store, tmp_path, kind):
+    channel, spoil, message = SPOILED[kind]
+    bad = _files(dataroot, channel)[0]
+    good = bad.read_bytes()
+    spoil(bad)
+    store = tmp_path / "targets.zarr"
+    with pytest.raises(BuildStopped) as error:
+        build_store(dataroot, store)
+    assert message in str(error.value)
+    assert str(bad) in str(error.value)
+    assert "scene-" in str(error.value) and "sample " in str(error.value)
+    bad.write_bytes(good)
+    build_store(dataroot, store)
+    assert tree_bytes(store) == tree_bytes(demo_store)
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_skip_finishes_the_others_and_can_be_mended_later(dataroot, demo_store, tmp_path, kind):
+    channel, spoil, message = SPOILED[kind]
+    bad = _files(dataroot, channel)[0]
+    good = bad.read_bytes()
+    spoil(bad)
+    store = tmp_path / "targets.zarr"
+    failed = build_store(dataroot, store, skip_errors=True)
+    assert len(failed) == 1
+    (index,) = failed
+    assert message in failed[index]
+    opened = open_store(store)
+    assert opened.per_frame["n_voxels"][index] == -1
+    assert (np.delete(opened.per_frame["n_voxels"], index) > 0).all()
+    with pytest.raises(StoreError, match=f"frame {index} .* has no targets"):
+        opened.frame(index)
+    bad.write_bytes(good)
+    assert build_store(dataroot, store) == {}
+    arrays = tree_bytes(store)
+    expected = tree_bytes(demo_store)
+    assert arrays.keys() == expected.keys()
+    assert arrays == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lidar.max_points=2000", "raise lidar.max_points"),
+        ("labels.max_vehicles=1", "raise labels.max_vehicles"),
+        ("teacher.name=teachers:NotFinite", "teacher features are not finite"),
+    ],
+)
+def test_no_room_is_an_error_never_a_cut(demo_root, tmp_path, override, message):
+    with pytest.raises(BuildStopped, match=message):
+        build_store(demo_root, tmp_path / "targets.zarr", override)
+
+
+def test_a_teacher_that_breaks_its_promise_stops_everything(demo_root, tmp_path):
+    with pytest.raises(BuildStopped, match="returned shape .* promised"):
+        build_store(demo_root, tmp_path / "targets.zarr", "teacher.name=teachers:WrongShape")
+    with pytest.raises(TeacherError, match="cannot load the plug-in teacher"):
+        build_store(demo_root, tmp_path / "t2.zarr", "teacher.name=teachers:Nobody")
+
+
+def test_an_unwritable_place_is_refused_before_any_work(demo_root, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot write .*file/targets.zarr"):
+        build_store(demo_root, tmp_path / "file" / "targets.zarr")
+
+
+def test_disk_full_keeps_what_is_finished(demo_root, demo_store, tmp_path, monkeypatch):
+    """The disk fills up while the second block is written."""
+    store = tmp_path / "targets.zarr"
+    original = zarr.storage.LocalStore.set
+
+    async def full(self, key, value, *args, **kwargs):
+        if key == "images/c/1/0":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return await original(self, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(zarr.storage.LocalStore, "set", full)
+    with pytest.raises(BuildStopped, match="No space left on device; what is finished is kept"):
+        build_store(demo_root, store)
+    assert len(list((store / "build" / "blocks").iterdir())) == 1
+    monkeypatch.undo()
+    build_store(demo_root, store)
+    assert tree_bytes(store) == tree_bytes(demo_store)
+
+
+def test_images_too_large_for_their_room_name_the_setting(demo_root, tmp_path, monkeypatch):
+    monkeypatch.setattr("occfeat_targets.frame_targets.encode_jpeg", lambda *args: bytes(200_000))
+    with pytest.raises(BuildStopped, match="images needs 1200000 rows.*lower images.quality"):
+        build_store(demo_root, tmp_path / "targets.zarr")

@@ -1,0 +1,162 @@
+"""The command line: what each flag becomes, what a mistake prints, which status it exits with."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+from click.testing import CliRunner
+from conftest import FAST
+
+from occfeat_targets.cli import EXIT_SKIPPED, main
+from occfeat_targets.schema import open_store
+
+SETTINGS = [part for setting in FAST for part in ("--set", setting)]
+
+
+def _run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def built(demo_store, tmp_path):
+    return shutil.copytree(demo_store, tmp_path / "targets.zarr")
+
+
+@pytest.mark.parametrize("command", ["demo-data", "build", "check", "info", "verify", "view"])
+def test_every_command_explains_itself(command):
+    result = _run(command, "--help")
+    assert result.exit_code == 0
+    assert len(result.output.splitlines()) > 6
+
+
+def test_build_info_verify_view(demo_root, tmp_path):
+    store = tmp_path / "targets.zarr"
+    result = _run("build", demo_root, store, *SETTINGS, "--workers", 0, "--limit", 3)
+    assert result.exit_code == 0, result.output
+    assert "3 frames, 0 failed" in result.output
+    again = _run("build", demo_root, store, *SETTINGS, "--workers", 0, "--limit", 3)
+    assert "is complete: 3 frames, nothing to do" in again.output
+    summary = json.loads(_run("info", store, "--json").output)
+    assert summary["complete"] and summary["frames"] == 3
+    assert sum(summary["voxels_per_frame"]["histogram"].values()) == 3
+    assert sum(split["frames"] for split in summary["splits"].values()) == 3
+    assert "patch-means" in _run("info", store).output
+    verified = _run("verify", store, "--recompute", 2, "--dataroot", demo_root)
+    assert verified.exit_code == 0, verified.output
+    assert "3 frames read, 2 recomputed, 0 problem(s)" in verified.output
+    drawn = _run("view", store, "--frame", 1, "--out", tmp_path / "view.png")
+    assert drawn.exit_code == 0, drawn.output
+    assert (tmp_path / "view.png").stat().st_size > 50_000
+
+
+def test_flags_reach_the_config(demo_root, tmp_path):
+    store = tmp_path / "targets.zarr"
+    name = json.loads((demo_root / "v1.0-mini" / "scene.json").read_text())[1]["name"]
+    flags = ["--teacher", "teachers:PatchMeans", "--precision", "float32", "--scene", name]
+    result = _run("build", demo_root, store, *flags, "--limit", 1, "--workers", 0)
+    assert result.exit_code == 0, result.output
+    config = open_store(store).attrs["config"]
+    assert config["teacher"]["name"] == "teachers:PatchMeans"
+    assert config["teacher"]["precision"] == "float32"
+    assert config["frames"] == {"scenes": [name], "splits": [], "limit": 1}
+    assert open_store(store).scene(0) == name
+
+
+def test_random_weights_are_never_passed_off_as_dinov2(demo_root, tmp_path):
+    """Said by build, by the store and by info."""
+    store = tmp_path / "targets.zarr"
+    flags = ["--teacher", "random:3", "--limit", 1, "--workers", 0]
+    small = ["--set", "teacher.input_size=[28, 42]"]
+    result = _run("build", demo_root, store, *flags, *small)
+    assert result.exit_code == 0, result.output
+    assert "not DINOv2" in result.output
+    assert open_store(store).attrs["teacher"]["weights"] == "random(3)"
+    assert "RANDOM WEIGHTS" in _run("info", store).output
+
+
+def test_skip_has_its_own_exit_status_and_info_lists_the_frame(dataroot, tmp_path):
+    bad = sorted((dataroot / "samples" / "CAM_BACK").iterdir())[1]
+    bad.write_bytes(bad.read_bytes()[:20_000])
+    store = tmp_path / "targets.zarr"
+    flags = [*SETTINGS, "--workers", 0]
+    stopped = _run("build", dataroot, store, *flags)
+    assert stopped.exit_code == 1
+    assert bad.name in stopped.output and "--on-error skip" in stopped.output
+    skipped = _run("build", dataroot, store, *flags, "--on-error", "skip")
+    assert skipped.exit_code == EXIT_SKIPPED
+    assert bad.name in skipped.output
+    assert bad.name in _run("info", store).output
+    assert _run("verify", store).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "nothing.zarr"], "no targets store here"),
+        (["verify", "nothing.zarr"], "no targets store here"),
+        (["view", "nothing.zarr"], "no targets store here"),
+        (["check", "nowhere"], "no such directory: nowhere"),
+        (["build", "nowhere", "x.zarr"], "no such directory: nowhere"),
+        (["build", "nowhere", "x.zarr", "--set", "lidar.sweps=2"], "did you mean lidar.sweeps?"),
+    ],
+)
+def test_mistakes_get_one_message_and_status_1(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = _run(*arguments)
+    assert result.exit_code == 1
+    assert result.output.startswith(("error:", "note:"))
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_mistakes(built, demo_root):
+    assert "frames 0 to 3" in _run("view", built, "--frame", 4).output
+    assert _run("verify", built, "--recompute", 1).exit_code == 2
+    other = _run("build", demo_root, built, *SETTINGS, "--set", "lidar.sweeps=2")
+    assert other.exit_code == 1
+    assert "config.lidar.sweeps: 1 -> 2" in other.output
+
+
+def test_info_tells_how_far_an_unfinished_build_is(built):
+    import zarr
+
+    from occfeat_targets.schema import zarr_store
+
+    zarr.open_group(zarr_store(built, read_only=False), mode="r+").attrs["complete"] = False
+    output = _run("info", built).output
+    assert "unfinished: run its build again" in output
+    assert "0 of 2 done" in output
+
+
+def test_check_counts_frames(demo_root):
+    result = _run("check", demo_root)
+    assert result.exit_code == 0
+    assert "v1.0-mini, 2 scenes, 4 keyframes: ok" in result.output
+
+
+def test_demo_data_refuses_nonsense(tmp_path):
+    result = _run("demo-data", tmp_path / "world", "--scenes", 1)
+    assert result.exit_code == 1
+    assert result.output.startswith("error:")
+
+
+def test_the_makefile_passes_its_variables_on(pytestconfig):
+    def commands(*variables):
+        make = ["make", "--dry-run", "--always-make", "targets", *variables]
+        run = subprocess.run(
+            make, capture_output=True, text=True, check=True, cwd=pytestconfig.rootpath
+        )
+        return [line for line in run.stdout.splitlines() if "occfeat-targets" in line]
+
+    demo = commands()
+    assert [line.split()[1] for line in demo] == ["demo-data", "build", "info"]
+    real = commands(
+        "NUSCENES=/data", "STORE=s.zarr", "VERSION=v1.0-mini", "TEACHER=dir", "WORKERS=3",
+        "SCHEDULER=tcp://h:1",
+    )  # fmt: skip
+    assert [line.split()[1] for line in real] == ["build", "info"]
+    for part in ("'/data' 's.zarr'", "--version v1.0-mini", "--teacher dir", "--workers 3"):
+        assert part in real[0]
+    assert "--scheduler tcp://h:1" in real[0] and "pipelines/nuscenes.yaml" in real[0]

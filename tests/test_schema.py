@@ -1,0 +1,134 @@
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import zarr
+from conftest import build_store
+from PIL import Image
+
+from occfeat_targets.config import TargetsConfig
+from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.schema import (
+    CAMERAS,
+    StoreError,
+    array_specs,
+    open_store,
+    point_step_m,
+    zarr_store,
+)
+
+
+def test_a_frame_reads_back_as_the_contract_says(demo_store):
+    store = open_store(demo_store)
+    assert len(store) == 4
+    frame = store.frame(1)
+    for spec in store.specs:
+        if spec.name != "images":
+            assert frame[spec.name].dtype == spec.dtype, spec.name
+    n = frame["n_voxels"]
+    assert n > 1000
+    assert frame["features"].shape == (n, 8)
+    assert frame["voxel_index"].shape == frame["feature_cameras"].shape == (n,)
+    assert frame["map"].shape == (5, 200, 200)
+    assert frame["vehicle_boxes"].shape == (frame["n_vehicles"], 8)
+    sizes = [Image.open(io.BytesIO(jpeg)).size for jpeg in frame["images"]]
+    assert sizes == [(512, 288)] * len(CAMERAS)
+    assert store.split(0) in ("mini_train", "mini_val")
+    assert len(store.token(0)) == 32
+
+
+def test_root_attributes_describe_the_store(demo_store):
+    attrs = open_store(demo_store).attrs
+    assert attrs["format"] == "occfeat-targets"
+    assert attrs["format_version"] == 1
+    assert attrs["teacher"]["name"] == "patch-means"
+    assert attrs["grid"] == VoxelGrid().to_dict()
+    assert TargetsConfig.from_dict(attrs["config"]).block_frames == 2
+    assert attrs["source"]["version"] == "v1.0-mini"
+    assert attrs["cameras"][1] == "CAM_FRONT"
+
+
+def test_what_was_never_written_is_not_data(demo_store):
+    """Past the valid length every array holds its fill, and no fill is a legal value."""
+    store = open_store(demo_store)
+    n = store.per_frame["n_voxels"][0]
+    assert (store.array("features")[0, n:] == -128).all()
+    assert (store.array("voxel_index")[0, n:] == 2**32 - 1).all()
+    assert np.isnan(store.array("feature_scale")[0, n:]).all()
+    assert (store.array("feature_cameras")[0, n:] == 255).all()
+
+
+def test_no_two_blocks_share_a_file(demo_store):
+    """One block, one shard of every sharded array: the rule that makes parallel writes safe."""
+    store = open_store(demo_store)
+    block = store.attrs["config"]["block_frames"]
+    for spec in store.specs:
+        array = store.array(spec.name)
+        if spec.chunk is None:
+            assert array.nchunks == 1, spec.name
+        else:
+            assert array.shards[0] == block, spec.name
+            assert array.shards[1:] >= array.shape[1:], spec.name
+            assert array.chunks[0] == 1, spec.name
+
+
+def test_only_codecs_with_a_stable_specification(demo_store):
+    stable = {"bytes", "zstd", "blosc", "crc32c", "sharding_indexed"}
+    for path in demo_store.glob("*/zarr.json"):
+        meta = json.loads(path.read_text())
+        assert meta["zarr_format"] == 3
+        names = {codec["name"] for codec in meta["codecs"]}
+        for codec in meta["codecs"]:
+            if codec["name"] == "sharding_indexed":
+                names |= {inner["name"] for inner in codec["configuration"]["codecs"]}
+        assert names <= stable, path
+
+
+def test_voxels_can_never_outnumber_their_room():
+    specs = {s.name: s for s in array_specs(TargetsConfig().to_dict(), 384, with_map=False)}
+    assert specs["voxel_index"].shape == (40960,)
+    assert "map" not in specs
+    few = TargetsConfig().to_dict() | {"grid": VoxelGrid(x=(0, 1, 2), y=(0, 1, 3)).to_dict()}
+    assert array_specs(few, 384, with_map=True)[12].shape == (2 * 3 * 8,)
+
+
+def test_point_step_grows_with_the_grid():
+    assert point_step_m(VoxelGrid()) == 0.002
+    assert point_step_m(VoxelGrid(x=(-102.4, 102.4, 512))) == 0.004
+    with pytest.raises(ValueError, match="grid reaches 400"):
+        point_step_m(VoxelGrid(x=(-400, 400, 100)))
+
+
+def _with_attrs(store, tmp_path, **attrs):
+    copy = shutil.copytree(store, tmp_path / "copy.zarr")
+    zarr.open_group(zarr_store(copy, read_only=False), mode="r+").attrs.update(attrs)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("attrs", "message"),
+    [
+        ({"complete": False}, "not finished"),
+        ({"format": "other"}, "not an occfeat-targets store"),
+        ({"format_version": 7}, "format version 7, this program reads 1"),
+    ],
+)
+def test_wrong_stores_are_refused(demo_store, tmp_path, attrs, message):
+    with pytest.raises(StoreError, match=message):
+        open_store(_with_attrs(demo_store, tmp_path, **attrs))
+
+
+def test_nothing_there_is_refused(tmp_path):
+    with pytest.raises(StoreError, match="no targets store here"):
+        open_store(tmp_path / "nothing.zarr")
+
+
+def test_urls_work_wherever_a_path_does(demo_root, demo_store):
+    """memory:// stands for s3://: the same fsspec road, no rename, no local files."""
+    url = "memory://bucket/targets.zarr"
+    build_store(demo_root, url)
+    ours, theirs = open_store(url).frame(3), open_store(demo_store).frame(3)
+    assert ours["images"] == theirs["images"]
+    assert np.array_equal(ours["features"], theirs["features"])

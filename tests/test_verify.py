@@ -1,0 +1,131 @@
+"""verify must notice damage: every check is shown to fail on a store spoilt that way."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from occfeat_targets.schema import open_store, zarr_store
+from occfeat_targets.verify import recompute_frames, verify_store
+
+
+@pytest.fixture
+def store(demo_store, tmp_path):
+    return Path(shutil.copytree(demo_store, tmp_path / "targets.zarr"))
+
+
+def _edit(store, name, change):
+    """Change one stored array through zarr, as a buggy writer would."""
+    array = zarr.open_group(zarr_store(store, read_only=False), mode="r+")[name]
+    frame = array[1]
+    change(frame)
+    array[1] = frame
+
+
+def test_a_good_store_has_no_problems(demo_store):
+    assert verify_store(demo_store) == (4, [])
+
+
+def _swap(index):
+    index[[10, 11]] = index[[11, 10]]
+
+
+def _shift(index):
+    index[:1000] += 200 * 10  # ten cells forward
+
+
+def _turn(cam_T_ego):
+    cam_T_ego[2] = cam_T_ego[0]
+
+
+def _set(where, value):
+    def change(array):
+        array[where] = value
+
+    return change
+
+
+DAMAGE = {
+    "unsorted voxels": ("voxel_index", _swap, "not ascending"),
+    "voxel outside": ("voxel_index", _set(0, 320_000), "leaves the grid"),
+    "voxels moved": ("voxel_index", _shift, "hold a stored point"),
+    "scale NaN": ("feature_scale", _set(5, np.nan), "not finite"),
+    "camera 7": ("feature_cameras", _set(5, 64), "bits of no camera"),
+    "feature unwritten": ("features", _set(5, -128), "largest code is not 127"),
+    "feature lost": ("features", _set(5, 3), "largest code is not 127"),
+    "cameras swapped": ("cam_T_ego", _turn, "contradicts the calibration"),
+    "not rigid": ("cam_T_ego", _set((0, 0), 0.5), "not a rigid transform"),
+    "K singular": ("K", _set((0, 1), 0.0), "K is singular"),
+    "image damaged": ("images", _set(slice(0, 4), 0), "cannot be decoded"),
+    "vehicle mask": ("vehicle", _set((slice(3), slice(3)), 1), "not the mask of vehicle_boxes"),
+    "visible mask": ("vehicle_visible", _set((0, 0), 0), "not the mask of vehicle_boxes"),
+    "map value": ("map", _set((0, 0, 0), 7), "other than 0 and 1"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_and_located(store, kind):
+    name, change, message = DAMAGE[kind]
+    _edit(store, name, change)
+    n_frames, problems = verify_store(store)
+    assert n_frames == 4
+    assert any(message in problem for problem in problems), problems
+    token = open_store(store).token(1)
+    assert all(f"frame 1 ({open_store(store).scene(1)}, sample {token})" in p for p in problems)
+
+
+def test_a_scene_without_a_name_is_found(store):
+    group = zarr.open_group(zarr_store(store, read_only=False), mode="r+")
+    group.attrs["scenes"] = group.attrs["scenes"][:1]
+    assert verify_store(store)[1] == [
+        "scene holds numbers that the attribute scenes has no name for"
+    ]
+
+
+def test_a_feature_on_an_unseen_voxel_is_found(store):
+    bits = open_store(store).frame(1)["feature_cameras"]
+    unseen = int(np.flatnonzero(bits == 0)[0])
+    _edit(store, "features", _set((unseen, 2), 127))
+    problems = verify_store(store)[1]
+    assert any("no camera sees has a feature" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("kept", [0, 10, 2000])
+def test_truncated_files_are_found(store, kept):
+    shard = store / "features" / "c" / "0" / "0" / "0"
+    shard.write_bytes(shard.read_bytes()[:kept])
+    problems = verify_store(store)[1]
+    assert len(problems) >= 1
+    assert all("frame 0" in p or "frame 1" in p for p in problems)
+
+
+def test_a_missing_file_is_found(store):
+    """Zarr reads a missing shard as fill values; fill values are no data."""
+    (store / "features" / "c" / "0" / "0" / "0").unlink()
+    problems = verify_store(store)[1]
+    assert sum("largest code is not 127" in problem for problem in problems) == 2
+    assert all("frame 0" in p or "frame 1" in p for p in problems)
+
+
+def test_recomputing_finds_what_no_check_can_see(store, demo_root):
+    assert recompute_frames(store, demo_root, 4, seed=0) == []
+
+    def rotate(features):
+        features[:500] = np.roll(features[:500], 3, axis=1)
+
+    _edit(store, "features", rotate)
+    _edit(store, "points", _set((0, 0), 77))
+    problems = recompute_frames(store, demo_root, 4, seed=0)
+    assert len(problems) == 2
+    assert any("features differ" in problem for problem in problems)
+    assert any("points differs" in problem for problem in problems)
+
+
+def test_recomputing_with_another_teacher_says_so(store, demo_root):
+    group = zarr.open_group(zarr_store(store, read_only=False), mode="r+")
+    group.attrs["teacher"] = group.attrs["teacher"] | {"weights": "others"}
+    assert recompute_frames(store, demo_root, 1, 0) == [
+        "the teacher here is not the store's: weights: others -> none"
+    ]
