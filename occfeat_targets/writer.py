@@ -169,8 +169,8 @@ def write_block(job: BlockJob) -> BlockResult:
         _write_marker(job, frames, failed)
     except OSError as error:
         raise StoreError(
-            f"block {job.index} ({job.records[0]} …): cannot write {job.url}: "
-            f"{error.strerror or error}; what is finished is kept, run the same command again"
+            f"cannot write {job.url}: {error.strerror or error}; what is finished is kept, run the "
+            "same command again"
         ) from error
     return BlockResult(job.index, len(job.records), failed)
 
@@ -200,7 +200,7 @@ def _write_arrays(group: zarr.Group, job: BlockJob, frames: list[dict]) -> None:
         rows = min(spec.shape[0], spec.chunk[0] * math.ceil(longest / spec.chunk[0]))
         if longest > spec.shape[0]:
             raise StoreError(
-                f"block {job.index}: {spec.name} needs {longest} rows, the store has room for "
+                f"{spec.name} needs {longest} rows, the store has room for "
                 f"{spec.shape[0]}: lower images.quality or images.size"
             )
         buffer = np.full((len(frames), rows, *spec.shape[1:]), spec.fill, dtype=spec.dtype)

@@ -33,7 +33,7 @@ def _swap(index):
 
 
 def _shift(index):
-    index[:1000] += 200 * 10  # ten cells forward
+    index[index < 2**32 - 1] -= index.min()  # still ascending, still inside
 
 
 def _turn(cam_T_ego):

@@ -1,0 +1,147 @@
+"""The sensor rig of the demo car: calibration, sensor timing, lidar beams, quaternions.
+
+Calibration is that of one real nuScenes car, rounded to six decimals. Rotations are unit
+quaternions ``(w, x, y, z)``; ``ego_T_sensor`` takes points from the sensor frame to the vehicle
+frame (x forward, y left, z up; metres). Camera frame: x right, y down, z along the optical axis.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+IMAGE_WIDTH, IMAGE_HEIGHT = 1600, 900
+LIDAR = "LIDAR_TOP"
+KEYFRAME_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Sensor:
+    """One calibrated sensor: its place on the car, its intrinsics, its firing time.
+
+    ``translation`` (3,) metres and ``rotation`` (4,) wxyz give ``ego_T_sensor``; ``intrinsics`` is
+    ``(focal, centre_u, centre_v)`` in pixels of a 1600x900 image, or None for the lidar;
+    ``early_us`` says how many microseconds before the keyframe's timestamp the sensor fires.
+    """
+
+    channel: str
+    translation: tuple[float, float, float]
+    rotation: tuple[float, float, float, float]
+    intrinsics: tuple[float, float, float] | None
+    early_us: int
+
+    def camera_matrix(self) -> np.ndarray:
+        """Intrinsics K, (3, 3) float64, from camera coordinates to continuous pixels (u, v)."""
+        if self.intrinsics is None:
+            raise ValueError(f"{self.channel} is not a camera and has no intrinsics")
+        focal, centre_u, centre_v = self.intrinsics
+        return np.array([[focal, 0, centre_u], [0, focal, centre_v], [0, 0, 1]], dtype=np.float64)
+
+    def ego_T_sensor(self) -> np.ndarray:
+        """Pose of the sensor on the car, (4, 4) float64."""
+        return transform(self.translation, self.rotation)
+
+
+SENSORS = (
+    Sensor(
+        "CAM_FRONT_LEFT",
+        (1.523878, 0.494631, 1.509328),
+        (0.675727, -0.673627, 0.212140, -0.211228),
+        (1272.597947, 826.615493, 479.751654),
+        43107,
+    ),
+    Sensor(
+        "CAM_FRONT",
+        (1.700791, 0.015946, 1.510958),
+        (0.499802, -0.503032, 0.499780, -0.497371),
+        (1266.417203, 816.267020, 491.507066),
+        35491,
+    ),
+    Sensor(
+        "CAM_FRONT_RIGHT",
+        (1.550848, -0.493405, 1.495748),
+        (0.206035, -0.202694, 0.682451, -0.671361),
+        (1260.847445, 807.968245, 495.334427),
+        27612,
+    ),
+    Sensor(
+        "CAM_BACK_LEFT",
+        (1.035691, 0.484795, 1.590970),
+        (0.692419, -0.703162, -0.116483, 0.112033),
+        (1256.741481, 792.112574, 492.775747),
+        528,
+    ),
+    Sensor(
+        "CAM_BACK",
+        (0.028326, 0.003451, 1.579103),
+        (0.503787, -0.497402, -0.494185, 0.504550),
+        (809.220991, 829.219600, 481.778424),
+        10426,
+    ),
+    Sensor(
+        "CAM_BACK_RIGHT",
+        (1.014878, -0.480568, 1.562395),
+        (0.122810, -0.132401, -0.700431, 0.690496),
+        (1259.513741, 807.252905, 501.195799),
+        20058,
+    ),
+    Sensor(LIDAR, (0.943713, 0.0, 1.840230), (0.707796, -0.006492, 0.010646, -0.706307), None, 0),
+)
+CAMERAS = tuple(sensor for sensor in SENSORS if sensor.intrinsics is not None)
+LIDAR_SENSOR = SENSORS[-1]
+
+LIDAR_BEAMS = 32
+LIDAR_COLUMNS = 1084
+LIDAR_MAX_RANGE = 100.0
+LIDAR_RANGE_NOISE = 0.01
+
+
+def quaternion_to_matrix(rotation) -> np.ndarray:
+    """Rotation matrix (3, 3) float64 of a quaternion wxyz, which is normalised first."""
+    w, x, y, z = np.asarray(rotation, dtype=np.float64) / np.linalg.norm(rotation)
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+        ]
+    )
+
+
+def quaternion_from_euler(yaw: float, pitch: float = 0.0, roll: float = 0.0) -> list[float]:
+    """Quaternion wxyz of R = Rz(yaw) Ry(pitch) Rx(roll); angles in radians."""
+    cy, sy = math.cos(yaw / 2), math.sin(yaw / 2)
+    cp, sp = math.cos(pitch / 2), math.sin(pitch / 2)
+    cr, sr = math.cos(roll / 2), math.sin(roll / 2)
+    return [
+        cr * cp * cy + sr * sp * sy,
+        sr * cp * cy - cr * sp * sy,
+        cr * sp * cy + sr * cp * sy,
+        cr * cp * sy - sr * sp * cy,
+    ]
+
+
+def transform(translation, rotation) -> np.ndarray:
+    """a_T_b, (4, 4) float64, from the position of b in a (3,) and a quaternion wxyz (4,)."""
+    matrix = np.eye(4)
+    matrix[:3, :3] = quaternion_to_matrix(rotation)
+    matrix[:3, 3] = translation
+    return matrix
+
+
+def lidar_directions() -> tuple[np.ndarray, np.ndarray]:
+    """The rays of one lidar turn.
+
+    Returns unit directions (columns * beams, 3) float64 in the lidar frame (x right, y forward,
+    z up) in firing order, column by column, and the ring number (columns * beams,) of each;
+    ring 0 is the lowest beam.
+    """
+    elevation = np.deg2rad(np.linspace(-30.67, 10.67, LIDAR_BEAMS))
+    azimuth = np.arange(LIDAR_COLUMNS) * (-2 * np.pi / LIDAR_COLUMNS)
+    directions = np.empty((LIDAR_COLUMNS, LIDAR_BEAMS, 3))
+    directions[..., 0] = np.cos(azimuth)[:, None] * np.cos(elevation)
+    directions[..., 1] = np.sin(azimuth)[:, None] * np.cos(elevation)
+    directions[..., 2] = np.sin(elevation)
+    return directions.reshape(-1, 3), np.tile(np.arange(LIDAR_BEAMS), LIDAR_COLUMNS)

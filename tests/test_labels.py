@@ -1,0 +1,294 @@
+"""BEV masks against a test of every cell: boxes, polygons with holes, lines, the whole map."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import reference
+from pyquaternion import Quaternion
+
+from occfeat_targets.config import load_config
+from occfeat_targets.frame_targets import bev_labels
+from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.labels import (
+    draw_line,
+    fill_polygon,
+    footprint,
+    map_masks,
+    vehicle_boxes,
+    vehicle_masks,
+)
+from occfeat_targets.map_layers import MapLayers, Shapes
+from occfeat_targets.nuscenes_source import load_source
+from occfeat_targets.records import Boxes
+
+# Unequal axes of odd cell sizes, not centred on the car.
+GRID = VoxelGrid((-9.0, 14.0, 31), (-8.0, 5.0, 22), (-1.0, 1.0, 2))
+BOUNDS = (GRID.x, GRID.y, GRID.z)
+MIDDLE, REACH = np.array([2.5, -1.5]), np.array([11.5, 6.5])
+
+
+def random_boxes(rng, n):
+    """Rotated boxes, many of them across the border of the grid or wholly outside."""
+    centre = MIDDLE + rng.uniform(-1.3, 1.3, (n, 2)) * REACH
+    on_border = rng.uniform(size=n) < 0.4
+    centre[on_border, 0] = rng.choice(GRID.x[:2], on_border.sum())
+    length, width = rng.uniform(0.3, 9, n), rng.uniform(0.3, 4, n)
+    yaw, visibility = rng.uniform(-7, 7, n), rng.integers(0, 5, n)
+    zero = np.zeros(n)
+    return np.column_stack([centre, zero, length, width, zero + 1, yaw, visibility])
+
+
+def as_reference(vehicles):
+    return [(*v[[0, 1, 3, 4, 6]], int(v[7])) for v in vehicles]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_vehicle_masks_of_random_boxes_are_the_loops(seed):
+    vehicles = random_boxes(np.random.default_rng(seed), 1 + seed)
+    vehicle, visible = vehicle_masks(vehicles, GRID)
+    assert vehicle.dtype == visible.dtype == np.uint8
+    np.testing.assert_array_equal(vehicle, reference.vehicle_mask(as_reference(vehicles), BOUNDS))
+    np.testing.assert_array_equal(visible, reference.visible_mask(as_reference(vehicles), BOUNDS))
+
+
+def test_no_vehicles_no_mask():
+    vehicle, visible = vehicle_masks(np.zeros((0, 8)), GRID)
+    assert vehicle.shape == visible.shape == (31, 22)
+    assert not vehicle.any()
+    assert visible.all()
+
+
+def test_length_runs_along_the_heading():
+    # 8 m long, 1 m wide, heading left (y): few rows in x, many columns in y.
+    vehicle, _ = vehicle_masks(np.array([[2, -1, 0, 8, 1, 1, math.pi / 2, 4.0]]), GRID)
+    rows, columns = np.nonzero(vehicle)
+    x, y = GRID.bev_centres()
+    assert np.ptp(x[rows]) < 1 < 6 < np.ptp(y[columns]) < 8
+
+
+def test_footprint_is_counter_clockwise_and_of_the_right_size():
+    corners = footprint(np.array([3.0, -2.0, 0, 4.0, 2.0, 1.5, 0.7]))
+    ahead = np.array([math.cos(0.7), math.sin(0.7)])
+    left = np.array([-ahead[1], ahead[0]])
+    wanted = [[2, 1], [-2, 1], [-2, -1], [2, -1]]
+    np.testing.assert_allclose(corners, [(3, -2) + a * ahead + b * left for a, b in wanted])
+
+
+@pytest.mark.parametrize(
+    ("levels", "counts"),
+    [([1], 0), ([2], 1), ([4], 1), ([0], 1), ([1, 1], 0), ([1, 3], 1), ([3, 1], 1)],
+)
+def test_only_boxes_of_visibility_1_alone_are_left_out(levels, counts):
+    vehicles = np.array([[2, -1, 0, 4, 2, 1, 0.3, level] for level in levels], dtype=float)
+    vehicle, visible = vehicle_masks(vehicles, GRID)
+    assert vehicle.sum() > 10
+    assert (visible[vehicle == 1] == counts).all()
+    assert (visible[vehicle == 0] == 1).all()
+
+
+def test_vehicles_are_all_categories_of_that_name_and_no_other():
+    names = ("vehicle.car", "human.pedestrian.adult", "vehicle.bus.rigid", "movable_object.barrier")
+    boxes = Boxes(names, np.arange(28.0).reshape(4, 7), np.array([1, 2, 0, 4], dtype=np.uint8))
+    found = vehicle_boxes(boxes)
+    np.testing.assert_array_equal(found, [[*range(7), 1], [*range(14, 21), 0]])
+
+
+def real_case(nuscenes_one, *overrides):
+    config = load_config(None, ['labels.map="off"', *overrides])
+    source = load_source(nuscenes_one, None, config)
+    return config, source.records[0]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["grid.x=[-40,48,110]", "grid.y=[-32,30,93]"]],
+    ids=["default", "uneven"],
+)
+def test_vehicle_masks_of_the_real_keyframe_are_the_loops(nuscenes_one, overrides):
+    config, record = real_case(nuscenes_one, *overrides)
+    labels = bev_labels(record, config)
+    bounds = (config.grid.x, config.grid.y, config.grid.z)
+    tables = reference.Tables(nuscenes_one)
+    boxes = reference.vehicle_boxes(tables, record.token)
+    assert len(boxes) > 5
+    assert {box[5] for box in boxes} >= {1, 4}
+    np.testing.assert_array_equal(labels["vehicle"], reference.vehicle_mask(boxes, bounds))
+    np.testing.assert_array_equal(labels["vehicle_visible"], reference.visible_mask(boxes, bounds))
+    assert labels["vehicle"].sum() > 100
+    # Stored boxes are float32; the angle may differ by a whole turn.
+    stored = labels["vehicle_boxes"]
+    assert stored.dtype == np.float32
+    np.testing.assert_allclose(
+        stored[:, [0, 1, 3, 4, 7]], np.array(boxes)[:, [0, 1, 2, 3, 5]], atol=1e-5
+    )
+    assert np.abs(np.exp(1j * stored[:, 6]) - np.exp(1j * np.array(boxes)[:, 4])).max() < 1e-6
+
+
+def even_odd(rings):
+    return reference.bev_mask(BOUNDS, lambda x, y: reference.in_polygon(x, y, rings[0], rings[1:]))
+
+
+def star(rng, centre, radius, corners):
+    """A simple polygon round a centre, of uneven radius, either way round, now and then closed."""
+    angle = np.sort(rng.uniform(0, 2 * math.pi, corners))[:: rng.choice([-1, 1])]
+    reach = radius * rng.uniform(0.4, 1.0, corners)
+    ring = centre + reach[:, None] * np.column_stack([np.cos(angle), np.sin(angle)])
+    return np.concatenate([ring, ring[:1]]) if rng.uniform() < 0.3 else ring
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_polygons_with_holes_are_the_loops(seed):
+    rng = np.random.default_rng(seed)
+    centre = MIDDLE + rng.uniform(-1, 1, 2) * REACH
+    rings = [star(rng, centre, rng.uniform(4, 12), 11)]
+    rings += [star(rng, centre + rng.uniform(-3, 3, 2), 2.5, 7) for _ in range(seed % 3)]
+    mask = fill_polygon(rings, GRID)
+    assert mask.shape == (31, 22)
+    np.testing.assert_array_equal(mask, even_odd(rings))
+    assert mask.any()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_polygons_far_larger_than_the_grid_are_the_loops(seed):
+    rng = np.random.default_rng(seed)
+    # The border passes through the grid at random, or not at all.
+    centre = MIDDLE + rng.uniform(-1, 1, 2) * 2000
+    rings = [star(rng, centre, 4000, 9), star(rng, MIDDLE, 5, 9)]
+    np.testing.assert_array_equal(fill_polygon(rings, GRID), even_odd(rings))
+
+
+def test_polygon_round_the_grid_fills_it_and_one_beside_it_does_not():
+    square = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * 1e4
+    assert fill_polygon([square], GRID).all()
+    for shift in ([3e4, 0], [-3e4, 0], [0, 3e4], [0, -3e4]):
+        assert not fill_polygon([square + shift], GRID).any()
+    hole = np.array([[-5.0, -5], [5, -5], [5, 2], [-5, 2]])
+    np.testing.assert_array_equal(fill_polygon([square, hole], GRID), ~fill_polygon([hole], GRID))
+    assert fill_polygon([hole], GRID).any()
+
+
+def test_polygon_through_cell_centres_counts_each_side_once():
+    # Two rectangles that share an edge through a row of centres: every cell is in exactly one.
+    x, y = GRID.bev_centres()
+    for axis, value in [(0, x[9]), (1, y[9])]:
+        ends = [np.array([[-50.0, -50], [50, 50]]) for _ in range(2)]
+        ends[0][1, axis] = ends[1][0, axis] = value
+        masks = [
+            fill_polygon([np.array([[a[0], a[1]], [b[0], a[1]], [b[0], b[1]], [a[0], b[1]]])], GRID)
+            for a, b in ends
+        ]
+        assert (masks[0] ^ masks[1]).all()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_lines_that_leave_and_come_back_are_the_loops(seed):
+    rng = np.random.default_rng(seed)
+    line = MIDDLE + rng.uniform(-2.5, 2.5, (7, 2)) * REACH
+    line[3] = line[2]  # a repeated node, as map data has
+    inside = (np.abs(line - MIDDLE) < REACH).all(axis=1)
+    width = rng.uniform(0.2, 3)
+    mask = np.zeros(GRID.bev_shape, dtype=bool)
+    draw_line(mask, line, width, GRID)
+    wanted = reference.bev_mask(
+        BOUNDS, lambda x, y: reference.distance_to_polyline(x, y, line.tolist()) <= width / 2
+    )
+    np.testing.assert_array_equal(mask, wanted)
+    assert not inside.all()
+
+
+def test_some_of_those_lines_leave_and_come_back():
+    # Keeps the test above honest: a line whose middle node is outside paints on both its ends.
+    mask = np.zeros(GRID.bev_shape, dtype=bool)
+    line = np.array([[0.0, -4.0], [0.0, 40.0], [6.0, 40.0], [6.0, -4.0]])
+    draw_line(mask, line, 1.0, GRID)
+    x, _ = GRID.bev_centres()
+    rows = x[mask.any(axis=1)]
+    assert ((np.abs(rows) <= 0.5) | (np.abs(rows - 6) <= 0.5)).all()
+    assert (rows < 1).any() and (rows > 5).any()
+
+
+def test_drawing_keeps_what_is_there():
+    mask = np.zeros(GRID.bev_shape, dtype=bool)
+    mask[0, 0] = mask[30, 21] = True
+    draw_line(mask, np.array([[0.0, -3.0], [5.0, 1.0]]), 1.0, GRID)
+    assert mask[0, 0] and mask[30, 21]
+    assert mask.sum() > 5
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_map_is_moved_into_the_ego_frame(seed):
+    rng = np.random.default_rng(seed)
+    wxyz = Quaternion(axis=[0, 0, 1], angle=rng.uniform(0, 6)) * Quaternion(
+        axis=rng.normal(size=3), angle=0.02
+    )
+    global_T_ego = wxyz.transformation_matrix
+    global_T_ego[:3, 3] = [*rng.uniform(300, 2000, 2), 0.0]
+    here = global_T_ego[:2, 3]
+    layers = [[[star(rng, here + rng.uniform(-9, 9, 2), 9, 9)] for _ in range(2)] for _ in range(4)]
+    layers[0][0].append(star(rng, layers[0][0][0].mean(axis=0), 3, 7))
+    layers[1].append([star(rng, here + 5000, 9, 9)])
+    lines = [[here + rng.uniform(-25, 25, (5, 2))] for _ in range(2)]
+    masks = map_masks(
+        MapLayers(tuple(map(Shapes.of, layers)), Shapes.of(lines)), global_T_ego, 1.5, GRID
+    )
+    np.testing.assert_array_equal(masks, naive_map(layers, lines, global_T_ego, 1.5, BOUNDS))
+    assert masks.any(axis=(1, 2)).all()
+
+
+@pytest.mark.xfail(strict=True, reason="YAML 1.1 reads off as false, which is no string")
+def test_map_labels_are_switched_off_as_the_error_message_says():
+    assert load_config(None, ["labels.map=off"]).labels.map == "off"
+
+
+def naive_map(layers, lines, global_T_ego, width, bounds):
+    ego_T_global = np.linalg.inv(global_T_ego)
+
+    def to_ego(ring):
+        return [reference.apply(ego_T_global, (x, y, 0.0))[:2] for x, y in ring]
+
+    layers = [[[to_ego(ring) for ring in rings] for rings in shapes] for shapes in layers]
+    lines = [to_ego(line) for (line,) in lines]
+
+    def in_layer(shapes):
+        return lambda x, y: any(reference.in_polygon(x, y, r[0], r[1:]) for r in shapes)
+
+    def on_line(x, y):
+        return any(reference.distance_to_polyline(x, y, line) <= width / 2 for line in lines)
+
+    masks = [reference.bev_mask(bounds, in_layer(shapes)) for shapes in layers]
+    return np.stack([*masks, reference.bev_mask(bounds, on_line)])
+
+
+def test_demo_worlds_map_is_the_loops(demo_root):
+    config = load_config(None, ["grid.x=[-40,48,34]", "grid.y=[-32,30,27]", "labels.map=required"])
+    source = load_source(demo_root, None, config)
+    bounds = (config.grid.x, config.grid.y, config.grid.z)
+    (path,) = (demo_root / "maps" / "expansion").glob("*.json")
+    tables = json.loads(path.read_text())
+    node = {row["token"]: (row["x"], row["y"]) for row in tables["node"]}
+    polygon = {
+        row["token"]: [
+            [node[t] for t in row["exterior_node_tokens"]],
+            *([node[t] for t in hole["node_tokens"]] for hole in row["holes"]),
+        ]
+        for row in tables["polygon"]
+    }
+    line = {row["token"]: [node[t] for t in row["node_tokens"]] for row in tables["line"]}
+    layers = [
+        [polygon[t] for row in tables["drivable_area"] for t in row["polygon_tokens"]],
+        *(
+            [polygon[row["polygon_token"]] for row in tables[layer]]
+            for layer in ("walkway", "ped_crossing", "carpark_area")
+        ),
+    ]
+    lines = [[line[row["line_token"]]] for row in tables["road_divider"]]
+    painted = np.zeros(5, dtype=int)
+    for record in (source.records[0], source.records[-1]):
+        masks = bev_labels(record, config)["map"]
+        global_T_ego = record.global_T_ego
+        wanted = naive_map(layers, lines, global_T_ego, config.labels.divider_width_m, bounds)
+        np.testing.assert_array_equal(masks, wanted)
+        painted += wanted.any(axis=(1, 2))
+    assert (painted[[0, 1, 4]] > 0).all()
