@@ -18,15 +18,21 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from .frames import FrameResult, frame_is_complete, make_frame, result_file, write_atomically
-from .lidar import cast_rays, ground_material, sweep
-from .map_expansion import LOCATION, map_expansion
-from .materials import Material
-from .render import render_camera
-from .scene import Plan, build_scene
-from .tables import build_tables, map_image_name
-from .taxonomy import scene_names
-from .world import World, frame_world, global_T_ego
+from occfeat_targets.demo_world.frames import (
+    FrameResult,
+    frame_is_complete,
+    make_frame,
+    result_file,
+    write_atomically,
+)
+from occfeat_targets.demo_world.lidar import cast_rays, ground_material, sweep
+from occfeat_targets.demo_world.map_expansion import LOCATION, map_expansion
+from occfeat_targets.demo_world.materials import Material
+from occfeat_targets.demo_world.render import render_camera
+from occfeat_targets.demo_world.scene import Plan, build_scene
+from occfeat_targets.demo_world.tables import build_tables, map_image_name
+from occfeat_targets.demo_world.taxonomy import scene_names
+from occfeat_targets.demo_world.world import World, frame_world, global_T_ego
 
 __all__ = [
     "Material",

@@ -10,20 +10,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .lidar import sweep
-from .render import object_ids, shade, trace
-from .rig import (
+from occfeat_targets.demo_world.lidar import sweep
+from occfeat_targets.demo_world.render import object_ids, shade, trace
+from occfeat_targets.demo_world.rig import (
     CAMERAS,
     IMAGE_HEIGHT,
     IMAGE_WIDTH,
     LIDAR_SENSOR,
     SENSORS,
     Sensor,
-    quaternion_to_matrix,
 )
-from .scene import FIRST_STATIC_ID, Plan, Scene, build_scene
-from .taxonomy import visibility_level
-from .world import World, frame_world, global_T_ego
+from occfeat_targets.demo_world.scene import FIRST_STATIC_ID, Plan, Scene, build_scene
+from occfeat_targets.demo_world.taxonomy import visibility_level
+from occfeat_targets.demo_world.world import World, frame_world, global_T_ego
+from occfeat_targets.geometry import transform
 
 FrameResult = list[dict]
 RESULTS_FOLDER = "demo_world_frames"
@@ -108,10 +108,8 @@ def _jpeg(rgb: np.ndarray) -> bytes:
 
 def _points_in_boxes(world: World, points: np.ndarray) -> list[int]:
     """Lidar returns inside each annotated box, counted from the points as they are stored."""
-    translation, rotation = world.scene.ego_pose(world.timestamp)
-    xyz = points[:, :3].astype(np.float64) @ LIDAR_SENSOR.ego_T_sensor()[:3, :3].T
-    xyz += LIDAR_SENSOR.translation
-    xyz = xyz @ quaternion_to_matrix(rotation).T + translation
+    global_T_lidar = global_T_ego(world, world.timestamp) @ LIDAR_SENSOR.ego_T_sensor()
+    xyz = transform(global_T_lidar, points[:, :3])
     counts = []
     for placed in world.placed:
         cos, sin = np.cos(placed.yaw), np.sin(placed.yaw)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .layout import Layout
-from .materials import Material, ground_palette
+from occfeat_targets.demo_world.layout import Layout
+from occfeat_targets.demo_world.materials import Material, ground_palette
 
 SHADOW = 128
 _SHADOW_LIGHT = 0.56

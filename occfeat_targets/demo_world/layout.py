@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .materials import Material
-from .street import Section, Street
+from occfeat_targets.demo_world.materials import Material
+from occfeat_targets.demo_world.street import Section, Street
 
 KINDS = ("cross", "straight", "turn", "curve")
 

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .materials import Material, intensity_table
-from .primitives import Solids, intersect
-from .rig import (
+from occfeat_targets.demo_world.materials import Material, intensity_table
+from occfeat_targets.demo_world.primitives import Solids, intersect
+from occfeat_targets.demo_world.rig import (
     LIDAR_MAX_RANGE,
     LIDAR_RANGE_NOISE,
     LIDAR_SENSOR,
     lidar_directions,
 )
-from .world import World, global_T_ego
+from occfeat_targets.demo_world.world import World, global_T_ego
 
 
 def cast_rays(

@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from .scene import MAP_SIZE, Scene
+from occfeat_targets.demo_world.scene import MAP_SIZE, Scene
 
 LOCATION = "boston-seaport"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .street import Street
+from occfeat_targets.demo_world.street import Street
 
 
 @dataclass(frozen=True)

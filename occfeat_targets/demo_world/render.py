@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
-from . import paint
-from .materials import Material
-from .primitives import Kind, Solids, intersect, taper_planes
-from .scene import FIRST_STATIC_ID
-from .world import World
+from occfeat_targets.demo_world import paint
+from occfeat_targets.demo_world.materials import Material
+from occfeat_targets.demo_world.primitives import Kind, Solids, intersect, taper_planes
+from occfeat_targets.demo_world.scene import FIRST_STATIC_ID
+from occfeat_targets.demo_world.world import World
 
 SKY, GROUND = -1, -2
 _NEAR = 0.2

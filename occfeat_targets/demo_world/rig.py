@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from occfeat_targets.geometry import rigid
+
 IMAGE_WIDTH, IMAGE_HEIGHT = 1600, 900
 LIDAR = "LIDAR_TOP"
 KEYFRAME_SECONDS = 0.5
@@ -41,7 +43,7 @@ class Sensor:
 
     def ego_T_sensor(self) -> np.ndarray:
         """Pose of the sensor on the car, (4, 4) float64."""
-        return transform(self.translation, self.rotation)
+        return rigid(self.rotation, self.translation)
 
 
 SENSORS = (
@@ -98,18 +100,6 @@ LIDAR_MAX_RANGE = 100.0
 LIDAR_RANGE_NOISE = 0.01
 
 
-def quaternion_to_matrix(rotation) -> np.ndarray:
-    """Rotation matrix (3, 3) float64 of a quaternion wxyz, which is normalised first."""
-    w, x, y, z = np.asarray(rotation, dtype=np.float64) / np.linalg.norm(rotation)
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-        ]
-    )
-
-
 def quaternion_from_euler(yaw: float, pitch: float = 0.0, roll: float = 0.0) -> list[float]:
     """Quaternion wxyz of R = Rz(yaw) Ry(pitch) Rx(roll); angles in radians."""
     cy, sy = math.cos(yaw / 2), math.sin(yaw / 2)
@@ -121,14 +111,6 @@ def quaternion_from_euler(yaw: float, pitch: float = 0.0, roll: float = 0.0) -> 
         cr * sp * cy + sr * cp * sy,
         cr * cp * sy - sr * sp * cy,
     ]
-
-
-def transform(translation, rotation) -> np.ndarray:
-    """a_T_b, (4, 4) float64, from the position of b in a (3,) and a quaternion wxyz (4,)."""
-    matrix = np.eye(4)
-    matrix[:3, :3] = quaternion_to_matrix(rotation)
-    matrix[:3, 3] = translation
-    return matrix
 
 
 def lidar_directions() -> tuple[np.ndarray, np.ndarray]:

@@ -8,14 +8,14 @@ from functools import lru_cache
 
 import numpy as np
 
-from . import scenery
-from .ground import StaticGround
-from .layout import KINDS, Layout, build_layout
-from .motion import Actor, Path, in_the_way, lane_path
-from .primitives import SolidBuilder, Solids
-from .rig import KEYFRAME_SECONDS, quaternion_from_euler
-from .street import Street
-from .traffic import populate
+from occfeat_targets.demo_world import scenery
+from occfeat_targets.demo_world.ground import StaticGround
+from occfeat_targets.demo_world.layout import KINDS, Layout, build_layout
+from occfeat_targets.demo_world.motion import Actor, Path, in_the_way, lane_path
+from occfeat_targets.demo_world.primitives import SolidBuilder, Solids
+from occfeat_targets.demo_world.rig import KEYFRAME_SECONDS, quaternion_from_euler
+from occfeat_targets.demo_world.street import Street
+from occfeat_targets.demo_world.traffic import populate
 
 MAP_SIZE = (2979.5, 2118.1)
 FIRST_STATIC_ID = 100_000

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .materials import Material
-from .paint import Paint
-from .primitives import Kind, SolidBuilder
+from occfeat_targets.demo_world.materials import Material
+from occfeat_targets.demo_world.paint import Paint
+from occfeat_targets.demo_world.primitives import Kind, SolidBuilder
 
 Colour = tuple[float, float, float]
 

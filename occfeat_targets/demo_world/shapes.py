@@ -7,9 +7,9 @@ so that lidar noise on its skin stays inside the annotated box.
 
 from __future__ import annotations
 
-from .materials import Material
-from .paint import Paint
-from .primitives import Kind, SolidBuilder
+from occfeat_targets.demo_world.materials import Material
+from occfeat_targets.demo_world.paint import Paint
+from occfeat_targets.demo_world.primitives import Kind, SolidBuilder
 
 MARGIN = 0.03
 DARK = (0.05, 0.05, 0.055)

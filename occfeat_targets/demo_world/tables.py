@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from .frames import FrameResult, file_name, vehicle_log
-from .map_expansion import LOCATION, token
-from .rig import IMAGE_HEIGHT, IMAGE_WIDTH, LIDAR, SENSORS, quaternion_from_euler
-from .scene import Plan, Scene
-from .taxonomy import ATTRIBUTES, CATEGORIES
+from occfeat_targets.demo_world.frames import FrameResult, file_name, vehicle_log
+from occfeat_targets.demo_world.map_expansion import LOCATION, token
+from occfeat_targets.demo_world.rig import (
+    IMAGE_HEIGHT,
+    IMAGE_WIDTH,
+    LIDAR,
+    SENSORS,
+    quaternion_from_euler,
+)
+from occfeat_targets.demo_world.scene import Plan, Scene
+from occfeat_targets.demo_world.taxonomy import ATTRIBUTES, CATEGORIES
 
 _LEVELS = ("v0-40", "v40-60", "v60-80", "v80-100")
 

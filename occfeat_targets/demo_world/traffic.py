@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .layout import Layout
-from .motion import Actor, Path, lane_path
-from .street import Street
+from occfeat_targets.demo_world.layout import Layout
+from occfeat_targets.demo_world.motion import Actor, Path, lane_path
+from occfeat_targets.demo_world.street import Street
 
 _PAINTS = (
     (0.85, 0.85, 0.86),

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import shapes
-from .ground import Ground, hull
-from .motion import Actor
-from .primitives import Kind, SolidBuilder, Solids, join
-from .rig import transform
-from .scene import FIRST_STATIC_ID, Plan, Scene, build_scene
+from occfeat_targets.demo_world import shapes
+from occfeat_targets.demo_world.ground import Ground, hull
+from occfeat_targets.demo_world.motion import Actor
+from occfeat_targets.demo_world.primitives import Kind, SolidBuilder, Solids, join
+from occfeat_targets.demo_world.scene import FIRST_STATIC_ID, Plan, Scene, build_scene
+from occfeat_targets.geometry import rigid
 
 ANNOTATED_WITHIN = 100.0
 EGO_ID = FIRST_STATIC_ID - 1
@@ -151,4 +151,5 @@ def _sunlit(scene: Scene, solids: Solids) -> np.ndarray:
 
 def global_T_ego(world: World, timestamp: int) -> np.ndarray:
     """The car's pose at a time in microseconds, (4, 4) float64."""
-    return transform(*world.scene.ego_pose(timestamp))
+    translation, rotation = world.scene.ego_pose(timestamp)
+    return rigid(rotation, translation)
