@@ -18,7 +18,7 @@ import yaml
 from occfeat_targets.grid import VoxelGrid
 from occfeat_targets.schema import point_step_m
 
-MAP_MODES = ("auto", "required", "off")
+MAP_MODES = ("auto", "required", "never")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -86,7 +86,7 @@ class LabelsConfig:
 
     map: str = "auto"
     """``auto`` stores map masks if the map expansion is there, ``required`` insists on it,
-    ``off`` never does."""
+    ``never`` does not."""
     divider_width_m: float = 1.5
     """A cell is a divider if its centre lies within half of this of the line. The default is
     the width that nuscenes-devkit's two-pixel lines paint at 0.5 m per cell."""

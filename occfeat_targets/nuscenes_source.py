@@ -194,12 +194,12 @@ def _map_paths(nusc: NuScenes, dataroot: Path, scenes: list[dict], mode: str) ->
         place: dataroot / "maps" / "expansion" / f"{place}.json" for place in location.values()
     }
     missing = [str(path) for path in paths.values() if not path.exists()]
-    if mode == "off" or (mode == "auto" and len(missing) == len(paths)):
+    if mode == "never" or (mode == "auto" and len(missing) == len(paths)):
         return dict.fromkeys(location, "")
     if missing:
         raise SourceError(
             f"missing map expansion: {', '.join(missing)}. Unpack nuScenes' map expansion (v1.3) "
-            "there, or build without map labels: --set labels.map=off"
+            "there, or build without map labels: --set labels.map=never"
         )
     return {name: str(paths[place]) for name, place in location.items()}
 

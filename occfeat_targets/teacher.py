@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from occfeat_targets.config import ConfigError, TeacherConfig
 
@@ -135,12 +136,13 @@ def dense_features(
 
 
 def state_sha256(model: torch.nn.Module) -> str:
-    """sha256 over the names, shapes and bytes of a model's parameters, whatever file held them."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    """sha256 over a model's parameters, whatever they are called and whatever file held them."""
+    tensors = (tensor.contiguous().cpu() for tensor in model.state_dict().values())
+    digests = sorted(
+        hashlib.sha256(f"{t.dtype} {tuple(t.shape)}".encode() + t.numpy().tobytes()).digest()
+        for t in tensors
+    )
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -168,16 +170,15 @@ def _pretrained(config: TeacherConfig) -> DinoTeacher:
 
     try:
         shape = AutoConfig.from_pretrained(config.name)
-        if shape.model_type not in _DINO_TYPES:
-            raise ConfigError(
-                f"teacher {config.name} is a {shape.model_type} model; only DINOv2 (with or "
-                "without registers) is read directly, use package.module:factory for others"
+        if shape.model_type in _DINO_TYPES:
+            model, loading = AutoModel.from_pretrained(
+                config.name, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
-        model = AutoModel.from_pretrained(config.name, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        reason = str(error).strip().splitlines()[0]
+            if loading["missing_keys"]:  # transformers would fill them with random numbers
+                raise ValueError(f"no weights for {', '.join(sorted(loading['missing_keys']))}")
+            return DinoTeacher(model, config.name, config.precision)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise TeacherError(
             f"cannot load the teacher {config.name!r} ({reason}).\n"
             f"On a machine with internet, fetch config.json and model.safetensors of "
@@ -185,7 +186,10 @@ def _pretrained(config: TeacherConfig) -> DinoTeacher:
             "it: --teacher DIR (make targets TEACHER=DIR). Without the weights, --teacher random:0 "
             "runs the pipeline on random features."
         ) from error
-    return DinoTeacher(model, config.name, config.precision)
+    raise ConfigError(
+        f"teacher {config.name} is a {shape.model_type} model; only DINOv2 (with or without "
+        "registers) is read directly, use package.module:factory for others"
+    )
 
 
 def _hub_id(name: str) -> str:

@@ -66,7 +66,7 @@ class Analytic:
 
 @cache
 def read(dataroot, overrides, sweeps):
-    config = load_config(None, ['labels.map="off"', f"lidar.sweeps={sweeps}", *overrides])
+    config = load_config(None, ["labels.map=never", f"lidar.sweeps={sweeps}", *overrides])
     return config, load_source(dataroot, None, config).records
 
 
