@@ -32,6 +32,7 @@ else
 targets: $(installed)
 	$(bin)/occfeat-targets demo-data '$(DEMO)'
 	$(bin)/occfeat-targets build '$(DEMO)' '$(STORE)' --config pipelines/demo.yaml $(options)
+	$(bin)/occfeat-targets verify '$(STORE)'
 endif
 	$(bin)/occfeat-targets info '$(STORE)'
 

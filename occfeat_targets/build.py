@@ -31,7 +31,7 @@ def prepare(
         StoreError: the store's place can't be used.
     """
     source = load_source(dataroot, version, config)
-    check_records(source.records)
+    check_records(source.records, config)
     writer.begin(url, config, source, overwrite)
     writer.sweep_litter(url)
     return source

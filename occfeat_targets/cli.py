@@ -57,7 +57,7 @@ def _one_message() -> Iterator[None]:
 
     try:
         yield
-    except (BuildStopped, ClusterError, StoreError, TeacherError, ValueError) as error:
+    except (BuildStopped, ClusterError, StoreError, TeacherError, ValueError, OSError) as error:
         click.secho(f"error: {error}", fg="red", err=True)
         sys.exit(EXIT_FAILED)
 
@@ -148,19 +148,21 @@ def build(
     """Build the targets store STORE from the nuScenes dataroot DATAROOT.
 
     STORE is a directory or a URL that fsspec opens (s3://…). Killed or failed builds continue
-    where they were when the same command is run again.
+    where they were when the same command is run again (without --overwrite).
     """
     from occfeat_targets import writer
     from occfeat_targets.build import build as run_build
     from occfeat_targets.build import prepare
     from occfeat_targets.cluster import executor
     from occfeat_targets.config import load_config
+    from occfeat_targets.schema import absolute
 
     flags = {"teacher.name": teacher, "teacher.precision": precision, "frames.limit": limit}
     flags["frames.scenes"] = list(scenes) or None
     chosen = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     with _one_message():
         config = load_config(config_file, [*overrides, *chosen])
+        store = absolute(store)
         if config.teacher.name.startswith("random:"):
             click.echo(
                 f"note: teacher {config.teacher.name} has random weights; these are not DINOv2 "
@@ -200,8 +202,9 @@ def check(
     from occfeat_targets.nuscenes_source import check_records, load_source
 
     with _one_message():
-        source = load_source(dataroot, dataset_version, load_config(config_file, overrides))
-        check_records(source.records)
+        config = load_config(config_file, overrides)
+        source = load_source(dataroot, dataset_version, config)
+        check_records(source.records, config)
     scenes = len({record.scene for record in source.records})
     frames = f"{scenes} scenes, {len(source.records)} keyframes"
     click.echo(f"{dataroot}: {source.version}, {frames}: ok")
@@ -234,11 +237,11 @@ def verify(store: str, recompute: int, dataroot: Path | None, seed: int) -> None
         raise click.UsageError("--recompute needs --dataroot")
     with _one_message():
         n_frames, problems = verify_store(store)
-        if recompute:
+        if recompute and not problems:
             problems += recompute_frames(store, dataroot, recompute, seed)
     for problem in problems:
         click.secho(f"  {problem}", fg="red", err=True)
-    again = f", {min(recompute, n_frames)} recomputed" if recompute else ""
+    again = f", {min(recompute, n_frames)} recomputed" if recompute and not problems else ""
     click.echo(f"{store}: {n_frames} frames read{again}, {len(problems)} problem(s)")
     sys.exit(EXIT_FAILED if problems else 0)
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Protocol
 
-import psutil
 import torch
 
 WORKER_BYTES = 1_500_000_000
@@ -21,6 +20,13 @@ WORKER_BYTES = 1_500_000_000
 _GPU_THREADS = 8
 """Most threads of a GPU worker: JPEG decoding, not the teacher, bounds it."""
 _RETRIES = 2
+_WORKER_SETTINGS = {
+    # Dask makes malloc give every freed buffer back at once; the teacher's activations are then
+    # paged in again for each layer. glibc's largest thresholds keep them.
+    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 1 << 30,
+    "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": 32 << 20,
+    "distributed.worker.profile.enabled": False,
+}
 
 
 class ClusterError(RuntimeError):
@@ -31,7 +37,7 @@ class Executor(Protocol):
     """Runs functions of one argument on one or many workers."""
 
     def everywhere(self, function: Callable, argument: Any) -> list:
-        """``function(argument)`` once on every worker: their results."""
+        """``function(argument)`` as often as there are workers, spread over them: the results."""
         ...
 
     def run(self, function: Callable, jobs: Iterable) -> Iterator[tuple[Any, Any]]:
@@ -68,13 +74,15 @@ class DaskExecutor:
 
     def everywhere(self, function: Callable, argument: Any) -> list:
         """See :class:`Executor`."""
+        from distributed import KilledWorker
+
         client = self._client
-        return client.gather(
-            [
-                client.submit(function, argument, workers=[worker], pure=False)
-                for worker in client.nthreads()
-            ]
-        )
+        # Not pinned to addresses: a worker that dies comes back under another one.
+        futures = [client.submit(function, argument, pure=False) for _ in client.nthreads()]
+        try:
+            return client.gather(futures)
+        except (KilledWorker, ImportError) as error:
+            raise _readable(error) from error
 
     def run(self, function: Callable, jobs: Iterable) -> Iterator[tuple[Any, Any]]:
         """See :class:`Executor`. A task whose worker dies is run again elsewhere."""
@@ -84,8 +92,11 @@ class DaskExecutor:
         running: dict[Any, Any] = {}
         finished = as_completed()
 
-        def submit(count: int) -> None:
-            for job in islice(jobs, count):
+        def top_up() -> None:
+            # One waiting task per thread hides the round trip; more would only hold memory.
+            # Counted anew each time: workers of a shared cluster come and go.
+            wanted = 2 * max(1, sum(self._client.nthreads().values()))
+            for job in islice(jobs, max(0, wanted - len(running))):
                 # One buffer instead of hundreds of small arrays: half the scheduler's time.
                 packed = pickle.dumps(job)
                 future = self._client.submit(
@@ -94,13 +105,12 @@ class DaskExecutor:
                 running[future] = job
                 finished.add(future)
 
-        # One waiting task per thread hides the round trip; more would only hold memory.
-        submit(2 * max(1, sum(self._client.nthreads().values())))
+        top_up()
         for future in finished:
             job = running.pop(future)
             error = future.exception()
             yield job, future.result() if error is None else _readable(error)
-            submit(1)
+            top_up()
 
 
 def _unpack_and_run(function: Callable, packed: bytes) -> Any:
@@ -115,6 +125,8 @@ def _readable(error: BaseException) -> BaseException:
             "its worker died every time (out of memory?): use fewer --workers or smaller "
             "block_frames, or --workers 0 to see the error here"
         )
+    if isinstance(error, ImportError):
+        return ClusterError(f"a worker lacks a package: {error}; install occfeat[targets] there")
     return error
 
 
@@ -162,17 +174,20 @@ def _connect(scheduler: str) -> Any:
 
 
 def _local_cluster(workers: int | None, threads: int | None) -> Any:
+    import dask
+    from dask.system import CPU_COUNT  # both know of containers' limits
     from distributed import Nanny, Scheduler, SpecCluster
+    from distributed.system import MEMORY_LIMIT
 
     gpus = _visible_gpus()
     chosen_workers, chosen_threads = choose(
-        cores=len(os.sched_getaffinity(0)),
-        memory=psutil.virtual_memory().available,
+        cores=CPU_COUNT,
+        memory=MEMORY_LIMIT,
         gpus=len(gpus),
     )
     workers, threads = workers or chosen_workers, threads or chosen_threads
     options = {"nthreads": threads, "silence_logs": logging.CRITICAL, "dashboard_address": None}
-    options["memory_limit"] = psutil.virtual_memory().total / workers
+    options["memory_limit"] = MEMORY_LIMIT / workers
     specs = {
         # A GPU worker sees one GPU, set before its process imports torch.
         i: {
@@ -184,7 +199,8 @@ def _local_cluster(workers: int | None, threads: int | None) -> Any:
     }
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     scheduler = {"cls": Scheduler, "options": {"dashboard_address": None, "dashboard": False}}
-    return SpecCluster(workers=specs, scheduler=scheduler, silence_logs=logging.CRITICAL)
+    with dask.config.set(_WORKER_SETTINGS):
+        return SpecCluster(workers=specs, scheduler=scheduler, silence_logs=logging.CRITICAL)
 
 
 def choose(cores: int, memory: int, gpus: int) -> tuple[int, int]:

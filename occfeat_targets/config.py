@@ -1,7 +1,7 @@
 """What a targets store is made of: frozen dataclasses, read from YAML and ``--set key=value``.
 
 Everything here changes the stored bytes and is recorded in the store; how a build is run
-(workers, scheduler, paths) is not, so a build may be continued elsewhere.
+(workers, scheduler, where dataroot and store lie) is not, so a build may be continued elsewhere.
 """
 
 from __future__ import annotations

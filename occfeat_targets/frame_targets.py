@@ -18,7 +18,7 @@ from occfeat_targets.labels import map_masks, vehicle_boxes, vehicle_masks
 from occfeat_targets.map_layers import load_map
 from occfeat_targets.records import FrameError, FrameRecord
 from occfeat_targets.sampling import camera_bits, quantise, sample_mean, see
-from occfeat_targets.schema import point_step_m
+from occfeat_targets.schema import image_room, point_step_m
 from occfeat_targets.teacher import Teacher, dense_features
 
 
@@ -43,8 +43,11 @@ def frame_targets(
         voxels = voxel_targets(record, config, teacher, points, teacher_images)
         packed = pack_points(points, intensity, config.grid)
         room = config.lidar.max_points * config.lidar.sweeps
-        _require_room(len(packed), room, "lidar returns", "lidar.max_points")
-        return voxels | {"points": packed} | pack_images(jpegs) | bev_labels(record, config)
+        _require_room(len(packed), room, "lidar returns", "raise lidar.max_points")
+        images = pack_images(jpegs)
+        room = image_room(config.images.size)
+        _require_room(len(images["images"]), room, "bytes of JPEG", "lower images.quality")
+        return voxels | {"points": packed} | images | bev_labels(record, config)
     except (ImageError, ValueError) as error:
         raise FrameError(f"{record}: {error}") from error
 
@@ -80,7 +83,14 @@ def read_lidar(record: FrameRecord, near_m: float) -> tuple[np.ndarray, np.ndarr
 def camera_images(
     record: FrameRecord, config: TargetsConfig
 ) -> tuple[list[Image.Image], list[bytes]]:
-    """Decode each camera's JPEG once; resize for the teacher and, re-encoded, for the store."""
+    """Decode each camera's JPEG once, for the teacher and for the store.
+
+    Returns:
+        RGB images of ``teacher.input_size`` and JPEGs of ``images.size``, one per camera.
+
+    Raises:
+        ImageError: naming the file, when it is missing or damaged.
+    """
     for_teacher, stored = [], []
     (a, b), (c, d) = config.teacher.input_size, config.images.size
     for path in record.image_paths:
@@ -97,7 +107,22 @@ def voxel_targets(
     xyz_ego: np.ndarray,
     images: list[Image.Image],
 ) -> dict[str, np.ndarray]:
-    """Occupied voxels and their mean teacher feature (paper §3.3), quantised."""
+    """Occupied voxels and their mean teacher feature (paper §3.3), quantised.
+
+    Args:
+        record: the frame's calibration.
+        config: grid and teacher input size.
+        teacher: see ``teacher``.
+        xyz_ego: float64 (M, 3), metres, ego frame.
+        images: one per camera, RGB of ``teacher.input_size``.
+
+    Returns:
+        ``voxel_index`` uint32 (V,), ``features`` int8 (V, C), ``feature_scale`` float16 (V,),
+        ``feature_cameras`` uint8 (V,).
+
+    Raises:
+        ValueError: features are not finite. TeacherError: they have the wrong shape.
+    """
     voxel_index = config.grid.occupied(xyz_ego)
     position, valid = see(
         config.grid.centres(voxel_index), record.K, record.cam_T_ego, np.array(record.image_hw)
@@ -113,9 +138,18 @@ def voxel_targets(
 
 
 def bev_labels(record: FrameRecord, config: TargetsConfig) -> dict[str, np.ndarray]:
-    """Vehicle boxes and BEV masks, and map masks if the record has a map."""
+    """Vehicle boxes and BEV masks, and map masks if the record has a map.
+
+    Returns:
+        ``vehicle_boxes`` float32 (n, 8), ``vehicle`` and ``vehicle_visible`` uint8 (X, Y), and
+        ``map`` uint8 (5, X, Y); ego frame, see ``labels``.
+
+    Raises:
+        ValueError: more vehicles than there is room for.
+    """
     boxes = vehicle_boxes(record.boxes)
-    _require_room(len(boxes), config.labels.max_vehicles, "vehicles", "labels.max_vehicles")
+    room = config.labels.max_vehicles
+    _require_room(len(boxes), room, "vehicles", "raise labels.max_vehicles")
     vehicle, visible = vehicle_masks(boxes, config.grid)
     labels = {"vehicle_boxes": boxes, "vehicle": vehicle, "vehicle_visible": visible}
     if record.map_path:
@@ -142,6 +176,6 @@ def pack_images(jpegs: list[bytes]) -> dict[str, np.ndarray]:
     return {"images": np.frombuffer(b"".join(jpegs), dtype=np.uint8), "image_offset": offset}
 
 
-def _require_room(n: int, room: int, what: str, setting: str) -> None:
+def _require_room(n: int, room: int, what: str, advice: str) -> None:
     if n > room:
-        raise ValueError(f"{n} {what}, the store has room for {room}: raise {setting}")
+        raise ValueError(f"{n} {what}, the store has room for {room}: {advice}")

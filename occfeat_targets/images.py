@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
+
+_HOLE = bytes(512)
+"""Entropy-coded data never has this many zero bytes in a row; a lost disk block does."""
 
 
 class ImageError(ValueError):
@@ -35,10 +37,14 @@ def decode_jpeg(path: Path, at_least_hw: tuple[int, int]) -> Image.Image:
         RGB image, whose size may be a fraction of the file's.
 
     Raises:
-        ImageError: naming the file, when it is missing, truncated or corrupt.
+        ImageError: naming the file, when it is missing, truncated, has a hole, or breaks the
+            decoder. Flipped bits in the middle can't be told from image content.
     """
     try:
-        image = Image.open(path)
+        content = path.read_bytes()
+        if _HOLE in content:  # decoders paint such damage grey and say nothing
+            raise ImageError(f"{path}: the JPEG has a hole of zero bytes in it")
+        image = Image.open(io.BytesIO(content))
         image.draft("RGB", (at_least_hw[1], at_least_hw[0]))
         return image.convert("RGB")
     except FileNotFoundError:
@@ -57,8 +63,3 @@ def encode_jpeg(image: Image.Image, quality: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     return buffer.getvalue()
-
-
-def to_array(image: Image.Image) -> np.ndarray:
-    """RGB uint8 (H, W, 3)."""
-    return np.asarray(image)

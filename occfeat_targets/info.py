@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 
-from occfeat_targets.schema import FAILED, filesystem, open_store
+from occfeat_targets.schema import FAILED, filesystem, find, open_store
 
 
 def summarise(url: str) -> dict:
@@ -23,7 +23,7 @@ def summarise(url: str) -> dict:
         "complete": bool(attrs["complete"]),
         "frames": attrs["n_frames"],
         "bytes": fs.du(path),
-        "files": len(fs.find(path)),
+        "files": len(find(url)),
         "teacher": attrs.get("teacher"),
         "source": attrs["source"],
         "config": attrs["config"],
@@ -32,7 +32,7 @@ def summarise(url: str) -> dict:
     if not attrs["complete"]:
         size = attrs["config"]["block_frames"]
         summary["blocks"] = -(-attrs["n_frames"] // size)
-        summary["blocks_done"] = len(fs.glob(f"{path}/build/blocks/*.json"))
+        summary["blocks_done"] = len([f for f in find(url, "build/blocks") if ".partial" not in f])
         return summary
     counts = store.per_frame["n_voxels"]
     done = counts[counts != FAILED]

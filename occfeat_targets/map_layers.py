@@ -7,6 +7,7 @@ re-enter the patch (MultiLineString under shapely 2), so masks are drawn in ``la
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -49,13 +50,21 @@ class MapLayers:
     dividers: Shapes
 
 
-@lru_cache(maxsize=4)  # nuScenes has four locations
+_reading = threading.Lock()
+
+
 def load_map(path: str) -> MapLayers:
     """Read a map-expansion file (``maps/expansion/<location>.json``); cached per process.
 
     Raises:
         ValueError: naming the file, when it is missing, not JSON or lacks a layer.
     """
+    with _reading:  # threads of a GPU worker would all parse the same large file
+        return _read(path)
+
+
+@lru_cache(maxsize=4)  # nuScenes has four locations
+def _read(path: str) -> MapLayers:
     try:
         tables = json.loads(Path(path).read_text())
         nodes = {n["token"]: (n["x"], n["y"]) for n in tables["node"]}

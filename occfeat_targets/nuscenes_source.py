@@ -17,6 +17,8 @@ from tqdm import tqdm
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.geometry import inverse_rigid, rigid, yaw
 from occfeat_targets.images import check_jpeg
+from occfeat_targets.labels import vehicle_boxes
+from occfeat_targets.map_layers import load_map
 from occfeat_targets.records import Boxes, FrameRecord, Source
 from occfeat_targets.schema import CAMERAS
 
@@ -68,6 +70,7 @@ def load_source(dataroot: Path, version: str | None, config: TargetsConfig) -> S
     from nuscenes.nuscenes import NuScenes
 
     version = find_version(dataroot, version)
+    dataroot = dataroot.resolve()  # workers may run elsewhere
     try:
         nusc = NuScenes(version=version, dataroot=str(dataroot), verbose=False)
     except (AssertionError, KeyError, json.JSONDecodeError, OSError) as error:
@@ -97,18 +100,24 @@ def load_source(dataroot: Path, version: str | None, config: TargetsConfig) -> S
     )
 
 
-def check_records(records: list[FrameRecord]) -> None:
-    """Before any work: every file is there and sound by its size or header, calibration is sane.
+def check_records(records: list[FrameRecord], config: TargetsConfig) -> None:
+    """Before any work: files are there and sound by size or header, calibration is sane, maps
+    can be read, and nothing outgrows its room in the store.
 
     Raises:
         SourceError: listing all faults at once, each with scene, sample and file.
     """
     with ThreadPoolExecutor(16) as pool:  # waits for storage, not for the processor
-        results = pool.map(lambda record: list(_faults(record)), records)
+        results = pool.map(lambda record: list(_faults(record, config)), records)
         progress = tqdm(
             results, total=len(records), desc="checking files", unit="frame", disable=None
         )
         faults = [fault for found in progress for fault in found]
+    for path in sorted({record.map_path for record in records if record.map_path}):
+        try:
+            load_map(path)
+        except ValueError as error:
+            faults.append(str(error))
     if faults:
         shown = "\n".join(f"  {fault}" for fault in faults[:_MAX_FAULTS_SHOWN])
         more = len(faults) - _MAX_FAULTS_SHOWN
@@ -118,7 +127,7 @@ def check_records(records: list[FrameRecord]) -> None:
         )
 
 
-def _faults(record: FrameRecord) -> Iterator[str]:
+def _faults(record: FrameRecord, config: TargetsConfig) -> Iterator[str]:
     for path in record.sweep_paths:
         try:
             size = Path(path).stat().st_size
@@ -129,6 +138,12 @@ def _faults(record: FrameRecord) -> Iterator[str]:
             yield (
                 f"{record}: {path} is truncated: {size} bytes, not a multiple of {LIDAR_ROW_BYTES}"
             )
+        elif size // LIDAR_ROW_BYTES > config.lidar.max_points:
+            n_returns = size // LIDAR_ROW_BYTES
+            yield f"{record}: {path} holds {n_returns} lidar returns: raise lidar.max_points"
+    n_vehicles = len(vehicle_boxes(record.boxes))
+    if n_vehicles > config.labels.max_vehicles:
+        yield f"{record}: {n_vehicles} vehicles: raise labels.max_vehicles"
     for path, hw in zip(record.image_paths, record.image_hw, strict=True):
         problem = check_jpeg(Path(path), hw)
         if problem:
@@ -244,6 +259,10 @@ def _record(
     for camera in CAMERAS:
         image = nusc.get("sample_data", sample["data"][camera])
         global_T_egocam, egocam_T_cam, sensor = _sensor_pose(nusc, image)
+        if np.shape(sensor["camera_intrinsic"]) != (3, 3):
+            raise SourceError(
+                f"{scene['name']}, sample {sample['token']}: {camera}: camera_intrinsic is not 3x3"
+            )
         images.append(image)
         K.append(sensor["camera_intrinsic"])
         # Through the camera's own ego pose: the car moves between lidar and camera times.

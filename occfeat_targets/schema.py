@@ -87,9 +87,7 @@ def array_specs(config: dict, feature_dim: int, with_map: bool) -> tuple[ArraySp
     n_points = config["lidar"]["max_points"] * config["lidar"]["sweeps"]
     n_voxels = min(n_points, grid.n_voxels)  # a point occupies one voxel: this can't overflow
     n_vehicles = config["labels"]["max_vehicles"]
-    height, width = config["images"]["size"]
-    # One byte per pixel: about twice what JPEG quality 95 needs on a textured image.
-    n_image_bytes = _IMAGE_BYTES * math.ceil(len(CAMERAS) * height * width / _IMAGE_BYTES)
+    n_image_bytes = image_room(config["images"]["size"])
     voxel_rows, bev = min(_VOXEL_ROWS, n_voxels), grid.bev_shape
     feature_rows = min(_FEATURE_ROWS, n_voxels)
     n_cameras, n_map = len(CAMERAS), len(MAP_CLASSES)
@@ -188,6 +186,14 @@ def array_specs(config: dict, feature_dim: int, with_map: bool) -> tuple[ArraySp
     return tuple(s for s in specs if with_map or s.name != "map")
 
 
+def image_room(size: tuple[int, int]) -> int:
+    """Bytes of room for a frame's JPEGs of (height, width): one byte per pixel.
+
+    About twice what quality 95 needs on a textured image.
+    """
+    return _IMAGE_BYTES * math.ceil(len(CAMERAS) * size[0] * size[1] / _IMAGE_BYTES)
+
+
 def point_step_m(grid: VoxelGrid) -> float:
     """Length of one int16 step of ``points``: 2 mm, or more for grids beyond 65 m.
 
@@ -202,8 +208,28 @@ def point_step_m(grid: VoxelGrid) -> float:
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The fsspec filesystem and path of a store url."""
-    return fsspec.url_to_fs(str(url))
+    """The fsspec filesystem and path of a store url.
+
+    Raises:
+        StoreError: the url's protocol is unknown or its package is not installed.
+    """
+    try:
+        return fsspec.url_to_fs(str(url))
+    except (ImportError, ValueError) as error:
+        raise StoreError(f"{url}: {error}") from error
+
+
+def absolute(url: str) -> str:
+    """A local path made absolute, since workers may run elsewhere; other urls as they are."""
+    fs, path = filesystem(url)
+    return path if isinstance(fs, LocalFileSystem) else str(url)
+
+
+def find(url: str, below: str = "") -> list[str]:
+    """All files of a store, or below one of its folders; listed afresh, no pattern matching."""
+    fs, path = filesystem(url)
+    fs.invalidate_cache()
+    return fs.find(f"{path}/{below}" if below else path)
 
 
 def zarr_store(url: str, read_only: bool) -> zarr.abc.store.Store:

@@ -2,8 +2,9 @@
 
 A teacher is any object with ``name`` (str), ``dim`` (int), ``patch_size`` (int) and
 ``__call__(images: float32 (B, 3, H, W) in 0..1) -> (B, dim, H / patch_size, W / patch_size)``,
-RGB in, torch tensors both. A plug-in may also carry ``weights``, a string that identifies its
-parameters.
+RGB in, torch tensors both. A plug-in should also carry ``weights``, a string that identifies its
+parameters (a ``torch.nn.Module`` gets the hash of its state), so that a build is not continued with
+others. It is called without gradients; on a GPU worker from several threads at once.
 """
 
 from __future__ import annotations
@@ -100,17 +101,26 @@ def load_teacher(config: TeacherConfig) -> Teacher:
 
 def describe(teacher: Teacher, config: TeacherConfig) -> dict:
     """The store's ``teacher`` attribute: which model, weights, layer and size made the targets."""
+
+    def text(attribute: str, otherwise: str = "unknown") -> str:
+        value = getattr(teacher, attribute, None)
+        return value if isinstance(value, str) else otherwise  # a module may have a .layer
+
     return {
         "name": teacher.name,
-        "revision": getattr(teacher, "revision", "unknown"),
-        "architecture": getattr(teacher, "architecture", type(teacher).__name__),
-        "layer": getattr(teacher, "layer", "unknown"),
+        "revision": text("revision"),
+        "architecture": text("architecture", type(teacher).__name__),
+        "layer": text("layer"),
         "input_size": list(config.input_size),
         "patch_size": int(teacher.patch_size),
         "dim": int(teacher.dim),
-        "precision": getattr(teacher, "precision", "unknown"),
-        "weights": getattr(teacher, "weights", "unknown"),
+        "precision": text("precision"),
+        "weights": text("weights") if hasattr(teacher, "weights") else _plugin_weights(teacher),
     }
+
+
+def _plugin_weights(teacher: Teacher) -> str:
+    return state_sha256(teacher) if isinstance(teacher, torch.nn.Module) else "unknown"
 
 
 def dense_features(
@@ -125,7 +135,8 @@ def dense_features(
         TeacherError: when the shape is not what ``dim`` and ``patch_size`` promise.
     """
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    features = teacher(pixels.permute(0, 3, 1, 2).float().div_(255))
+    with torch.inference_mode():
+        features = teacher(pixels.permute(0, 3, 1, 2).float().div_(255))
     h, w = (side // teacher.patch_size for side in input_size)
     wanted = (len(images), teacher.dim, h, w)
     if tuple(features.shape) != wanted:

@@ -65,6 +65,7 @@ def begin(url: str, config: TargetsConfig, source: Source, overwrite: bool) -> N
     fs, path = schema.filesystem(url)
     trash = f"{path}.deleting"
     wanted = _root_attributes(config, source)
+    _require_hex_tokens(source)
     try:
         if fs.exists(trash):  # an earlier --overwrite was killed half-way
             fs.rm(trash, recursive=True)
@@ -82,13 +83,23 @@ def begin(url: str, config: TargetsConfig, source: Source, overwrite: bool) -> N
     _refuse_other(url, existing, wanted)
 
 
+def _require_hex_tokens(source: Source) -> None:
+    for record in source.records:
+        try:
+            complete = len(bytes.fromhex(record.token)) == 16
+        except ValueError:
+            complete = False
+        if not complete:
+            raise StoreError(f"{record}: a sample token must be 32 hex digits")
+
+
 def _refuse_other(url: str, existing: dict, wanted: dict) -> None:
     if existing.get("format_version") != schema.FORMAT_VERSION:
         raise StoreError(
             f"{url} has format version {existing.get('format_version')}, this program writes "
             f"{schema.FORMAT_VERSION}: choose another store or --overwrite"
         )
-    identity = ("config", "source", "teacher", "frames_sha256", "scenes")
+    identity = ("config", "source", "teacher", "scenes", "splits", "map_classes", "records_sha256")
     changed = differences(
         {key: existing[key] for key in identity if key in existing and key in wanted},
         {key: wanted[key] for key in identity if key in existing and key in wanted},
@@ -111,6 +122,8 @@ def set_teacher(url: str, config: TargetsConfig, teacher: dict) -> None:
     attrs = dict(group.attrs)
     if "teacher" in attrs:
         _refuse_other(url, attrs, attrs | {"teacher": teacher})
+        if attrs["complete"]:  # frames that failed are about to be written again
+            group.attrs["complete"] = False
         return
     specs = schema.array_specs(config.to_dict(), teacher["dim"], attrs["map_classes"] != [])
     schema.create_arrays(group, specs, attrs["n_frames"], config.block_frames)
@@ -164,8 +177,9 @@ def write_block(job: BlockJob) -> BlockResult:
     if failed and not job.skip_errors:
         return BlockResult(job.index, len(job.records), failed)
     try:
-        group = zarr.open_group(schema.zarr_store(job.url, read_only=False), mode="r+")
+        group = _group_of(job)
         _write_arrays(group, job, frames)
+        _group_of(job)
         _write_marker(job, frames, failed)
     except OSError as error:
         raise StoreError(
@@ -173,6 +187,14 @@ def write_block(job: BlockJob) -> BlockResult:
             "same command again"
         ) from error
     return BlockResult(job.index, len(job.records), failed)
+
+
+def _group_of(job: BlockJob) -> zarr.Group:
+    """The job's store, if it still is: a task can outlive its client and meet a newer store."""
+    group = zarr.open_group(schema.zarr_store(job.url, read_only=False), mode="r+")
+    if group.attrs["config"] != job.config.to_dict() or group.attrs["teacher"] != job.teacher:
+        raise StoreError(f"{job.url} was replaced by a store with other settings meanwhile")
+    return group
 
 
 def _compute(job: BlockJob, teacher: Teacher) -> tuple[list[dict], dict[int, str]]:
@@ -198,11 +220,6 @@ def _write_arrays(group: zarr.Group, job: BlockJob, frames: list[dict]) -> None:
             continue
         longest = max((len(frame[spec.name]) for frame in frames if frame), default=0)
         rows = min(spec.shape[0], spec.chunk[0] * math.ceil(longest / spec.chunk[0]))
-        if longest > spec.shape[0]:
-            raise StoreError(
-                f"{spec.name} needs {longest} rows, the store has room for "
-                f"{spec.shape[0]}: lower images.quality or images.size"
-            )
         buffer = np.full((len(frames), rows, *spec.shape[1:]), spec.fill, dtype=spec.dtype)
         for row, frame in zip(buffer, frames, strict=True):
             if frame:
@@ -258,8 +275,9 @@ def finalise(url: str, config: TargetsConfig, source: Source) -> dict[int, str]:
 def sweep_litter(url: str) -> None:
     """Delete the ``*.partial`` files of killed writers, and the markers of a finished build."""
     fs, path = schema.filesystem(url)
-    for leftover in fs.glob(f"{path}/**/*.partial"):
-        fs.rm(leftover)
+    for file in schema.find(url):
+        if file.endswith(".partial"):
+            fs.rm(file)
     if is_complete(url) and fs.exists(f"{path}/build"):
         fs.rm(f"{path}/build", recursive=True)
 
@@ -285,14 +303,13 @@ def _record_arrays(config: TargetsConfig, source: Source) -> dict[str, np.ndarra
 
 
 def _root_attributes(config: TargetsConfig, source: Source) -> dict:
-    tokens = "\n".join(record.token for record in source.records)
     packages = ("numpy", "Pillow", "torch", "transformers", "zarr")
     return {
         "format": schema.FORMAT,
         "format_version": schema.FORMAT_VERSION,
         "complete": False,
         "n_frames": len(source.records),
-        "frames_sha256": hashlib.sha256(tokens.encode()).hexdigest(),
+        "records_sha256": _records_sha256(source),
         "grid": config.grid.to_dict(),
         "config": config.to_dict(),
         "cameras": list(schema.CAMERAS),
@@ -307,6 +324,17 @@ def _root_attributes(config: TargetsConfig, source: Source) -> dict:
         },
         "software": {"occfeat": __version__} | {p: metadata.version(p) for p in packages},
     }
+
+
+def _records_sha256(source: Source) -> str:
+    """Fingerprint of what the dataset's tables say of the frames: changed tables are noticed."""
+    digest = hashlib.sha256()
+    for r in source.records:
+        digest.update(f"{r.token} {r.scene} {r.split} {r.timestamp_us} {r.boxes.category}".encode())
+        for values in (r.K, r.cam_T_ego, r.ego_T_sweep, r.global_T_ego, r.boxes.box):
+            digest.update(values.tobytes())
+        digest.update(r.boxes.visibility.tobytes())
+    return digest.hexdigest()
 
 
 def _existing_attributes(url: str) -> dict | None:
@@ -329,6 +357,6 @@ def _existing_attributes(url: str) -> dict | None:
 
 
 def _read_markers(url: str) -> dict[int, dict]:
-    fs, path = schema.filesystem(url)
-    files = fs.glob(f"{path}/{_MARKERS}/*.json")
-    return {int(Path(file).stem): json.loads(fs.cat_file(file)) for file in files}
+    fs = schema.filesystem(url)[0]
+    files = (Path(file) for file in schema.find(url, _MARKERS) if file.endswith(".json"))
+    return {int(file.stem): json.loads(fs.cat_file(str(file))) for file in files}

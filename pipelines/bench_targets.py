@@ -43,11 +43,10 @@ TRAINVAL_KEYFRAMES = 34_149
 
 
 @click.command()
-@click.option("--frames", default=120, show_default=True)
+@click.option("--frames", default=96, show_default=True)
 @click.option("--dataroot", type=click.Path(path_type=Path), help="Default: a new demo world.")
 @click.option("--teacher", default="random:0", show_default=True)
-@click.option("--rounds", default=1, show_default=True, help="Build and teacher alone, in turn.")
-def main(frames: int, dataroot: Path | None, teacher: str, rounds: int) -> None:
+def main(frames: int, dataroot: Path | None, teacher: str) -> None:
     """Print the benchmark."""
     with tempfile.TemporaryDirectory() as scratch:
         if dataroot is None:
@@ -55,14 +54,13 @@ def main(frames: int, dataroot: Path | None, teacher: str, rounds: int) -> None:
             scenes, version = (4, "v1.0-mini")
             command = ["demo-data", dataroot, "--scenes", scenes, "--version", version]
             _occfeat_targets(*command, "--samples", -(-frames // scenes))
-        config = load_config(None, [f"teacher.name={teacher}", "block_frames=8"])
+        config = load_config(None, [f"teacher.name={teacher}", "block_frames=4"])
         records = load_source(dataroot, None, config).records[:frames]
         print(
             f"{os.cpu_count()} cores, torch {torch.__version__}, {_device()}, {len(records)} frames"
         )
-        stages(records[:24], config)
-        for _ in range(rounds):
-            whole_build(dataroot, Path(scratch) / "targets.zarr", config, records)
+        stages(records[:12], config)
+        whole_build(dataroot, Path(scratch) / "targets.zarr", config, records)
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=spawn) as fresh:  # to see its memory alone
             fresh.submit(planning, records[0], scratch).result()
@@ -72,7 +70,7 @@ def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 
 
-def _occfeat_targets(*arguments: object) -> subprocess.Popen | None:
+def _occfeat_targets(*arguments: object) -> None:
     subprocess.run(_command(*arguments), check=True)
 
 
@@ -143,24 +141,42 @@ def _source(records: list[FrameRecord]) -> Source:
 
 
 def whole_build(dataroot: Path, store: Path, config: TargetsConfig, records: list) -> None:
-    """The build as a user runs it, and the teacher alone on the same images with all cores."""
+    """The build as a user runs it, between two halves of the teacher alone on the same images.
+
+    The halves before and after share whatever the machine's speed does meanwhile.
+    """
+    alone = _teacher_alone(records[::2], config)
     flags = ["--teacher", config.teacher.name, "--set", f"block_frames={config.block_frames}"]
-    command = _command("build", dataroot, store, *flags, "--limit", len(records), "--overwrite")
-    start = time.perf_counter()
+    command = _command("build", dataroot, store, *flags, "--limit", len(records))
+    start, cpu = time.perf_counter(), _cpu_seconds()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     first, peak = _watch(process, store / "build" / "blocks")
-    build = time.perf_counter() - start
-    alone = {f"{os.cpu_count()} threads": _teacher_threads(records, config)}
+    build, build_cpu = time.perf_counter() - start, _cpu_seconds() - cpu
+    for name, (seconds, cpu) in _teacher_alone(records[1::2], config).items():
+        alone[name] = (alone[name][0] + seconds, alone[name][1] + cpu)
+    frames = len(records)
+    print(f"\n{'':<26}{'frames/s':>9}{'wall s':>9}{'CPU s':>9}")
+    print(f"{'whole build':<26}{frames / build:>9.3f}{build:>9.1f}{build_cpu:>9.1f}")
+    for name, (seconds, cpu) in alone.items():
+        print(f"{'teacher alone, ' + name:<26}{frames / seconds:>9.3f}{seconds:>9.1f}{cpu:>9.1f}")
+        print(f"{'  build / this':<26}{'':>9}{build / seconds:>9.3f}{build_cpu / cpu:>9.3f}")
+    print(f"{'first block done after':<26}{first:>9.1f} s")
+    print(f"{'worker peak memory':<26}{peak / 1e9:>9.2f} GB")
+
+
+def _cpu_seconds() -> float:
+    """User and system time of this process's ended children and theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _teacher_alone(records: list[FrameRecord], config: TargetsConfig) -> dict[str, tuple]:
+    """Wall and CPU seconds of forward passes with all cores, in one process and in one per core."""
+    n = os.cpu_count()
+    modes = {f"1 process, {n} threads": (1, n)}
     if not torch.cuda.is_available():
-        alone[f"{os.cpu_count()} processes"] = _teacher_processes(records, config)
-    fastest = min(alone.values())
-    print(f"\n{'whole build':<24}{len(records) / build:>8.3f} frames/s   {build:.1f} s")
-    print(f"{'  first block done after':<24}{first:>8.1f} s")
-    for name, seconds in alone.items():
-        rate = len(records) / seconds
-        print(f"{'teacher alone, ' + name:<24}{rate:>8.3f} frames/s   {seconds:.1f} s")
-    print(f"{'build / fastest teacher':<24}{build / fastest:>8.3f}")
-    print(f"{'worker peak memory':<24}{peak / 1e9:>8.2f} GB")
+        modes[f"{n} processes, 1 thread"] = (n, 1)
+    return {name: _teacher_processes(records, config, *mode) for name, mode in modes.items()}
 
 
 def _watch(process: subprocess.Popen, markers: Path) -> tuple[float, float]:
@@ -182,36 +198,32 @@ def _watch(process: subprocess.Popen, markers: Path) -> tuple[float, float]:
     return first, peak
 
 
-def _pixels(record: FrameRecord, config: TargetsConfig) -> list:
-    return ft.camera_images(record, config)[0]
-
-
-def _run_teacher(records: list[FrameRecord], config: TargetsConfig, threads: int, gate) -> float:
-    """Seconds of forward passes over records whose images are ready in memory."""
+def _run_teacher(records: list[FrameRecord], config: TargetsConfig, threads: int, gate) -> tuple:
+    """Wall and CPU seconds of forward passes over records whose images are ready in memory."""
     torch.set_num_threads(threads)
     teacher = load_teacher(config.teacher)
-    images = [_pixels(record, config) for record in records]
+    images = [ft.camera_images(record, config)[0] for record in records]
     dense_features(teacher, images[0], config.teacher.input_size)
-    if gate is not None:
-        gate.wait()
-    start = time.perf_counter()
+    gate.wait()
+    start, cpu = time.perf_counter(), time.process_time()
     for image in images:
         dense_features(teacher, image, config.teacher.input_size)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
-def _teacher_threads(records: list[FrameRecord], config: TargetsConfig) -> float:
-    return _run_teacher(records, config, os.cpu_count(), None)
-
-
-def _teacher_processes(records: list[FrameRecord], config: TargetsConfig) -> float:
-    """One single-threaded process per core, each with its share of the frames, all at once."""
-    n = os.cpu_count()
+def _teacher_processes(
+    records: list[FrameRecord], config: TargetsConfig, processes: int, threads: int
+) -> tuple[float, float]:
+    """Processes share the frames and start at once; the slowest one's wall, everyone's CPU."""
     spawn = multiprocessing.get_context("spawn")
-    with spawn.Manager() as manager, ProcessPoolExecutor(n, mp_context=spawn) as pool:
-        gate = manager.Barrier(n)
-        runs = [pool.submit(_run_teacher, records[i::n], config, 1, gate) for i in range(n)]
-        return max(run.result() for run in runs)
+    with spawn.Manager() as manager, ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+        gate = manager.Barrier(processes)
+        runs = [
+            pool.submit(_run_teacher, records[i::processes], config, threads, gate)
+            for i in range(processes)
+        ]
+        wall, cpu = zip(*(run.result() for run in runs), strict=True)
+        return max(wall), sum(cpu)
 
 
 def _nothing(job) -> int:

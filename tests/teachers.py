@@ -38,6 +38,28 @@ class Suicidal(PatchMeans):
         os.kill(os.getpid(), 9)
 
 
+class DiesLoading(PatchMeans):
+    """Takes its process with it before it has done anything."""
+
+    def __init__(self):
+        os.kill(os.getpid(), 9)
+
+
+class Learned(torch.nn.Module):
+    """A plug-in as users write them: a module with parameters, nothing about gradients."""
+
+    name, dim, patch_size = "learned", 4, 14
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 4, 14, 14)
+        torch.nn.init.constant_(self.layer.weight, 0.01)
+        torch.nn.init.constant_(self.layer.bias, 0.5)
+
+    def forward(self, images):
+        return self.layer(images)
+
+
 class NotFinite(PatchMeans):
     """NaN features, as a broken half-precision run would give."""
 

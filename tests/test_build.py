@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from conftest import build_store, tree_bytes
+from conftest import FAST, build_store, tree_bytes
 from PIL import Image
 
 from occfeat_targets import writer
-from occfeat_targets.build import BuildStopped
-from occfeat_targets.config import ConfigError
+from occfeat_targets.build import BuildStopped, prepare
+from occfeat_targets.config import ConfigError, load_config
 from occfeat_targets.nuscenes_source import SourceError, find_version
 from occfeat_targets.schema import StoreError, open_store, zarr_store
 from occfeat_targets.teacher import TeacherError
@@ -115,6 +115,62 @@ def test_another_teacher_behind_the_same_name_refuses(demo_root, tmp_path, monke
         build_store(demo_root, store)
 
 
+@pytest.mark.parametrize("table", ["ego_pose", "sample_annotation", "splits"])
+def test_changed_tables_refuse_to_continue(dataroot, tmp_path, monkeypatch, table):
+    """Old blocks with new calibration, boxes or splits would be silently wrong."""
+    store = tmp_path / "targets.zarr"
+    whole_plan = writer.plan
+    monkeypatch.setattr(writer, "plan", lambda *args: whole_plan(*args)[:1])
+    with pytest.raises(StoreError, match="blocks are not done"):
+        build_store(dataroot, store)
+    monkeypatch.undo()
+    if table == "splits":
+        scenes = json.loads((dataroot / "v1.0-mini" / "scene.json").read_text())
+        own = {"a": [s["name"] for s in scenes[:1]], "b": [s["name"] for s in scenes[1:]]}
+        (dataroot / "v1.0-mini" / "splits.json").write_text(json.dumps(own))
+    else:
+        _edit_table(dataroot, table, lambda rows: rows[0]["translation"].__setitem__(0, 7.0))
+    with pytest.raises(StoreError, match="records_sha256"):
+        build_store(dataroot, store)
+
+
+def test_a_task_that_outlives_its_client_leaves_a_newer_store_alone(demo_root, tmp_path):
+    store = tmp_path / "targets.zarr"
+    config = load_config(None, [*FAST, "images.quality=60"])
+    source = prepare(demo_root, str(store), None, config, overwrite=False)
+    teacher = writer.describe_teacher(config)
+    writer.set_teacher(str(store), config, teacher)
+    old_job = writer.plan(str(store), config, source.records, teacher, skip=False)[0]
+    build_store(demo_root, store, overwrite=True)
+    newer = tree_bytes(store)
+    with pytest.raises(StoreError, match="replaced by a store with other settings"):
+        writer.write_block(old_job)
+    assert tree_bytes(store) == newer
+
+
+def test_tokens_that_do_not_fit_are_refused_at_once(dataroot, tmp_path):
+    def rename(rows):
+        for row in rows:
+            for key in ("token", "sample_token", "first_sample_token", "last_sample_token"):
+                if row.get(key) == old:
+                    row[key] = "sample-1"
+            for key in ("next", "prev"):
+                if row.get(key) == old:
+                    row[key] = "sample-1"
+
+    old = json.loads((dataroot / "v1.0-mini" / "sample.json").read_text())[0]["token"]
+    for table in ("sample", "sample_data", "sample_annotation", "scene"):
+        _edit_table(dataroot, table, rename)
+    with pytest.raises(StoreError, match="sample sample-1: a sample token must be 32 hex digits"):
+        build_store(dataroot, tmp_path / "targets.zarr")
+
+
+def test_odd_characters_in_the_path(demo_root, demo_store, tmp_path):
+    store = tmp_path / "run[1]?*" / "targets.zarr"
+    build_store(demo_root, store)
+    assert tree_bytes(store) == tree_bytes(demo_store)
+
+
 def test_a_worker_with_other_weights_refuses(demo_root, tmp_path, monkeypatch):
     described = writer.describe_teacher
     monkeypatch.setattr(
@@ -174,17 +230,20 @@ def test_all_faults_are_listed_at_once_and_nothing_is_built(dataroot, tmp_path):
     assert not store.exists()
 
 
-@pytest.mark.parametrize("table", ["calibrated_sensor", "ego_pose"])
+@pytest.mark.parametrize("table", ["calibrated_sensor", "ego_pose", "ragged"])
 def test_singular_calibration_is_refused(dataroot, tmp_path, table):
     def spoil(rows):
         row = next(r for r in rows if r.get("camera_intrinsic", True))
-        if table == "calibrated_sensor":
+        if table == "ragged":
+            row["camera_intrinsic"] = [[1, 0], [0, 1]]
+        elif table == "calibrated_sensor":
             row["camera_intrinsic"][1] = [0, 0, 0]
         else:
             row["rotation"] = [0, 0, 0, 0]
 
-    _edit_table(dataroot, table, spoil)
-    message = "singular" if table == "calibrated_sensor" else "zero rotation"
+    _edit_table(dataroot, "ego_pose" if table == "ego_pose" else "calibrated_sensor", spoil)
+    messages = {"ego_pose": "zero rotation", "ragged": "CAM_.*is not 3x3"}
+    message = messages.get(table, "CAM_.*camera_intrinsic is singular")
     with pytest.raises(SourceError, match=message):
         build_store(dataroot, tmp_path / "targets.zarr")
 
@@ -233,7 +292,7 @@ def test_broken_tables_are_named(dataroot, tmp_path):
 
 def test_missing_map_expansion_is_refused_when_required(dataroot, tmp_path):
     shutil.rmtree(dataroot / "maps" / "expansion")
-    with pytest.raises(SourceError, match="missing map expansion: .*labels.map=off"):
+    with pytest.raises(SourceError, match="missing map expansion: .*labels.map=never"):
         build_store(dataroot, tmp_path / "targets.zarr")
     build_store(dataroot, tmp_path / "targets.zarr", "labels.map=auto", "frames.limit=1")
     assert "map" not in open_store(tmp_path / "targets.zarr").frame(0)
@@ -242,7 +301,7 @@ def test_missing_map_expansion_is_refused_when_required(dataroot, tmp_path):
 def test_a_broken_map_expansion_names_the_file(dataroot, tmp_path):
     (path,) = (dataroot / "maps" / "expansion").iterdir()
     path.write_text("{}")
-    with pytest.raises(BuildStopped, match=f"{path.name}: not a nuScenes map expansion"):
+    with pytest.raises(SourceError, match=f"{path.name}: not a nuScenes map expansion"):
         build_store(dataroot, tmp_path / "targets.zarr")
 
 
@@ -277,7 +336,14 @@ def _nan_points(path):
     points.tofile(path)
 
 
+def _hole(path):
+    content = bytearray(path.read_bytes())
+    content[40_000:44_096] = bytes(4096)
+    path.write_bytes(content)
+
+
 SPOILED = {
+    "jpeg with a lost disk block": ("CAM_BACK", _hole, "has a hole of zero bytes"),
     "truncated jpeg": ("CAM_FRONT", _truncate, "cannot decode the JPEG"),
     "nan points": ("LIDAR_TOP", _nan_points, "has 1 points with NaN"),
 }
@@ -327,14 +393,18 @@ def test_skip_finishes_the_others_and_can_be_mended_later(dataroot, demo_store, 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("lidar.max_points=2000", "raise lidar.max_points"),
-        ("labels.max_vehicles=1", "raise labels.max_vehicles"),
-        ("teacher.name=teachers:NotFinite", "teacher features are not finite"),
+        ("lidar.max_points=2000", "holds 3[0-9]+ lidar returns: raise lidar.max_points"),
+        ("labels.max_vehicles=1", "vehicles: raise labels.max_vehicles"),
     ],
 )
-def test_no_room_is_an_error_never_a_cut(demo_root, tmp_path, override, message):
-    with pytest.raises(BuildStopped, match=message):
+def test_no_room_is_an_error_before_any_work_never_a_cut(demo_root, tmp_path, override, message):
+    with pytest.raises(SourceError, match=message):
         build_store(demo_root, tmp_path / "targets.zarr", override)
+
+
+def test_features_that_are_not_finite_stop_the_build(demo_root, tmp_path):
+    with pytest.raises(BuildStopped, match="scene-.*teacher features are not finite"):
+        build_store(demo_root, tmp_path / "targets.zarr", "teacher.name=teachers:NotFinite")
 
 
 def test_a_teacher_that_breaks_its_promise_stops_everything(demo_root, tmp_path):
@@ -371,5 +441,5 @@ def test_disk_full_keeps_what_is_finished(demo_root, demo_store, tmp_path, monke
 
 def test_images_too_large_for_their_room_name_the_setting(demo_root, tmp_path, monkeypatch):
     monkeypatch.setattr("occfeat_targets.frame_targets.encode_jpeg", lambda *args: bytes(200_000))
-    with pytest.raises(BuildStopped, match="images needs 1200000 rows.*lower images.quality"):
+    with pytest.raises(BuildStopped, match="1200000 bytes of JPEG.*lower images.quality"):
         build_store(demo_root, tmp_path / "targets.zarr")

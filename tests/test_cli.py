@@ -151,7 +151,7 @@ def test_the_makefile_passes_its_variables_on(pytestconfig):
         return [line for line in run.stdout.splitlines() if "occfeat-targets" in line]
 
     demo = commands()
-    assert [line.split()[1] for line in demo] == ["demo-data", "build", "info"]
+    assert [line.split()[1] for line in demo] == ["demo-data", "build", "verify", "info"]
     real = commands(
         "NUSCENES=/data", "STORE=s.zarr", "VERSION=v1.0-mini", "TEACHER=dir", "WORKERS=3",
         "SCHEDULER=tcp://h:1",

@@ -13,6 +13,7 @@ from conftest import FAST, TESTS, tree_bytes
 from occfeat_targets.build import BuildStopped, build, prepare
 from occfeat_targets.cluster import ClusterError, choose, executor
 from occfeat_targets.config import load_config
+from occfeat_targets.schema import open_store
 
 GB = 1_000_000_000
 
@@ -162,6 +163,21 @@ def test_a_task_that_always_kills_its_worker_is_named(demo_root, tmp_path):
         pytest.raises(BuildStopped, match=r"block 0 \(scene-.*worker died every time"),
     ):
         build(store, config, source, cluster)
+
+
+def test_workers_that_die_while_loading_the_teacher_end_the_build(demo_root, tmp_path):
+    config = load_config(None, [*FAST, "teacher.name=teachers:DiesLoading"])
+    store = str(tmp_path / "targets.zarr")
+    source = prepare(demo_root, store, None, config, overwrite=False)
+    with executor(workers=2) as cluster, pytest.raises(ClusterError, match="worker died"):
+        build(store, config, source, cluster)
+
+
+def test_a_plug_in_with_parameters_needs_no_care(demo_root, tmp_path):
+    _build(demo_root, tmp_path / "targets.zarr", "teacher.name=teachers:Learned", workers=0)
+    store = open_store(tmp_path / "targets.zarr")
+    assert len(store.attrs["teacher"]["weights"]) == 64
+    assert store.frame(0)["features"].shape[1] == 4
 
 
 def test_one_worker_per_gpu_else_one_per_core_that_fits_in_memory():

@@ -125,6 +125,11 @@ def test_nothing_there_is_refused(tmp_path):
         open_store(tmp_path / "nothing.zarr")
 
 
+def test_a_url_without_its_package_says_which():
+    with pytest.raises(StoreError, match="s3fs|Protocol not known"):
+        open_store("s3://bucket/targets.zarr")
+
+
 def test_urls_work_wherever_a_path_does(demo_root, demo_store):
     """memory:// stands for s3://: the same fsspec road, no rename, no local files."""
     url = "memory://bucket/targets.zarr"
