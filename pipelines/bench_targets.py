@@ -170,6 +170,15 @@ def _cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def _peak_memory(pid: int) -> int:
+    """Bytes; 0 for a process that has ended. Unlike ru_maxrss, free of what its parent used."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return 1024 * int(status.split("VmHWM:")[1].split()[0]) if "VmHWM:" in status else 0
+
+
 def _teacher_alone(records: list[FrameRecord], config: TargetsConfig) -> dict[str, tuple]:
     """Wall and CPU seconds of forward passes with all cores, in one process and in one per core."""
     n = os.cpu_count()
@@ -184,12 +193,7 @@ def _watch(process: subprocess.Popen, markers: Path) -> tuple[float, float]:
     start, first, peak = time.perf_counter(), 0.0, 0
     while process.poll() is None:
         for child in psutil.Process(process.pid).children(recursive=True):
-            try:
-                status = Path(f"/proc/{child.pid}/status").read_text()
-            except OSError:
-                continue
-            if "VmHWM:" in status:
-                peak = max(peak, 1024 * int(status.split("VmHWM:")[1].split()[0]))
+            peak = max(peak, _peak_memory(child.pid))
         if not first and markers.is_dir() and any(markers.iterdir()):
             first = time.perf_counter() - start
         time.sleep(0.2)
@@ -254,7 +258,7 @@ def planning(record: FrameRecord, scratch: str) -> None:
         start = time.perf_counter()
         done = sum(result for _, result in cluster.run(_nothing, iter(jobs)))
         share = (time.perf_counter() - start) / done
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = _peak_memory(os.getpid()) / 1e9
     print(f"\nplanning {done} frames ({len(jobs)} blocks)")
     print(f"{'plan':<24}{seconds:>8.2f} s")
     print(f"{'per-frame arrays':<24}{arrays:>8.2f} s")
