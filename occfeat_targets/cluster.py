@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -20,6 +21,7 @@ WORKER_BYTES = 1_500_000_000
 _GPU_THREADS = 8
 """Most threads of a GPU worker: JPEG decoding, not the teacher, bounds it."""
 _RETRIES = 2
+_RECOUNT_SECONDS = 10
 _WORKER_SETTINGS = {
     # Dask makes malloc give every freed buffer back at once; the teacher's activations are then
     # paged in again for each layer. glibc's largest thresholds keep them.
@@ -71,6 +73,14 @@ class DaskExecutor:
 
     def __init__(self, client: Any):
         self._client = client
+        self._n_threads, self._recount_at = 1, 0.0
+
+    def _threads(self) -> int:
+        """Threads of all workers; asked anew now and then, as workers of a cluster come and go."""
+        if time.monotonic() > self._recount_at:
+            self._recount_at = time.monotonic() + _RECOUNT_SECONDS
+            self._n_threads = max(1, sum(self._client.nthreads().values()))
+        return self._n_threads
 
     def everywhere(self, function: Callable, argument: Any) -> list:
         """See :class:`Executor`."""
@@ -94,9 +104,7 @@ class DaskExecutor:
 
         def top_up() -> None:
             # One waiting task per thread hides the round trip; more would only hold memory.
-            # Counted anew each time: workers of a shared cluster come and go.
-            wanted = 2 * max(1, sum(self._client.nthreads().values()))
-            for job in islice(jobs, max(0, wanted - len(running))):
+            for job in islice(jobs, max(0, 2 * self._threads() - len(running))):
                 # One buffer instead of hundreds of small arrays: half the scheduler's time.
                 packed = pickle.dumps(job)
                 future = self._client.submit(
