@@ -22,6 +22,7 @@ import click
 from occfeat_targets import __version__
 
 EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
 EXIT_SKIPPED = 3
 """The store is finished, but some frames were left out (``--on-error skip``)."""
 
@@ -60,6 +61,9 @@ def _one_message() -> Iterator[None]:
     except (BuildStopped, ClusterError, StoreError, TeacherError, ValueError, OSError) as error:
         click.secho(f"error: {error}", fg="red", err=True)
         sys.exit(EXIT_FAILED)
+    except KeyboardInterrupt:
+        click.echo("\ninterrupted; run the same command again to continue", err=True)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -49,3 +49,19 @@ def test_kill_and_run_again(demo_root, uninterrupted, tmp_path, moment):
     again = subprocess.run(command, cwd=TESTS, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert tree_bytes(store) == uninterrupted
+
+
+def test_interrupting_says_how_to_go_on(demo_root, uninterrupted, tmp_path):
+    store = tmp_path / "targets.zarr"
+    command = _command(demo_root, store)
+    client = subprocess.Popen(command, cwd=TESTS, stderr=subprocess.PIPE, text=True)
+    while not MOMENTS["one block is done"](store):
+        assert client.poll() is None, "the build ended before it could be interrupted"
+        time.sleep(0.002)
+    client.send_signal(signal.SIGINT)
+    errors = client.communicate(timeout=60)[1]
+    assert client.returncode == 130, errors
+    assert "interrupted; run the same command again to continue" in errors
+    assert "Traceback" not in errors
+    subprocess.run(command, cwd=TESTS, check=True, capture_output=True)
+    assert tree_bytes(store) == uninterrupted
