@@ -8,9 +8,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from occfeat_common.settings import differences
 from occfeat_targets import writer
 from occfeat_targets.cluster import Executor
-from occfeat_targets.config import TargetsConfig, differences
+from occfeat_targets.config import TargetsConfig
 from occfeat_targets.nuscenes_source import check_records, load_source
 from occfeat_targets.records import Source
 from occfeat_targets.teacher import TeacherError

@@ -6,24 +6,16 @@ Everything here changes the stored bytes and is recorded in the store; how a bui
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import types
-import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
+from occfeat_common.settings import from_plain, load_settings, require, to_plain
 from occfeat_targets.grid import VoxelGrid
 from occfeat_targets.schema import point_step_m
 
 MAP_MODES = ("auto", "required", "never")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-
-
-class ConfigError(ValueError):
-    """A setting is unknown or impossible; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +31,9 @@ class LidarConfig:
     """Room for this many returns per sweep; a frame with more is an error."""
 
     def __post_init__(self) -> None:
-        _require(self.near_m >= 0, "lidar.near_m", "must be >= 0 metres", self.near_m)
-        _require(self.sweeps >= 1, "lidar.sweeps", "must be >= 1", self.sweeps)
-        _require(self.max_points >= 1, "lidar.max_points", "must be >= 1", self.max_points)
+        require(self.near_m >= 0, "lidar.near_m", "must be >= 0 metres", self.near_m)
+        require(self.sweeps >= 1, "lidar.sweeps", "must be >= 1", self.sweeps)
+        require(self.max_points >= 1, "lidar.max_points", "must be >= 1", self.max_points)
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         _require_size("teacher.input_size", self.input_size)
-        _require(
+        require(
             self.precision in PRECISIONS,
             "teacher.precision",
             f"must be one of {', '.join(PRECISIONS)}",
@@ -77,7 +69,7 @@ class ImagesConfig:
 
     def __post_init__(self) -> None:
         _require_size("images.size", self.size)
-        _require(1 <= self.quality <= 100, "images.quality", "must be 1 to 100", self.quality)
+        require(1 <= self.quality <= 100, "images.quality", "must be 1 to 100", self.quality)
 
 
 @dataclass(frozen=True)
@@ -94,13 +86,13 @@ class LabelsConfig:
     """Room for this many vehicle boxes a frame; a frame with more is an error."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.map in MAP_MODES, "labels.map", f"must be one of {', '.join(MAP_MODES)}", self.map
         )
-        _require(
+        require(
             self.divider_width_m > 0, "labels.divider_width_m", "must be > 0", self.divider_width_m
         )
-        _require(self.max_vehicles >= 1, "labels.max_vehicles", "must be >= 1", self.max_vehicles)
+        require(self.max_vehicles >= 1, "labels.max_vehicles", "must be >= 1", self.max_vehicles)
 
 
 @dataclass(frozen=True)
@@ -115,7 +107,7 @@ class FramesConfig:
     """Keep the first so many keyframes of those."""
 
     def __post_init__(self) -> None:
-        _require(self.limit is None or self.limit >= 1, "frames.limit", "must be >= 1", self.limit)
+        require(self.limit is None or self.limit >= 1, "frames.limit", "must be >= 1", self.limit)
 
 
 @dataclass(frozen=True)
@@ -135,12 +127,12 @@ class TargetsConfig:
     otherwise. The demo sets it."""
 
     def __post_init__(self) -> None:
-        _require(self.block_frames >= 1, "block_frames", "must be >= 1", self.block_frames)
+        require(self.block_frames >= 1, "block_frames", "must be >= 1", self.block_frames)
         point_step_m(self.grid)
 
     def to_dict(self) -> dict:
         """Plain nested dict of lists and scalars, as stored in the root attributes."""
-        return _plain(self)
+        return to_plain(self)
 
     @classmethod
     def from_dict(cls, values: dict) -> TargetsConfig:
@@ -150,110 +142,17 @@ class TargetsConfig:
             ConfigError: naming the key, on an unknown key, a value of the wrong type, or one
                 out of range.
         """
-        return _build(cls, values, "")
+        return from_plain(cls, values)
 
 
-def load_config(path: Path | None, overrides: typing.Sequence[str] = ()) -> TargetsConfig:
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> TargetsConfig:
     """Config from a YAML file (or the defaults) with ``section.key=value`` overrides on top.
-
-    Values of overrides are YAML, so ``teacher.input_size=[252,448]`` works.
 
     Raises:
         ConfigError: on unreadable YAML, an unknown key or an impossible value.
     """
-    values: dict = {}
-    if path is not None:
-        values = _read_yaml(path.read_text(), str(path)) or {}
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} must hold a mapping of settings")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"--set wants section.key=value, got {override!r}")
-        *sections, leaf = key.strip().split(".")
-        target = values
-        for section in sections:
-            target = target.setdefault(section, {})
-            if not isinstance(target, dict):
-                raise ConfigError(f"--set {override}: {section} is not a section")
-        target[leaf] = _read_yaml(text, f"--set {override}")
-    return TargetsConfig.from_dict(values)
-
-
-def differences(stored: dict, wanted: dict, prefix: str = "") -> list[str]:
-    """Lines ``key: stored -> wanted`` for every leaf that differs between two plain dicts."""
-    lines = []
-    for key in sorted(stored.keys() | wanted.keys()):
-        a, b, name = stored.get(key), wanted.get(key), f"{prefix}{key}"
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, f"{name}.")
-        elif a != b:
-            lines.append(f"{name}: {a} -> {b}")
-    return lines
-
-
-def _read_yaml(text: str, where: str) -> object:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {error}") from error
-
-
-def _require(condition: bool, name: str, rule: str, value: object) -> None:
-    if not condition:
-        raise ConfigError(f"{name} {rule}, got {value}")
+    return load_settings(TargetsConfig, path, overrides)
 
 
 def _require_size(name: str, size: tuple[int, int]) -> None:
-    _require(len(size) == 2 and min(size) >= 1, name, "must be [height, width]", list(size))
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, VoxelGrid):
-        return value.to_dict()
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
-
-
-def _build(cls: type, values: object, prefix: str) -> typing.Any:
-    """Instance of dataclass ``cls`` from a plain dict, strict about names and types."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{prefix.rstrip('.') or 'config'} must be a mapping, got {values!r}")
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
-    arguments = {}
-    for key, value in values.items():
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(names)}"
-            raise ConfigError(f"unknown setting {prefix}{key}{hint}")
-        arguments[key] = _convert(hints[key], value, f"{prefix}{key}")
-    try:
-        return cls(**arguments)
-    except ConfigError:
-        raise
-    except ValueError as error:  # VoxelGrid and point_step_m know nothing of configs
-        raise ConfigError(str(error)) from error
-
-
-def _convert(hint: typing.Any, value: object, name: str) -> object:
-    """``value`` as the annotated type: ints pass for floats, lists for tuples, nothing else."""
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, f"{name}.")
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        return None if value is None else _convert(arguments[0], value, name)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{name} must be a list, got {value!r}")
-        if arguments[-1] is Ellipsis:
-            arguments = arguments[:1] * len(value)
-        if len(arguments) != len(value):
-            raise ConfigError(f"{name} must have {len(arguments)} entries, got {value!r}")
-        return tuple(_convert(a, v, name) for a, v in zip(arguments, value, strict=True))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, hint) or isinstance(value, bool):
-        raise ConfigError(f"{name} must be {hint.__name__}, got {value!r}")
-    return value
+    require(len(size) == 2 and min(size) >= 1, name, "must be [height, width]", list(size))

@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from occfeat_targets.config import ConfigError, TeacherConfig
+from occfeat_common.settings import ConfigError
+from occfeat_targets.config import TeacherConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

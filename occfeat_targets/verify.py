@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from occfeat_targets.config import FramesConfig, TargetsConfig, differences
+from occfeat_common.settings import differences
+from occfeat_targets.config import FramesConfig, TargetsConfig
 from occfeat_targets.frame_targets import frame_targets
 from occfeat_targets.geometry import project
 from occfeat_targets.labels import vehicle_masks

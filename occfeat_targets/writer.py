@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import zarr
 
+from occfeat_common.settings import differences
 from occfeat_targets import __version__, schema
-from occfeat_targets.config import TargetsConfig, differences
+from occfeat_targets.config import TargetsConfig
 from occfeat_targets.frame_targets import frame_targets
 from occfeat_targets.geometry import scale_intrinsics
 from occfeat_targets.records import FrameError, FrameRecord, Source

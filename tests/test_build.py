@@ -11,9 +11,10 @@ import zarr
 from conftest import FAST, build_store, tree_bytes
 from PIL import Image
 
+from occfeat_common.settings import ConfigError
 from occfeat_targets import writer
 from occfeat_targets.build import BuildStopped, prepare
-from occfeat_targets.config import ConfigError, load_config
+from occfeat_targets.config import load_config
 from occfeat_targets.nuscenes_source import SourceError, find_version
 from occfeat_targets.schema import StoreError, open_store, zarr_store
 from occfeat_targets.teacher import TeacherError

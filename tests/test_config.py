@@ -1,7 +1,8 @@
 import pytest
 import yaml
 
-from occfeat_targets.config import ConfigError, TargetsConfig, differences, load_config
+from occfeat_common.settings import ConfigError, differences
+from occfeat_targets.config import TargetsConfig, load_config
 
 
 def test_nuscenes_preset_shows_every_setting_at_its_default(pytestconfig):

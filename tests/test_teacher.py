@@ -16,7 +16,8 @@ from transformers import (
     ViTModel,
 )
 
-from occfeat_targets.config import ConfigError, TeacherConfig
+from occfeat_common.settings import ConfigError
+from occfeat_targets.config import TeacherConfig
 from occfeat_targets.teacher import (
     DinoTeacher,
     TeacherError,

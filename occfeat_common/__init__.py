@@ -1,0 +1,1 @@
+"""What targets and trainer share: settings from YAML. Imports neither of them."""

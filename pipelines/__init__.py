@@ -1,0 +1,1 @@
+"""Presets (YAML), launchers and benchmarks; installed as ``occfeat_pipelines``."""
