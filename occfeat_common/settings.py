@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -25,28 +26,47 @@ def load_settings(
 ) -> Settings:
     """Settings from a YAML file (or the defaults) with ``section.key=value`` overrides on top.
 
-    Values of overrides are YAML, so ``teacher.input_size=[252,448]`` works.
-
     Raises:
         ConfigError: on unreadable YAML, an unknown key or an impossible value.
     """
-    values: dict = {}
-    if path is not None:
-        values = _read_yaml(path.read_text(), str(path)) or {}
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} must hold a mapping of settings")
-    for override in overrides:
-        key, equals, text = override.partition("=")
+    return from_plain(cls, override(read_yaml(path) if path else {}, overrides))
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping a YAML file holds.
+
+    Raises:
+        ConfigError: the file can't be read or holds something else.
+    """
+    try:
+        values = _parse_yaml(path.read_text(), str(path)) or {}
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings")
+    return values
+
+
+def override(values: dict, overrides: typing.Sequence[str]) -> dict:
+    """Nested settings with ``section.key=value`` texts laid over them, in place.
+
+    Values are YAML, so ``teacher.input_size=[252,448]`` works.
+
+    Raises:
+        ConfigError: a text is not of that form.
+    """
+    for text in overrides:
+        key, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"--set wants section.key=value, got {override!r}")
+            raise ConfigError(f"--set wants section.key=value, got {text!r}")
         *sections, leaf = key.strip().split(".")
         target = values
         for section in sections:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
-                raise ConfigError(f"--set {override}: {section} is not a section")
-        target[leaf] = _read_yaml(text, f"--set {override}")
-    return from_plain(cls, values)
+                raise ConfigError(f"--set {text}: {section} is not a section")
+        target[leaf] = _parse_yaml(value, f"--set {text}")
+    return values
 
 
 def to_plain(settings: object) -> typing.Any:
@@ -102,7 +122,7 @@ def from_plain(cls: type[Settings], values: object, prefix: str = "") -> Setting
 
 
 def _convert(hint: typing.Any, value: object, name: str) -> object:
-    """``value`` as the annotated type: ints pass for floats, lists for tuples, nothing else."""
+    """``value`` as the annotated type: whole numbers pass for floats, lists for tuples, nothing else."""
     if dataclasses.is_dataclass(hint):
         return from_plain(hint, value, f"{name}.")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -116,14 +136,15 @@ def _convert(hint: typing.Any, value: object, name: str) -> object:
         if len(arguments) != len(value):
             raise ConfigError(f"{name} must have {len(arguments)} entries, got {value!r}")
         return tuple(_convert(a, v, name) for a, v in zip(arguments, value, strict=True))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    if hint is float and not isinstance(value, bool):
+        with suppress(ValueError, TypeError):
+            value = float(value)  # whole numbers, and 1e-4, which YAML 1.1 takes for text
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{name} must be {hint.__name__}, got {value!r}")
     return value
 
 
-def _read_yaml(text: str, where: str) -> object:
+def _parse_yaml(text: str, where: str) -> object:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -1,17 +1,360 @@
-"""The ``occfeat-train`` command."""
+"""The ``occfeat-train`` command: thin shells over ``train``, ``evaluate`` and ``export``."""
 
 from __future__ import annotations
+
+import importlib.resources
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from occfeat_train import __version__
 
+if TYPE_CHECKING:
+    from occfeat_train.distributed import Process
+    from occfeat_train.jobs import Job
+    from occfeat_train.runs import Run
+
+RUNS = Path("runs")
+
+store_option = click.option(
+    "--store",
+    metavar="PATH|URL",
+    help="Targets store (occfeat-targets build).  [default: targets.zarr, or the run's own]",
+)
+config_option = click.option(
+    "--config",
+    metavar="FILE.yaml|PRESET",
+    help="Settings: a file, or a preset by name (paper, demo).  [default: what the store or the "
+    "pretraining run asks for, else paper]",
+)
+set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="One setting, over --config; repeatable. pipelines/train_paper.yaml lists all.",
+)
+run_option = click.option(
+    "--run-dir",
+    "run",
+    type=click.Path(path_type=Path),
+    help="Run directory.  [default: a new one in runs/, named by the time]",
+)
+resume_option = click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with --run-dir, or with the newest unfinished run of this kind in runs/.",
+)
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="occfeat")
 def main() -> None:
-    """Pretrain and finetune BEV networks from a targets store.
+    """Pretrain and finetune BEV networks from a targets store, which is all they need.
 
-    This version has no training commands yet: it builds, checks and shows targets
-    (occfeat-targets).
+    \b
+    occfeat-train pretrain --store targets.zarr
+    occfeat-train finetune --fraction 0.01
+    occfeat-train evaluate
+
+    On several GPUs: torchrun --nproc-per-node 4 -m occfeat_train pretrain ...
     """
+
+
+@main.command()
+@store_option
+@config_option
+@set_option
+@run_option
+@resume_option
+def pretrain(
+    store: str | None,
+    config: str | None,
+    overrides: tuple[str, ...],
+    run: Path | None,
+    resume: bool,
+) -> None:
+    """Pretrain without labels: predict occupancy and teacher features from images.
+
+    Ctrl-C saves and stops; --resume goes on, also after a crash.
+    """
+    with _session() as (process, say):
+        from occfeat_train.jobs import Job
+
+        if resume:
+            job, directory = _resumed("pretrain", run, store, config, overrides)
+        else:
+            store = store or "targets.zarr"
+            settings = _settings(store, config, None, overrides, say)
+            job, directory = Job("pretrain", store, settings), run or _new_run("pretrain")
+        _train(job, directory, resume, process, say)
+        say(f"Next: occfeat-train finetune --init {directory} --fraction 0.01")
+
+
+@main.command()
+@store_option
+@config_option
+@set_option
+@run_option
+@resume_option
+@click.option(
+    "--fraction",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Share of the training labels. 0.01 takes every 100th scene, at least one.",
+)
+@click.option(
+    "--fraction-unit",
+    type=click.Choice(["scene", "frame"]),
+    default="scene",
+    show_default=True,
+    help="Whether the fraction is of scenes or of frames.",
+)
+@click.option(
+    "--init",
+    metavar="RUN|none",
+    help="Pretraining run to start from; none starts from encoder weights alone.  [default: the "
+    "newest finished one in runs/]",
+)
+def finetune(
+    store: str | None,
+    config: str | None,
+    overrides: tuple[str, ...],
+    run: Path | None,
+    resume: bool,
+    fraction: float,
+    fraction_unit: str,
+    init: str | None,
+) -> None:
+    """Finetune for BEV vehicle segmentation with a share of the labels.
+
+    Epochs, batch and learning rate follow the paper for the share, unless set.
+    """
+    with _session() as (process, say):
+        from occfeat_train.jobs import Job
+
+        if resume:
+            job, directory = _resumed("finetune", run, store, config, overrides)
+        else:
+            pretraining = _pretraining(init, say)
+            store = store or "targets.zarr"
+            settings = _settings(store, config, pretraining, overrides, say)
+            job = Job(
+                "finetune",
+                store,
+                settings.for_fraction(fraction),
+                fraction,
+                fraction_unit,
+                str(pretraining.path) if pretraining else None,
+            )
+            directory = run or _new_run("finetune")
+        _train(job, directory, resume, process, say)
+        say(f"Next: occfeat-train evaluate --run-dir {directory}")
+
+
+@main.command()
+@store_option
+@set_option
+@click.option(
+    "--run-dir",
+    "run",
+    type=click.Path(path_type=Path),
+    help="Finetuning run.  [default: the newest finished one in runs/]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def evaluate(
+    store: str | None, overrides: tuple[str, ...], run: Path | None, as_json: bool
+) -> None:
+    """IoU of a finetuned network on the validation split.
+
+    With and without the cells where only vehicles of visibility 0-40 % lie, and by distance.
+    Written to result.json in the run.
+    """
+    with _session() as (process, say):
+        from dataclasses import replace
+
+        from occfeat_common.settings import from_plain, override, to_plain
+        from occfeat_train.config import TrainConfig
+        from occfeat_train.evaluate import evaluate as evaluate_run
+        from occfeat_train.evaluate import table
+        from occfeat_train.jobs import Job
+        from occfeat_train.runs import Run, write_json
+
+        finetuned = Run(run) if run else _newest("finetune", "occfeat-train finetune")
+        job = Job.of_run(finetuned, store)
+        config = from_plain(TrainConfig, override(to_plain(job.config), overrides))
+        result = evaluate_run(replace(job, config=config), finetuned, process)
+        if process.is_main:
+            write_json(finetuned.path / "result.json", result)
+        say(json.dumps(result, indent=1) if as_json else table(result))
+
+
+@main.command()
+@click.option(
+    "--run-dir",
+    "run",
+    type=click.Path(path_type=Path),
+    help="Run to export.  [default: the newest finished pretraining in runs/]",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Directory to make: model.safetensors and model.json.",
+)
+def export(run: Path | None, out: Path) -> None:
+    """Write the BEV network of a run, without its head, for use elsewhere.
+
+    occfeat_train.export.load_bev_net(DIRECTORY) loads it.
+    """
+    with _session() as (_, say):
+        from occfeat_train.export import export as export_run
+        from occfeat_train.runs import Run
+
+        chosen = Run(run) if run else _newest("pretrain", "occfeat-train pretrain")
+        export_run(chosen, out)
+        say(f"{out}: the BEV network of {chosen.path}")
+
+
+def _train(
+    job: Job, directory: Path, resume: bool, process: Process, say: Callable[[str], None]
+) -> None:
+    """Train, and say how it went."""
+    from occfeat_targets.schema import open_store
+    from occfeat_train.distributed import from_main
+    from occfeat_train.runs import Run, check_same_store
+    from occfeat_train.train import train
+
+    store = open_store(job.store)
+    run = Run(Path(from_main(str(directory))))
+    if resume:
+        check_same_store(run.description()["store_identity"], store)
+    else:
+        run.require_new()
+    if store.attrs["teacher"]["weights"].startswith("random"):
+        say(
+            "The targets come from a RANDOM-WEIGHTS teacher: good for trying things out, useless "
+            "for results."
+        )
+    finished = train(job, run, process, resume)
+    say(f"{run.path}: {'finished' if finished else 'stopped'}")
+    if not finished:
+        say(f"Go on with: occfeat-train {job.kind} --resume --run-dir {run.path}")
+        raise SystemExit(130)
+
+
+def _settings(
+    store: str,
+    config: str | None,
+    pretraining: Run | None,
+    overrides: tuple[str, ...],
+    say: Callable[[str], None],
+) -> Any:
+    """Settings by --config, else the pretraining run's, else the store's preset."""
+    from occfeat_common.settings import from_plain, override, read_yaml
+    from occfeat_targets.schema import open_store
+    from occfeat_train.config import TrainConfig
+
+    preset = open_store(store).attrs["config"]["train_preset"]
+    if config:
+        values, source = read_yaml(_config_path(config)), config
+    elif pretraining:
+        values, source = pretraining.description()["config"], f"those of {pretraining.path}"
+    else:
+        source = preset or "paper"
+        values = read_yaml(_config_path(source))
+        source = f"preset {source}" + (f", as {store} asks" if preset else "")
+    say(f"Settings: {source}")
+    return from_plain(TrainConfig, override(values, overrides))
+
+
+def _config_path(config: str) -> Path:
+    """A file, or a preset that comes with the package."""
+    if config.endswith((".yaml", ".yml")):
+        return Path(config)
+    presets = importlib.resources.files("occfeat_pipelines")
+    path = Path(str(presets / f"train_{config}.yaml"))
+    if not path.exists():
+        found = sorted(p.stem.removeprefix("train_") for p in path.parent.glob("train_*.yaml"))
+        raise click.ClickException(
+            f"there is no preset {config!r}; there are {', '.join(found)}, or give a .yaml file"
+        )
+    return path
+
+
+def _resumed(
+    kind: str,
+    run: Path | None,
+    store: str | None,
+    config: str | None,
+    overrides: tuple[str, ...],
+) -> tuple[Job, Path]:
+    """The job and directory to go on with."""
+    from occfeat_train.jobs import Job
+    from occfeat_train.runs import Run, newest
+
+    if config or overrides:
+        raise click.ClickException("a resumed run keeps its settings: leave out --config and --set")
+    found = Run(run) if run else newest(RUNS, kind, finished=False)
+    if found is None:
+        raise click.ClickException(
+            f"there is no unfinished {kind} run in {RUNS}/: name it, --run-dir"
+        )
+    job = Job.of_run(found, store)
+    if job.kind != kind:
+        raise click.ClickException(f"{found.path} is a {job.kind} run: occfeat-train {job.kind}")
+    return job, found.path
+
+
+def _pretraining(init: str | None, say: Callable[[str], None]) -> Run | None:
+    from occfeat_train.runs import Run, RunError, newest
+
+    if init == "none":
+        return None
+    run = Run(Path(init)) if init else newest(RUNS, "pretrain", finished=True)
+    if run is None:
+        raise RunError(
+            f"there is no finished pretraining in {RUNS}/: occfeat-train pretrain makes one, "
+            "--init RUN names one elsewhere, --init none does without"
+        )
+    say(f"Starting from: {run.path}")
+    return run
+
+
+def _newest(kind: str, command: str) -> Run:
+    from occfeat_train.runs import RunError, newest
+
+    run = newest(RUNS, kind, finished=True)
+    if run is None:
+        raise RunError(
+            f"there is no finished {kind} run in {RUNS}/: run {command}, or name --run-dir"
+        )
+    return run
+
+
+def _new_run(kind: str) -> Path:
+    from occfeat_train.runs import timestamp
+
+    return RUNS / f"{kind}-{timestamp()}"
+
+
+@contextmanager
+def _session() -> Iterator[tuple[Process, Callable[[str], None]]]:
+    """Join the process group; the main process speaks; known errors become one clear sentence."""
+    from occfeat_common.settings import ConfigError
+    from occfeat_targets.schema import StoreError
+    from occfeat_train.distributed import process_group
+    from occfeat_train.models.encoder_weights import WeightsError
+    from occfeat_train.runs import RunError
+    from occfeat_train.train import NonFiniteLoss
+
+    try:
+        with process_group() as process:
+            yield process, click.echo if process.is_main else (lambda _: None)
+    except (ConfigError, StoreError, RunError, WeightsError, NonFiniteLoss) as error:
+        raise click.ClickException(str(error)) from error

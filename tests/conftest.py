@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tiny_store import make_tiny_store
 
 from occfeat_targets.build import build, prepare
 from occfeat_targets.cluster import InProcess
@@ -58,3 +59,9 @@ def tree_bytes(root):
     """Relative path -> content of every file below a directory."""
     root = Path(root)
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory):
+    """A store of 16 small made-up frames (12 mini_train, 4 mini_val); read-only by agreement."""
+    return make_tiny_store(tmp_path_factory.mktemp("tiny") / "targets.zarr")

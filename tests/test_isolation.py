@@ -12,7 +12,7 @@ HOMES = {
     "nuscenes": {"nuscenes_source.py"},
     "distributed": {"cluster.py"},
     "dask": {"cluster.py"},
-    "transformers": {"teacher.py"},
+    "transformers": {"teacher.py", "encoders.py", "decoder.py"},
     "yaml": {"settings.py"},
     "fsspec": {"schema.py"},
     "matplotlib": {"view.py"},

@@ -1,0 +1,84 @@
+"""Processes and devices: from torchrun's environment, or one plain process without it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those that train together."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one writes files and talks to the user."""
+        return self.rank == 0
+
+    def describe(self) -> str:
+        """One line for the log."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        return f"{self.world} process(es) on {name}, {socket.gethostname()}"
+
+
+@contextmanager
+def process_group() -> Iterator[Process]:
+    """Join the other processes torchrun started, if any, and leave them at the end.
+
+    NCCL with one GPU a process if there are GPUs, else gloo on the CPU.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if has_gpu else "gloo")
+    try:
+        yield Process(rank, world, device)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum over processes, in place; returns its argument."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def from_main(value: str) -> str:
+    """The main process's text, in every process."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def pick_precision(precision: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The autocast dtype for ``run.precision`` and why, in words."""
+    if precision != "auto":
+        return getattr(torch, precision), "asked for"
+    if device.type != "cuda":
+        return torch.float32, "on a CPU"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "this GPU has it"
+    return torch.float16, "this GPU has no bfloat16"

@@ -1,0 +1,71 @@
+"""A trained BEV network as two files that anyone can load: safetensors and JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from occfeat_common.settings import from_plain
+from occfeat_targets.grid import VoxelGrid
+from occfeat_train.config import ModelConfig
+from occfeat_train.jobs import require_same_tensors
+from occfeat_train.models.bev_net import BEVNet
+from occfeat_train.runs import Run, RunError, write_json
+
+FORMAT = "occfeat-bev-net"
+
+
+def export(run: Run, out: Path) -> None:
+    """Write ``model.safetensors`` and ``model.json`` of a run's BEV network, without its head.
+
+    Raises:
+        RunError: the run has no checkpoint, or ``out`` exists.
+    """
+    if out.exists():
+        raise RunError(f"{out} exists already: choose another --out")
+    state, position = run.load(torch.device("cpu"))
+    description = run.description()
+    prefix = "bev_net."
+    weights = {
+        k.removeprefix(prefix): v.contiguous()
+        for k, v in state["network"].items()
+        if k.startswith(prefix)
+    }
+    out.mkdir(parents=True)
+    save_file(weights, out / "model.safetensors")
+    write_json(
+        out / "model.json",
+        {
+            "format": FORMAT,
+            "model": description["config"]["model"],
+            "grid": description["store_identity"]["grid"],
+            "teacher": description["store_identity"]["teacher"],
+            "kind": description["kind"],
+            "position": position,
+            "versions": description["versions"],
+        },
+    )
+
+
+def load_bev_net(directory: str | Path) -> BEVNet:
+    """The exported network, in evaluation mode.
+
+    Raises:
+        RunError: there is no exported network, or its files don't fit together.
+    """
+    directory = Path(directory)
+    try:
+        description = json.loads((directory / "model.json").read_text())
+        weights = load_file(directory / "model.safetensors")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{directory} holds no exported network: {error}") from error
+    if description.get("format") != FORMAT:
+        raise RunError(f"{directory}/model.json was not written by occfeat-train export")
+    model = from_plain(ModelConfig, description["model"])
+    network = BEVNet(model, VoxelGrid.from_dict(description["grid"]))
+    require_same_tensors(network.state_dict(), weights, str(directory))
+    network.load_state_dict(weights)
+    return network.eval()

@@ -1,0 +1,62 @@
+"""Cameras and voxels in torch: projection, changed intrinsics, rotations about the vertical.
+
+Pixels are continuous: an image covers [0, W) x [0, H) in (u, v). ``a_T_b`` takes points from
+frame b to frame a. The *BEV frame* is ego turned by an angle about z (augmentation), else ego.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from occfeat_targets.grid import VoxelGrid
+
+
+def rotation_z(angle: torch.Tensor) -> torch.Tensor:
+    """Transforms (B, 4, 4) that turn points counter-clockwise about z by ``angle`` (B,) rad."""
+    cos, sin = angle.cos(), angle.sin()
+    a_T_b = torch.eye(4, dtype=angle.dtype, device=angle.device).repeat(len(angle), 1, 1)
+    a_T_b[:, 0, 0], a_T_b[:, 0, 1] = cos, -sin
+    a_T_b[:, 1, 0], a_T_b[:, 1, 1] = sin, cos
+    return a_T_b
+
+
+def resize_and_crop(K: torch.Tensor, scale: torch.Tensor, crop: torch.Tensor) -> torch.Tensor:
+    """Intrinsics after an image was resized and a window cut out of it.
+
+    Args:
+        K: float (..., 3, 3), continuous pixels.
+        scale: (..., 2), new over old width and height.
+        crop: (..., 2), left and top edge of the window in pixels of the resized image.
+    """
+    K = K.clone()
+    K[..., :2, :] *= scale[..., :, None]
+    K[..., :2, 2] -= crop
+    return K
+
+
+def volume_centres(grid: VoxelGrid, device: torch.device) -> torch.Tensor:
+    """Centres of all voxels in (X, Y, Z) order, homogeneous: float32 (X·Y·Z, 4), metres."""
+    lower, size = (torch.tensor(a, dtype=torch.float64) for a in (grid.lower, grid.cell_size))
+    axes = [
+        lower[i] + (torch.arange(n, dtype=torch.float64) + 0.5) * size[i]
+        for i, (_, _, n) in enumerate((grid.x, grid.y, grid.z))
+    ]
+    xyz = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
+    return torch.nn.functional.pad(xyz, (0, 1), value=1.0).float().to(device)
+
+
+def flat_index(xyz: torch.Tensor, grid: VoxelGrid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Voxel of each point, as :meth:`VoxelGrid.flat_index` but keeping the points' places.
+
+    Args:
+        xyz: float (M, 3), metres, the grid's frame.
+
+    Returns:
+        ``(index, inside)``: int64 (M,), meaningless where ``inside`` (M,) is False.
+    """
+    lower, size = (xyz.new_tensor(a) for a in (grid.lower, grid.cell_size))
+    cell = ((xyz - lower) / size).floor()
+    cells = xyz.new_tensor([grid.x[2], grid.y[2], grid.z[2]])
+    inside = ((cell >= 0) & (cell < cells)).all(dim=1)
+    ix, iy, iz = cell.long().unbind(dim=1)
+    return (iz * grid.x[2] + ix) * grid.y[2] + iy, inside

@@ -1,0 +1,1 @@
+"""The networks: image encoders, lifting, BEV decoder and heads."""

@@ -1,0 +1,155 @@
+"""What a training step computes beyond the BEV network: targets, head, loss.
+
+An objective is a module with
+
+- ``arrays``: the store's arrays it needs besides images and calibration;
+- ``targets(batch, angle)``: its targets, on the device;
+- ``counts(targets)``: float64 (T,), how many items each loss term is a mean over;
+- ``forward(bev, targets, counts, share)``: the loss and the value of each term. ``counts`` are
+  those of the whole optimiser step, summed over micro-batches and processes, and ``share`` is
+  this micro-batch's part of the step: the losses of all of them add up to the step's loss.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.schema import TargetStore
+from occfeat_train import losses
+from occfeat_train.config import TrainConfig
+from occfeat_train.models.bev_net import BEVNet
+from occfeat_train.models.occfeat_head import OccFeatHead
+from occfeat_train.models.segmentation_head import SegmentationHead
+from occfeat_train.targets import vehicle_targets, voxel_targets
+
+Targets = dict[str, torch.Tensor]
+
+
+class OccFeat(nn.Module):
+    """L = L_occ + λ·L_feat (paper eq. 1 to 3), either term may be off."""
+
+    def __init__(self, config: TrainConfig, store: TargetStore):
+        super().__init__()
+        self.grid: VoxelGrid = store.grid
+        self.point_step_m: float = store.attrs["point_step_m"]
+        self.feature_weight = config.pretrain.feature_weight
+        self.arrays: tuple[str, ...] = ("voxel_index", "features", "feature_cameras")
+        if config.augment.rotate_bev_deg:
+            self.arrays += ("feature_scale", "points")
+        self.head = OccFeatHead(
+            config.model.channels,
+            self.grid.shape[0],
+            store.attrs["teacher"]["dim"],
+            config.pretrain.occupancy,
+            config.pretrain.features,
+        )
+
+    def targets(self, batch: dict[str, torch.Tensor], angle: torch.Tensor) -> Targets:
+        """See :func:`voxel_targets`; also ``n_samples``."""
+        targets = voxel_targets(batch, angle, self.grid, self.point_step_m)
+        return targets | {"n_samples": torch.tensor(len(angle))}
+
+    def counts(self, targets: Targets) -> torch.Tensor:
+        """Voxels, and occupied voxels with a feature."""
+        n_voxels = targets["n_samples"].item() * self.grid.n_voxels
+        return torch.tensor([n_voxels, targets["valid"].sum().item()], dtype=torch.float64)
+
+    def forward(
+        self, bev: torch.Tensor, targets: Targets, counts: torch.Tensor, share: float
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and its terms ``occupancy`` and ``features`` for BEV features (B, C, X, Y)."""
+        logits, features = self.head(bev, targets["voxel"])
+        n_voxels, n_valid = counts.clamp(min=1).tolist()
+        terms = {}
+        loss = bev.new_zeros(())
+        if logits is not None:
+            terms["occupancy"] = losses.occupancy_sum(logits, targets["voxel"]) / n_voxels
+            loss = loss + terms["occupancy"]
+        if features is not None:
+            summed = losses.cosine_sum(features, targets["features"], targets["valid"])
+            terms["features"] = summed / n_valid
+            loss = loss + self.feature_weight * terms["features"]
+        return loss, terms
+
+
+class Segmentation(nn.Module):
+    """Vehicle segmentation with Simple-BEV's losses and learned weights (``train_nuscenes.py``).
+
+    10·L_mask·exp(-w₀) + ½·L_centre·exp(-w₁) + ½·L_offset·exp(-w₂) + ½·(w₀ + w₁ + w₂).
+    """
+
+    arrays: tuple[str, ...] = ("vehicle_boxes",)
+
+    def __init__(self, config: TrainConfig, store: TargetStore):
+        super().__init__()
+        self.grid: VoxelGrid = store.grid
+        self.pos_weight = config.finetune.pos_weight
+        self.head = SegmentationHead(config.model.channels)
+        self.log_weights = nn.Parameter(torch.zeros(3))
+
+    def targets(self, batch: dict[str, torch.Tensor], angle: torch.Tensor) -> Targets:
+        """See :func:`vehicle_targets`."""
+        return vehicle_targets(batch, angle, self.grid)
+
+    def counts(self, targets: Targets) -> torch.Tensor:
+        """Visible cells, cells near and far from a centre, visible vehicle cells."""
+        near = targets["centre"] > 0.5
+        masks = (targets["visible"], near, ~near, targets["has_offset"])
+        return torch.tensor([mask.sum().item() for mask in masks], dtype=torch.float64)
+
+    def forward(
+        self, bev: torch.Tensor, targets: Targets, counts: torch.Tensor, share: float
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and its terms ``mask``, ``centre`` and ``offset`` for BEV features (B, C, X, Y)."""
+        predicted = self.head(bev)
+        n_visible, n_near, n_far, n_offset = counts.clamp(min=1).tolist()
+        near, far = losses.centre_sums(predicted["centre"], targets["centre"])
+        terms = {
+            "mask": losses.segmentation_sum(
+                predicted["mask"], targets["vehicle"], targets["visible"], self.pos_weight
+            )
+            / n_visible,
+            "centre": 0.5 * (near / n_near + far / n_far),
+            "offset": losses.offset_sum(
+                predicted["offset"], targets["offset"], targets["has_offset"]
+            )
+            / n_offset,
+        }
+        scale = bev.new_tensor([10.0, 0.5, 0.5]).float() * torch.exp(-self.log_weights)
+        loss = (scale * torch.stack(list(terms.values()))).sum()
+        return loss + share * 0.5 * self.log_weights.sum(), terms
+
+
+OBJECTIVES = {"pretrain": OccFeat, "finetune": Segmentation}
+
+
+class Network(nn.Module):
+    """What is trained: the BEV network and one objective, as one module for DDP."""
+
+    def __init__(self, config: TrainConfig, objective: nn.Module):
+        super().__init__()
+        self.bev_net = BEVNet(config.model, objective.grid)
+        self.objective = objective
+        self.freeze_batch_norm = config.model.freeze_batch_norm
+        self.to(memory_format=torch.channels_last)
+
+    def forward(
+        self,
+        inputs: dict[str, torch.Tensor],
+        targets: Targets,
+        counts: torch.Tensor,
+        share: float,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and terms of a micro-batch, see the module's docstring."""
+        return self.objective(self.bev_net(**inputs), targets, counts, share)
+
+    def train(self, mode: bool = True) -> Network:
+        """As usual, but frozen batch norms stay in evaluation mode."""
+        super().train(mode)
+        if self.freeze_batch_norm:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self

@@ -1,0 +1,193 @@
+"""Run directories: what a run is, its checkpoints, and finding the newest.
+
+    runs/pretrain-20260102-030405/
+        run.json                    kind, store, settings, versions
+        log.jsonl                   one line per logged step
+        checkpoint-00001234.pt      weights, optimiser, schedule
+        checkpoint-00001234.json    run.json and the position; written last: it marks the .pt whole
+        result.json                 evaluation of a finetuned network
+
+Every file is written beside its place and renamed, so a kill leaves the last good one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+
+from occfeat_common.settings import differences
+from occfeat_targets.schema import TargetStore
+from occfeat_train import __version__
+
+FORMAT = "occfeat-run"
+KEEP = 2
+"""Checkpoints kept: the newest, and one more in case a disk loses that."""
+
+
+class RunError(RuntimeError):
+    """A run or checkpoint is missing, foreign, damaged or does not fit."""
+
+
+class Run:
+    """One run directory."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+
+    def require_new(self) -> None:
+        """Refuse a directory that holds something.
+
+        Raises:
+            RunError: it does.
+        """
+        if self.path.exists() and any(self.path.iterdir()):
+            raise RunError(
+                f"{self.path} is not empty: choose another --run-dir, or --resume this one"
+            )
+
+    def create(self, description: dict) -> None:
+        """Make the directory and its ``run.json``."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "run.json", {"format": FORMAT, **description})
+
+    def description(self) -> dict:
+        """What ``run.json`` says.
+
+        Raises:
+            RunError: there is no run here.
+        """
+        try:
+            description = json.loads((self.path / "run.json").read_text())
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.path} is not a run of occfeat-train: {error}") from error
+        if not isinstance(description, dict) or description.get("format") != FORMAT:
+            raise RunError(f"{self.path}/run.json was not written by occfeat-train")
+        return description
+
+    def checkpoints(self) -> list[Path]:
+        """JSON files of whole checkpoints, newest first."""
+        return sorted(self.path.glob("checkpoint-*.json"), reverse=True)
+
+    def is_finished(self) -> bool:
+        """Whether training came to its end."""
+        found = self.checkpoints()
+        return bool(found) and json.loads(found[0].read_text())["position"]["finished"]
+
+    def save(self, state: dict[str, Any], position: dict) -> None:
+        """Write a checkpoint, then remove all but the newest :data:`KEEP`."""
+        name = f"checkpoint-{position['step']:08d}"
+        _replace(self.path / f"{name}.pt", lambda part: torch.save(state, part))
+        write_json(self.path / f"{name}.json", self.description() | {"position": position})
+        for old in self.checkpoints()[KEEP:]:
+            old.unlink()  # first the marker: a .pt without it counts for nothing
+            old.with_suffix(".pt").unlink(missing_ok=True)
+        for litter in self.path.glob("*.part"):
+            litter.unlink()
+
+    def load(self, device: torch.device) -> tuple[dict[str, Any], dict]:
+        """State and position of the newest checkpoint. Unpickles nothing but tensors.
+
+        Raises:
+            RunError: there is none, or its file can't be read.
+        """
+        found = self.checkpoints()
+        if not found:
+            raise RunError(f"{self.path} has no checkpoint yet: start it anew")
+        path = found[0].with_suffix(".pt")
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            raise RunError(
+                f"{path} is damaged ({reason}): delete it and {found[0].name} to use the "
+                "checkpoint before"
+            ) from error
+        return state, json.loads(found[0].read_text())["position"]
+
+
+def newest(parent: Path, kind: str, finished: bool) -> Run | None:
+    """The newest run of a kind (``pretrain`` or ``finetune``) below ``parent`` that came to its
+    end, or that did not."""
+    runs = [run for run in _runs(parent) if run.description().get("kind") == kind]
+    runs = [run for run in runs if run.is_finished() == finished]
+    return max(runs, key=lambda run: (run.description()["created"], run.path.name), default=None)
+
+
+def _runs(parent: Path) -> Iterator[Run]:
+    for path in Path(parent).glob("*/run.json"):
+        with suppress(RunError):  # another program's run.json
+            Run(path.parent).description()
+            yield Run(path.parent)
+
+
+def identity(store: TargetStore) -> dict:
+    """What makes a store this store: its frames, grid, images and teacher."""
+    keys = ("format_version", "records_sha256", "n_frames", "grid", "teacher", "map_classes")
+    return {k: store.attrs.get(k) for k in keys} | {"images": store.attrs["config"]["images"]}
+
+
+def check_same_store(stored: dict, store: TargetStore) -> None:
+    """Refuse to resume on other targets.
+
+    Raises:
+        RunError: naming what differs.
+    """
+    changed = differences(stored, identity(store))
+    if changed:
+        raise RunError(
+            f"{store.url} is not the store this run was started on; {'; '.join(changed)}"
+        )
+
+
+def check_same_grid(run: Run, store: TargetStore) -> None:
+    """Refuse weights of a network for another voxel grid.
+
+    Raises:
+        RunError: naming both grids.
+    """
+    grid = run.description()["store_identity"]["grid"]
+    if grid != store.attrs["grid"]:
+        raise RunError(
+            f"the network of {run.path} is for the grid {grid}, the store {store.url} has "
+            f"{store.attrs['grid']}: use a store of that grid"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of occfeat and what decides its numbers."""
+    return {
+        "occfeat": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "zarr": zarr.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def timestamp() -> str:
+    """Local time as ``20260102-030405``, for names."""
+    return time.strftime("%Y%m%d-%H%M%S")
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write indented JSON atomically."""
+    text = json.dumps(value, indent=1) + "\n"
+    _replace(path, lambda part: part.write_text(text))
+
+
+def _replace(path: Path, write: Any) -> None:
+    part = path.with_name(path.name + ".part")
+    write(part)
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)

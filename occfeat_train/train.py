@@ -1,0 +1,323 @@
+"""The training loop, for pretraining and finetuning alike. Read :func:`train` first.
+
+Everything random follows from the seed and the position, never from what ran before: a run that
+was killed and resumed ends with the same weights as one that was not (on a CPU, bit for bit).
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from occfeat_targets.schema import open_store
+from occfeat_train.augment import draw, network_inputs
+from occfeat_train.config import TrainConfig
+from occfeat_train.data import FrameDataset, ShardSampler, make_loader, select_frames
+from occfeat_train.distributed import Process, all_reduce_sum, barrier, pick_precision
+from occfeat_train.jobs import Job, build_network, split_names
+from occfeat_train.objectives import Network
+from occfeat_train.runlog import RunLog
+from occfeat_train.runs import Run, RunError
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is infinite or not a number; the message names step and frames."""
+
+
+@dataclass
+class Position:
+    """How far training has come."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    finished: bool = False
+
+
+@dataclass
+class Learner:
+    """What a checkpoint holds."""
+
+    network: Network
+    optimiser: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    scaler: torch.amp.GradScaler
+
+    def state_dict(self) -> dict:
+        """Tensors and plain values only, so that loading needs no unpickling."""
+        return {name: part.state_dict() for name, part in self._parts()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Inverse of :meth:`state_dict`."""
+        for name, part in self._parts():
+            part.load_state_dict(state[name])
+
+    def _parts(self) -> list[tuple[str, object]]:
+        parts = [(name, getattr(self, name)) for name in self.__dataclass_fields__]
+        return [(name, part) for name, part in parts if part is not None]
+
+
+def train(job: Job, run: Run, process: Process, resume: bool) -> bool:
+    """Train, or go on training, and leave checkpoints and a log in the run directory.
+
+    Args:
+        job: what to train, see :class:`Job`.
+        run: its directory; made here, when nothing is left to go wrong before work starts.
+        process: this process, see ``distributed``.
+        resume: whether to go on from the run's newest checkpoint.
+
+    Returns:
+        Whether it came to its end; False after Ctrl-C or SIGTERM.
+
+    Raises:
+        StoreError, RunError, ConfigError, WeightsError: before any work.
+        NonFiniteLoss: in all processes, before the step that would have spread it.
+    """
+    store = open_store(job.store)
+    config, plan = job.config, job.plan
+    frames = select_frames(
+        store, split_names(config.data.train_split, "train"), job.fraction, job.fraction_unit
+    )
+    steps_per_epoch = len(frames) // (plan.batch * plan.accumulate)
+    _check_batch(job, len(frames), steps_per_epoch, process.world)
+    total_steps = steps_per_epoch * plan.epochs
+
+    torch.manual_seed(config.run.seed)
+    network, report = build_network(job, store, load_weights=not resume)
+    learner = make_learner(job, network.to(process.device), total_steps, process.device)
+    position = Position()
+    if resume:
+        state, saved = run.load(process.device)
+        learner.load_state_dict(state)
+        position, report = Position(**saved), f"resumed after step {saved['step']}"
+    elif process.is_main:
+        run.create(job.describe(store))
+    barrier()
+    model = _parallel(network, process)
+
+    dtype, why = pick_precision(config.run.precision, process.device)
+    sampler = ShardSampler(len(frames), plan.batch, config.run.seed, process.rank, process.world)
+    loader = make_loader(
+        FrameDataset(job.store, frames, ("images", *network.objective.arrays)),
+        sampler,
+        config.data.workers,
+        config.data.start_method,
+        pin_memory=process.device.type == "cuda",
+    )
+    log = RunLog(run.path, process.is_main, total_steps, position.step, config.run.tensorboard)
+    scenes = {store.scene(i) for i in frames}
+    log.say(
+        f"{run.path}: {len(frames)} frames of {len(scenes)} scenes, batch {plan.batch} x "
+        f"{plan.accumulate}, {plan.epochs} epochs of {steps_per_epoch} steps, lr {plan.lr:g}; "
+        f"{process.describe()}; {str(dtype).removeprefix('torch.')} ({why})\n{report}"
+    )
+
+    network.train()
+    saved_at = time.monotonic()
+    with stop_signals() as stop, _closing(log):
+        for epoch in range(position.epoch, plan.epochs):
+            sampler.set_epoch(epoch, done=position.step_in_epoch * plan.accumulate)
+            batches = iter(loader)
+            while position.step_in_epoch < steps_per_epoch:
+                started = time.monotonic()
+                micro = list(islice(batches, plan.accumulate))
+                waited = time.monotonic() - started
+                torch.manual_seed(_step_seed(config.run.seed, position.step, process.rank))
+                values, stopping = train_step(
+                    job, model, learner, micro, epoch, position.step, dtype, process, stop()
+                )
+                position.step += 1
+                position.step_in_epoch += 1
+                log.advance()
+                if position.step % config.run.log_every == 0 or position.step == total_steps:
+                    seconds = time.monotonic() - started
+                    values |= {"epoch": epoch, "seconds": seconds, "waited": waited / seconds}
+                    log.write(position.step, values)
+                if stopping and position.step_in_epoch < steps_per_epoch:
+                    _save(run, learner, position, process)
+                    return False
+            last = epoch + 1 == plan.epochs
+            position = Position(epoch + 1, 0, position.step, finished=last)
+            if last or stopping or _is_due(saved_at, config, process):
+                _save(run, learner, position, process)
+                saved_at = time.monotonic()
+            if stopping:
+                return last
+    return True
+
+
+def train_step(
+    job: Job,
+    model: nn.Module,
+    learner: Learner,
+    micro: list[dict[str, torch.Tensor]],
+    epoch: int,
+    step: int,
+    dtype: torch.dtype,
+    process: Process,
+    stop: bool,
+) -> tuple[dict[str, float], bool]:
+    """One optimiser step on this process's micro-batches.
+
+    Returns:
+        The step's numbers over all processes (loss, its terms, gradient norm, learning rate),
+        and whether any process was asked to stop.
+    """
+    network, device = learner.network, process.device
+    inputs, targets = zip(*(prepare(b, job, network, epoch, device) for b in micro), strict=True)
+    # Every loss term is a mean over the whole step: count first, over micro-batches and processes.
+    counts = sum(network.objective.counts(t) for t in targets)
+    shared = all_reduce_sum(torch.cat([counts, counts.new_tensor([stop])]).to(device)).cpu()
+    counts, stopping = shared[:-1], bool(shared[-1])
+    share = 1 / (len(micro) * process.world)
+
+    learner.optimiser.zero_grad(set_to_none=True)
+    losses = []
+    for i in range(len(micro)):
+        is_last = i + 1 == len(micro)
+        with model.no_sync() if process.world > 1 and not is_last else nullcontext():
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss, terms = model(inputs[i], targets[i], counts, share)
+            # DDP averages gradients over processes; the losses are parts of a sum.
+            learner.scaler.scale(loss * process.world).backward()
+        losses.append(torch.stack([loss, *terms.values()]).detach())
+    total = all_reduce_sum(sum(losses)).tolist()
+    if not math.isfinite(total[0]):
+        raise NonFiniteLoss(_blame(step, micro, losses))
+
+    learner.scaler.unscale_(learner.optimiser)
+    norm = nn.utils.clip_grad_norm_(network.parameters(), job.config.run.clip_norm)
+    lr = learner.optimiser.param_groups[0]["lr"]
+    learner.scaler.step(learner.optimiser)
+    learner.scaler.update()
+    if learner.scheduler:
+        learner.scheduler.step()
+    values = dict(zip(["loss", *terms], total, strict=True))
+    return values | {"gradient_norm": norm.item(), "lr": lr}, stopping
+
+
+def prepare(
+    batch: dict[str, torch.Tensor],
+    job: Job,
+    network: Network,
+    epoch: int,
+    device: torch.device,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A collated batch moved to the device and augmented: network inputs and targets."""
+    config = job.config
+    frames, n_cameras = batch["frame"], batch["K"].shape[1]
+    draws = draw(config.augment, config.run.seed, epoch, frames, n_cameras)
+    batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+    with torch.no_grad():
+        inputs = network_inputs(batch, draws, config.model.image_size, config.augment.shift)
+        return inputs, network.objective.targets(batch, draws.angle)
+
+
+def make_learner(job: Job, network: Network, total_steps: int, device: torch.device) -> Learner:
+    """Optimiser and schedule: Adam at a constant rate for pretraining, AdamW with a linear
+    one-cycle for finetuning (paper §4.1; Simple-BEV's ``pct_start`` and torch's divisors)."""
+    plan, half = job.plan, pick_precision(job.config.run.precision, device)[0] == torch.float16
+    scheduler = None
+    if job.kind == "pretrain":
+        optimiser = torch.optim.Adam(network.parameters(), plan.lr, weight_decay=plan.weight_decay)
+    else:
+        optimiser = torch.optim.AdamW(network.parameters(), plan.lr, weight_decay=plan.weight_decay)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimiser,
+            plan.lr,
+            total_steps + 1,  # it is stepped once more after the last step
+            pct_start=0.05,
+            anneal_strategy="linear",
+            cycle_momentum=False,
+        )
+    return Learner(network, optimiser, scheduler, torch.amp.GradScaler(device.type, enabled=half))
+
+
+def _parallel(network: Network, process: Process) -> nn.Module:
+    if process.world == 1:
+        return network
+    devices = [process.device] if process.device.type == "cuda" else None
+    return DistributedDataParallel(network, device_ids=devices)
+
+
+def _check_batch(job: Job, n_frames: int, steps_per_epoch: int, world: int) -> None:
+    batch = job.plan.batch
+    if batch % world:
+        raise RunError(
+            f"{job.kind}.batch is {batch} over all processes, which {world} processes can't "
+            "share evenly: choose a multiple"
+        )
+    if steps_per_epoch == 0:
+        raise RunError(
+            f"{n_frames} frames are less than one step of {job.kind}.batch {batch} x "
+            f"{job.kind}.accumulate {job.plan.accumulate}: lower one of them"
+        )
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
+
+
+def _blame(step: int, micro: list[dict[str, torch.Tensor]], losses: list[torch.Tensor]) -> str:
+    guilty = [
+        frame
+        for batch, loss in zip(micro, losses, strict=True)
+        if not loss.isfinite().all()
+        for frame in batch["frame"].tolist()
+    ]
+    where = f"frames {guilty} of this process" if guilty else "another process's frames"
+    return (
+        f"the loss of step {step + 1} is not finite, from {where}; nothing was changed by that "
+        "step. Lower the learning rate or use --set run.precision=float32"
+    )
+
+
+def _is_due(saved_at: float, config: TrainConfig, process: Process) -> bool:
+    """Whether to save after this epoch: the main process's clock decides for all."""
+    due = process.is_main and time.monotonic() - saved_at >= 60 * config.run.save_minutes
+    return bool(all_reduce_sum(torch.tensor(float(due), device=process.device)))
+
+
+def _save(run: Run, learner: Learner, position: Position, process: Process) -> None:
+    if process.is_main:
+        run.save(learner.state_dict(), asdict(position))
+    barrier()
+
+
+@contextmanager
+def stop_signals() -> Iterator:
+    """Note Ctrl-C and SIGTERM instead of dying: yields a function that says whether one came.
+
+    A second Ctrl-C is obeyed at once.
+    """
+    received = []
+
+    def note(number: int, _frame: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _closing(log: RunLog) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        log.close()

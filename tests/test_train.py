@@ -1,0 +1,133 @@
+"""The loop: resuming, several processes, accumulation, stopping."""
+
+import signal
+import time
+
+import pytest
+import torch
+from train_runs import (
+    COMPARABLE,
+    assert_same_state,
+    log_of,
+    options,
+    run,
+    start,
+)
+
+CURVE = ("loss", "occupancy", "features", "gradient_norm")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_store, tmp_path_factory):
+    """A pretraining of 9 steps that nothing disturbed."""
+    cwd = tmp_path_factory.mktemp("undisturbed")
+    run("pretrain", "--store", tiny_store, "--run-dir", "a", *options(), cwd=cwd)
+    return cwd / "a"
+
+
+def _stop_at_step(process, directory, step, signal_number):
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= step for line in log_of(directory)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal_number)
+    return process.communicate(timeout=60)[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_killed_in_mid_epoch_and_resumed_ends_bit_equal(
+    workers, undisturbed, tiny_store, tmp_path
+):
+    settings = options(f"data.workers={workers}", "pretrain.epochs=3")
+    process = start("pretrain", "--store", tiny_store, "--run-dir", "b", *settings, cwd=tmp_path)
+    _stop_at_step(process, tmp_path / "b", 5, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    (checkpoint,) = sorted((tmp_path / "b").glob("checkpoint-*.json"))[-1:]
+    assert checkpoint.stem in ("checkpoint-00000003", "checkpoint-00000006")
+    output = run("pretrain", "--resume", "--run-dir", "b", cwd=tmp_path)
+    assert "resumed after step" in output
+    assert_same_state(undisturbed, tmp_path / "b")
+    wanted = [[line[k] for k in ("step", "epoch", *CURVE)] for line in log_of(undisturbed)]
+    assert [[x[k] for k in ("step", "epoch", *CURVE)] for x in log_of(tmp_path / "b")] == wanted
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
+def test_reading_processes_change_nothing_and_never_hang(
+    start_method, undisturbed, tiny_store, tmp_path
+):
+    settings = options("data.workers=2", f"data.start_method={start_method}")
+    run("pretrain", "--store", tiny_store, "--run-dir", "b", *settings, cwd=tmp_path)
+    assert_same_state(undisturbed, tmp_path / "b")
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(undisturbed, tiny_store, tmp_path):
+    process = start("pretrain", "--store", tiny_store, *options(), cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not (found := list(tmp_path.glob("runs/pretrain-*/run.json"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    output = _stop_at_step(process, found[0].parent, 4, signal.SIGINT)
+    assert process.returncode == 130
+    assert "occfeat-train pretrain --resume --run-dir runs/pretrain-" in output
+    assert "Traceback" not in output
+    (checkpoint,) = sorted(found[0].parent.glob("checkpoint-*.json"))[-1:]
+    assert int(checkpoint.stem[-8:]) in (5, 6, 7)  # where it was, not the epoch's end
+    run("pretrain", "--resume", cwd=tmp_path)  # finds the unfinished one
+    assert_same_state(undisturbed, found[0].parent)
+
+
+def _curve(directory):
+    return torch.tensor([[line[k] for k in CURVE] for line in log_of(directory)])
+
+
+def test_two_processes_follow_the_curve_of_one(tiny_store, tmp_path):
+    settings = options(*COMPARABLE)
+    for name, processes in (("one", 1), ("two", 2)):
+        arguments = ("pretrain", "--store", tiny_store, "--run-dir", name, *settings)
+        output = run(*arguments, cwd=tmp_path, processes=processes)
+        assert f"{processes} process(es)" in output
+    one, two = _curve(tmp_path / "one"), _curve(tmp_path / "two")
+    assert len(one) == 9
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=2e-6)
+
+
+def test_accumulation_is_one_large_batch(tiny_store, tmp_path):
+    large = options(*COMPARABLE)
+    small = options(*COMPARABLE, "pretrain.batch=2", "pretrain.accumulate=2")
+    for name, settings in (("large", large), ("small", small)):
+        run("pretrain", "--store", tiny_store, "--run-dir", name, *settings, cwd=tmp_path)
+    large, small = _curve(tmp_path / "large"), _curve(tmp_path / "small")
+    torch.testing.assert_close(small, large, rtol=1e-4, atol=2e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_store, tmp_path):
+    settings = options("pretrain.lr=1e30")
+    arguments = ("pretrain", "--store", tiny_store, "--run-dir", "a", *settings)
+    output = run(*arguments, cwd=tmp_path, code=1)
+    assert "the loss of step 2 is not finite, from frames [" in output
+    assert "Traceback" not in output
+    assert len(log_of(tmp_path / "a")) == 1
+
+
+def test_finetuning_in_two_processes_and_counts_of_evaluation(tiny_store, tmp_path):
+    """Curve as in one process; evaluation counts exactly equal."""
+    settings = options(*COMPARABLE)
+    for name, processes in (("one", 1), ("two", 2)):
+        run(
+            *("finetune", "--store", tiny_store, "--init", "none", "--run-dir", name, *settings),
+            cwd=tmp_path,
+            processes=processes,
+        )
+    keys = ("loss", "mask", "centre", "offset")
+    one, two = (
+        torch.tensor([[line[k] for k in keys] for line in log_of(tmp_path / name)])
+        for name in ("one", "two")
+    )
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+    results = []
+    for processes in (1, 2):
+        run("evaluate", "--run-dir", "one", cwd=tmp_path, processes=processes)
+        results.append((tmp_path / "one" / "result.json").read_text())
+    assert results[0] == results[1]
+    assert '"frames": 4' in results[0]

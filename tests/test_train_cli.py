@@ -1,0 +1,235 @@
+"""``occfeat-train`` as a user meets it: the three commands, what is found, what is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+import zarr
+from safetensors.torch import load_file
+from tiny_store import make_tiny_store
+from train_runs import SMALL, final_state, log_of, options, run
+
+from occfeat_common.settings import load_settings, to_plain
+from occfeat_train.config import TrainConfig
+from occfeat_train.export import load_bev_net
+from occfeat_train.runs import Run, RunError
+
+
+@pytest.fixture(scope="module")
+def workplace(tiny_store, tmp_path_factory):
+    """A directory where the commands of the help text were run, with what they printed."""
+    cwd = tmp_path_factory.mktemp("workplace")
+    shutil.copytree(tiny_store, cwd / "targets.zarr")
+    printed = [
+        run("pretrain", "--store", "targets.zarr", *options(), cwd=cwd),
+        run("finetune", "--fraction", "0.01", cwd=cwd),
+        run("evaluate", cwd=cwd),
+    ]
+    return cwd, printed
+
+
+def _only(cwd, kind):
+    (path,) = (cwd / "runs").glob(f"{kind}-*")
+    return path
+
+
+def test_the_three_commands_find_each_others_results(workplace):
+    cwd, (pretrained, finetuned, evaluated) = workplace
+    pretraining, finetuning = _only(cwd, "pretrain"), _only(cwd, "finetune")
+    assert "preset demo, as targets.zarr asks" in pretrained
+    assert "RANDOM-WEIGHTS teacher" in pretrained
+    assert f"Starting from: runs/{pretraining.name}" in finetuned
+    assert f"Settings: those of runs/{pretraining.name}" in finetuned
+    assert "4 frames of 1 scenes" in finetuned  # 0.01 of three scenes: the first
+    assert f"runs/{finetuning.name} (step 3) on 4 frames of mini_val" in evaluated
+    result = json.loads((finetuning / "result.json").read_text())
+    assert result["fraction"] == 0.01
+    assert 0 <= result["vehicle"]["visible"]["iou"] <= 100
+
+
+def test_finetuning_starts_from_the_pretrained_network_and_a_fresh_head(workplace):
+    cwd, (_, finetuned, _) = workplace
+    assert "encoder 247, compressor 1, decoder 93; fresh: " in finetuned
+    assert "not used: 12 tensors of its pretrain head" in finetuned
+    out = cwd / "start"
+    settings = ["--set", "finetune.lr=1e-30", "--set", "model.freeze_batch_norm=true"]
+    run("finetune", "--run-dir", out, *settings, cwd=cwd)
+    before, after = final_state(_only(cwd, "pretrain")), final_state(out)
+    shared = [k for k in before if k.startswith(".network.bev_net.")]
+    assert len(shared) == 341
+    for name in shared:
+        assert torch.equal(before[name], after[name]), name
+
+
+def test_a_checkpoint_says_in_json_what_it_is(workplace):
+    cwd, _ = workplace
+    (path,) = sorted(_only(cwd, "finetune").glob("checkpoint-*.json"))[-1:]
+    said = json.loads(path.read_text())
+    assert said["position"] == {"epoch": 3, "step_in_epoch": 0, "step": 3, "finished": True}
+    assert said["config"]["model"]["channels"] == 8
+    assert said["store_identity"]["teacher"]["weights"] == "random(tiny)"
+    assert said["versions"].keys() >= {"occfeat", "torch", "zarr"}
+
+
+def test_export_loads_as_the_readme_says_and_has_no_head(workplace):
+    cwd, _ = workplace
+    run("export", "--out", "bev-net", cwd=cwd)
+    network = load_bev_net(cwd / "bev-net")
+    weights = load_file(cwd / "bev-net" / "model.safetensors")
+    trained = final_state(_only(cwd, "pretrain"))
+    assert weights.keys() == network.state_dict().keys()
+    assert not any("head" in name or "objective" in name for name in weights)
+    for name, value in weights.items():
+        assert torch.equal(value, trained[f".network.bev_net.{name}"])
+    assert "exists already" in run("export", "--out", "bev-net", cwd=cwd, code=1)
+    with pytest.raises(RunError, match="holds no exported network"):
+        load_bev_net(cwd)
+
+
+def test_the_loss_falls_even_on_made_up_frames(tiny_store, tmp_path):
+    settings = options("pretrain.epochs=20", "augment.flip_bev=false", "pretrain.feature_weight=1")
+    run("pretrain", "--store", tiny_store, "--run-dir", "a", *settings, cwd=tmp_path)
+    losses = [line["loss"] for line in log_of(tmp_path / "a")]
+    assert sum(losses[-6:]) / 6 < 0.85 * sum(losses[:6]) / 6
+
+
+def test_evaluate_prints_json(workplace):
+    cwd, _ = workplace
+    printed = run("evaluate", "--json", cwd=cwd)
+    start = printed.index("{\n")
+    assert json.loads(printed[start : printed.rindex("}") + 1])["frames"] == 4
+
+
+def _refused(*arguments, cwd, settings=()):
+    """The one sentence of a command that stops before any work."""
+    output = run(*arguments, *options(*settings), cwd=cwd, code=1)
+    assert "Traceback" not in output
+    assert not list(cwd.glob("runs/*/checkpoint-*"))
+    return output.splitlines()[-1]
+
+
+def test_unusable_stores_are_refused_in_one_sentence(tiny_store, tmp_path):
+    assert "no targets store here" in _refused("pretrain", cwd=tmp_path)
+    changes = {
+        "is not finished": {"complete": False},
+        "not an occfeat-targets store": {"format": "other"},
+        "has format version 2, this program reads 1": {"format_version": 2},
+        "has no usable frames of train, mini_train; its splits are: val": {"splits": ["val", "x"]},
+    }
+    for message, attributes in changes.items():
+        path = shutil.copytree(tiny_store, tmp_path / "spoilt.zarr", dirs_exist_ok=True)
+        zarr.open_group(path, mode="r+").attrs.update(attributes)
+        assert message in _refused("pretrain", "--store", path, cwd=tmp_path)
+        shutil.rmtree(path)
+
+
+def test_a_store_of_another_grid_is_refused(workplace, tmp_path):
+    cwd, _ = workplace
+    other = make_tiny_store(tmp_path / "other.zarr", settings=["grid.z=[-1,3,4]"])
+    pretraining, finetuning = _only(cwd, "pretrain"), _only(cwd, "finetune")
+    for arguments in (
+        ("finetune", "--store", other, "--init", pretraining, *options()),
+        ("evaluate", "--store", other, "--run-dir", finetuning),
+    ):
+        output = run(*arguments, cwd=tmp_path, code=1)
+        assert "is for the grid {'x':" in output
+        assert "use a store of that grid" in output
+        assert "Traceback" not in output
+
+
+def test_resuming_on_other_targets_is_refused(workplace, tmp_path):
+    cwd, _ = workplace
+    other = make_tiny_store(tmp_path / "other.zarr", seed=1)
+    arguments = ("pretrain", "--resume", "--run-dir", _only(cwd, "pretrain"), "--store", other)
+    output = run(*arguments, cwd=tmp_path, code=1)
+    assert "is not the store this run was started on; records_sha256: 0 -> 1" in output
+
+
+def test_other_mistakes_are_one_sentence_too(tiny_store, workplace, tmp_path):
+    cwd, _ = workplace
+    store = ("--store", tiny_store)
+    sentences = {
+        "did you mean pretrain.epochs?": ("pretrain", *store, "--set", "pretrain.epoch=3"),
+        "12 frames are less than one step": ("pretrain", *store, "--set", "pretrain.batch=13"),
+        "there is no preset 'x'; there are demo, paper": ("pretrain", *store, "--config", "x"),
+        "there is no finished pretraining in runs/": ("finetune", *store),
+        "there is no finished finetune run": ("evaluate",),
+        "there is no unfinished pretrain run": ("pretrain", "--resume"),
+        "is not a run of occfeat-train": ("finetune", *store, "--init", tmp_path),
+        "is not empty: choose another": ("pretrain", *store, "--run-dir", cwd),
+        "is a pretraining: finetune it first": ("evaluate", "--run-dir", _only(cwd, "pretrain")),
+        "the network in": (
+            *("finetune", *store, "--init", _only(cwd, "pretrain")),
+            *("--set", "model.channels=16"),
+        ),
+    }
+    for sentence, arguments in sentences.items():
+        output = run(*arguments, cwd=tmp_path, code=1)
+        assert sentence in output
+        assert "Traceback" not in output
+    assert not list(tmp_path.glob("runs/*/checkpoint-*"))
+
+
+def test_a_damaged_checkpoint_is_named(workplace, tmp_path):
+    cwd, _ = workplace
+    copy = Run(shutil.copytree(_only(cwd, "pretrain"), tmp_path / "copy"))
+    newest = max(copy.path.glob("checkpoint-*.pt"))
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(RunError, match=f"{newest.name} is damaged .* delete it"):
+        copy.load(torch.device("cpu"))
+    newest.unlink()
+    newest.with_suffix(".json").unlink()
+    assert copy.load(torch.device("cpu"))[1]["step"] == 6  # the one before is still there
+
+
+def test_a_checkpoint_with_code_in_it_is_not_run(workplace, tmp_path):
+    cwd, _ = workplace
+    copy = Run(shutil.copytree(_only(cwd, "pretrain"), tmp_path / "copy"))
+    torch.save({"network": print}, max(copy.path.glob("checkpoint-*.pt")))
+    with pytest.raises(RunError, match="is damaged"):
+        copy.load(torch.device("cpu"))
+
+
+def test_the_paper_preset_lists_every_setting_at_its_default(pytestconfig):
+    path = pytestconfig.rootpath / "pipelines" / "train_paper.yaml"
+    assert yaml.safe_load(path.read_text()) == to_plain(TrainConfig())
+
+
+@pytest.mark.parametrize(
+    ("fraction", "epochs", "lr", "batch", "accumulate"),
+    [(0.01, 100, 1e-4, 6, 1), (0.05, 50, 1e-4, 6, 1), (0.1, 50, 1e-4, 6, 1), (1, 30, 3e-4, 8, 5)],
+)
+def test_finetuning_follows_the_paper_for_its_fraction(fraction, epochs, lr, batch, accumulate):
+    plan = TrainConfig().for_fraction(fraction).finetune
+    assert (plan.epochs, plan.lr, plan.batch, plan.accumulate) == (epochs, lr, batch, accumulate)
+    own = load_settings(TrainConfig, None, ["finetune.epochs=7"]).for_fraction(fraction).finetune
+    assert (own.epochs, own.lr) == (7, lr)
+
+
+def test_the_trainer_loads_nothing_of_the_offline_stage(tiny_store, tmp_path):
+    """Importing and running every command, in one process."""
+    code = f"""
+import sys
+from occfeat_train.cli import main
+settings = {[text for s in (*SMALL, "pretrain.epochs=1") for text in ("--set", s)]!r}
+for arguments in (
+    ["pretrain", "--store", {str(tiny_store)!r}, *settings],
+    ["finetune", "--store", {str(tiny_store)!r}, "--set", "finetune.epochs=1"],
+    ["evaluate"],
+    ["export", "--out", "net"],
+):
+    main(arguments, standalone_mode=False)
+print("LOADED", *sorted(sys.modules))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split("LOADED")[1].split())
+    assert not {m.split(".")[0] for m in loaded} & {"nuscenes", "dask", "distributed", "cv2"}
+    ours = {m for m in loaded if m.startswith("occfeat_targets.")}
+    assert ours == {"occfeat_targets.schema", "occfeat_targets.grid"}

@@ -1,0 +1,131 @@
+"""A targets store of a few small made-up frames, written in a second, for tests of the trainer.
+
+Its numbers are random but fit together: voxels come from the points, masks from the boxes. What
+the trainer learns from it means nothing; that it runs, resumes and agrees with itself does.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import zarr
+from PIL import Image
+
+from occfeat_targets import __version__, schema
+from occfeat_targets.config import load_config
+from occfeat_targets.frame_targets import pack_images, pack_points
+from occfeat_targets.images import encode_jpeg
+from occfeat_targets.labels import vehicle_masks
+
+SETTINGS = [
+    "grid.x=[-8,8,16]",
+    "grid.y=[-8,8,16]",
+    "grid.z=[-1,3,2]",
+    "images.size=[64,96]",
+    "lidar.max_points=400",
+    "labels.max_vehicles=4",
+    "labels.map=never",
+    "block_frames=4",
+]
+"""of ``occfeat-targets build``."""
+DIM = 8
+"""Channels of the made-up teacher."""
+SPLITS = {"mini_train": 3, "mini_val": 1}
+"""Scenes of each split."""
+SCENE_FRAMES = 4
+
+
+def make_tiny_store(path, seed=0, settings=(), splits=SPLITS, preset="demo") -> Path:
+    """Write a finished store of ``SCENE_FRAMES`` frames a scene."""
+    config = load_config(None, [*SETTINGS, f"train_preset={preset}", *settings])
+    rng = np.random.default_rng(seed)
+    scenes = [split for split, n in splits.items() for _ in range(n)]
+    n_frames = len(scenes) * SCENE_FRAMES
+    specs = schema.array_specs(config.to_dict(), DIM, with_map=False)
+    group = zarr.open_group(path, mode="w", zarr_format=3)
+    schema.create_arrays(group, specs, n_frames, config.block_frames)
+    for i in range(n_frames):
+        frame = _frame(rng, config) | {
+            "token": np.frombuffer(rng.bytes(16), dtype=np.uint8),
+            "scene": i // SCENE_FRAMES,
+            "split": list(splits).index(scenes[i // SCENE_FRAMES]),
+            "timestamp_us": i * 500_000,
+        }
+        for name, value in frame.items():
+            array = group[name]
+            where = (i, slice(len(value))) if np.ndim(value) and array.ndim > 1 else i
+            array[where] = value
+    group.attrs.update(
+        {
+            "format": schema.FORMAT,
+            "format_version": schema.FORMAT_VERSION,
+            "complete": True,
+            "n_frames": n_frames,
+            "records_sha256": str(seed),
+            "grid": config.grid.to_dict(),
+            "config": config.to_dict(),
+            "cameras": list(schema.CAMERAS),
+            "scenes": [f"scene-{i:04d}" for i in range(len(scenes))],
+            "splits": list(splits),
+            "map_classes": [],
+            "point_step_m": schema.point_step_m(config.grid),
+            "teacher": {"name": "tiny", "dim": DIM, "weights": "random(tiny)"},
+            "source": {"dataset": "tiny"},
+            "software": {"occfeat": __version__},
+            "failed": [],
+        }
+    )
+    return Path(path)
+
+
+def _frame(rng, config):
+    grid, (height, width) = config.grid, config.images.size
+    points = rng.uniform((-10, -10, -1), (10, 10, 3), (300, 3)) * (1, 1, rng.random())
+    voxels = grid.occupied(points)
+    boxes = np.column_stack(
+        [
+            rng.uniform(-7, 7, (3, 2)),
+            np.full(3, 1.0),
+            rng.uniform(2, 5, (3, 2)),
+            np.full(3, 1.5),
+            rng.uniform(-3, 3, 3),
+            rng.integers(1, 5, 3),
+        ]
+    ).astype(np.float32)
+    vehicle, visible = vehicle_masks(boxes, grid)
+    K = np.tile(np.array([[60.0, 0, width / 2], [0, 60.0, height / 2], [0, 0, 1]]), (6, 1, 1))
+    return {
+        "n_voxels": len(voxels),
+        "n_points": len(points),
+        "n_vehicles": len(boxes),
+        "voxel_index": voxels,
+        "features": rng.integers(-127, 128, (len(voxels), DIM)),
+        "feature_scale": rng.uniform(0.01, 0.02, len(voxels)),
+        "feature_cameras": rng.integers(0, 3, len(voxels)),
+        "points": pack_points(points, rng.uniform(0, 255, len(points)), grid),
+        "vehicle_boxes": boxes,
+        "vehicle": vehicle,
+        "vehicle_visible": visible,
+        "K": K,
+        "cam_T_ego": np.stack(
+            [_cam_T_ego(yaw) for yaw in np.radians([55, 0, -55, 110, 180, -110])]
+        ),
+        "ego_T_lidar": np.eye(4),
+        "global_T_ego": np.eye(4),
+        **pack_images([_jpeg(rng, height, width) for _ in range(6)]),
+    }
+
+
+def _cam_T_ego(yaw):
+    """A camera 1.5 m above ego's origin that looks along ``yaw``."""
+    forward = np.array([np.cos(yaw), np.sin(yaw), 0])
+    right, down = np.array([np.sin(yaw), -np.cos(yaw), 0]), np.array([0, 0, -1.0])
+    cam_T_ego = np.eye(4)
+    cam_T_ego[:3, :3] = [right, down, forward]
+    cam_T_ego[:3, 3] = -cam_T_ego[:3, :3] @ (0, 0, 1.5)
+    return cam_T_ego
+
+
+def _jpeg(rng, height, width):
+
+    small = rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    return encode_jpeg(Image.fromarray(small).resize((width, height)), 95)

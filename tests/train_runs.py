@@ -1,0 +1,98 @@
+"""Running ``occfeat-train`` at toy size in tests: as a user does, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+SMALL = [
+    "model.encoder_weights=random",
+    "model.channels=8",
+    "model.image_size=[32,64]",
+    "data.workers=0",
+    "pretrain.batch=4",
+    "pretrain.epochs=3",
+    "finetune.batch=4",
+    "finetune.accumulate=1",
+    "finetune.epochs=3",
+    "finetune.lr=0.001",
+    "run.log_every=1",
+    "run.save_minutes=0",
+]
+"""A network and schedule for the tiny store: 3 steps an epoch."""
+COMPARABLE = [
+    "model.freeze_batch_norm=true",
+    "model.drop_path=0",
+    "pretrain.lr=1e-5",
+    "finetune.lr=1e-5",
+]
+"""Nothing that depends on how a batch is split over processes, and steps so small that Adam, which
+divides by the size of a gradient, does not blow rounding errors up."""
+
+
+def options(*settings):
+    """``--set`` options of :data:`SMALL` with others on top."""
+    return [text for setting in (*SMALL, *settings) for text in ("--set", setting)]
+
+
+def start(*arguments, cwd, processes=1):
+    """Start ``occfeat-train``; two threads would only get in each other's way here."""
+    launcher = ["-m", "occfeat_train"]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        launcher += ["--standalone", "-m", "occfeat_train"]
+    return subprocess.Popen(
+        [sys.executable, *launcher, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(*arguments, cwd, processes=1, code=0):
+    """Run ``occfeat-train`` to its end; returns what it printed."""
+    process = start(*arguments, cwd=cwd, processes=processes)
+    try:
+        output, _ = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == code, output
+    return output
+
+
+def log_of(directory):
+    """Lines of a run's log as dicts."""
+    path = Path(directory) / "log.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def final_state(directory):
+    """The newest checkpoint's content, flat: name -> tensor or plain value."""
+    newest = max(Path(directory).glob("checkpoint-*.pt"))
+    return dict(_flat(torch.load(newest, weights_only=True), ""))
+
+
+def _flat(value, name):
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for key, item in enumerate(value):
+            yield from _flat(item, f"{name}.{key}")
+    else:
+        yield name, value
+
+
+def assert_same_state(a, b):
+    """Two final checkpoints are equal bit for bit, optimiser and schedule included."""
+    a, b = final_state(a), final_state(b)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        same = torch.equal(value, b[name]) if torch.is_tensor(value) else value == b[name]
+        assert same, name
