@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import fsspec
 import numpy as np
+import psutil
 import pytest
 import torch
 import zarr
@@ -365,6 +366,34 @@ def without_workers(load):
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_workers_change_nothing(load, without_workers, method):
     assert load(2, method) == without_workers
+
+
+DYING = """
+import os, signal, sys
+from occfeat_train.data import *
+
+if __name__ == "__main__":
+    dataset = FrameDataset(sys.argv[1], [0, 1, 2, 3], ("images",))
+    batches = iter(make_loader(dataset, EvalSampler(4, 1), 2, sys.argv[2], pin_memory=False))
+    next(batches), next(batches)
+    print(*(worker.pid for worker in batches._workers), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_workers_do_not_outlive_the_main_process(demo_store, tmp_path, method):
+    (tmp_path / "dying.py").write_text(DYING)
+    with open(tmp_path / "pids", "w") as output:
+        command = [sys.executable, tmp_path / "dying.py", demo_store, method]
+        subprocess.run(command, stdout=output, timeout=60)
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert len(pids) == 2
+    workers = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    for worker in alive:
+        worker.kill()
+    assert not alive
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -5,9 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
+import torch
+from tiny_store import make_tiny_store
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
@@ -15,26 +18,58 @@ COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.spl
 
 
 def test_every_command_is_covered():
-    """make by CI and test_cli, dask by test_cluster, occfeat-targets below."""
+    """make by CI and test_cli, dask by test_cluster, the others below."""
+    known = ("make ", "dask ", "occfeat-targets ", "occfeat-train ", "torchrun ")
     for line in COMMANDS:
-        assert line.startswith(("make ", "dask ", "occfeat-targets ")), line
+        assert line.startswith(known), line
 
 
-def test_occfeat_targets_commands_run_in_order(tmp_path):
-    lines = [c for c in COMMANDS if c.startswith("occfeat-targets") and "--scheduler" not in c]
-    assert len(lines) == 6
+def _run_lines(lines, cwd):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for line in lines:
+        if "--resume" in line:
+            _make_unfinished(cwd)
         run = subprocess.run(
             line,
             shell=True,
-            cwd=tmp_path,
-            env=os.environ | {"PATH": path},
+            cwd=cwd,
+            env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
         )
         assert run.returncode == 0, f"{line}\n{run.stdout}\n{run.stderr}"
+        yield run.stdout
+
+
+def _make_unfinished(cwd):
+    """Take the newest pretraining back to the checkpoint before its last."""
+    newest = max((cwd / "runs").glob("pretrain-*"))
+    last = max(newest.glob("checkpoint-*.pt"))
+    last.with_suffix(".json").unlink()
+    last.unlink()
+
+
+def test_occfeat_targets_commands_run_in_order(tmp_path):
+    lines = [c for c in COMMANDS if c.startswith("occfeat-targets") and "--scheduler" not in c]
+    assert len(list(_run_lines(lines, tmp_path))) == 6
     assert (tmp_path / "view.png").exists()
+
+
+def test_training_commands_run_in_order_on_a_tiny_store(tmp_path):
+    make_tiny_store(tmp_path / "targets.zarr", preset="demo")
+    lines = [c for c in COMMANDS if c.startswith(("occfeat-train ", "torchrun "))]
+    printed = list(_run_lines(lines, tmp_path))
+    assert len(printed) == 7
+    assert "vehicle IoU in per cent" in printed[2]
+    namespace = {
+        "images": torch.rand(1, 6, 3, 112, 200),
+        "K": torch.eye(3).expand(1, 6, 3, 3) * 100,
+        "cam_T_ego": torch.eye(4).expand(1, 6, 4, 4),
+    }
+    (code,) = [text for kind, text in BLOCKS if kind == "python" and "bev_net" in text]
+    with chdir(tmp_path):
+        exec(code, namespace)
+    assert namespace["bev"].shape == (1, 32, 16, 16)
 
 
 def test_make_commands_are_the_makefile_s(pytestconfig):
@@ -46,8 +81,8 @@ def test_make_commands_are_the_makefile_s(pytestconfig):
             )
 
 
-def test_python_example_runs(demo_store, tmp_path, monkeypatch):
-    (code,) = [text for kind, text in BLOCKS if kind == "python"]
+def test_the_example_of_reading_a_store_runs(demo_store, tmp_path, monkeypatch):
+    (code,) = [text for kind, text in BLOCKS if kind == "python" and "open_store" in text]
     shutil.copytree(demo_store, tmp_path / "targets.zarr")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
