@@ -122,7 +122,7 @@ def from_plain(cls: type[Settings], values: object, prefix: str = "") -> Setting
 
 
 def _convert(hint: typing.Any, value: object, name: str) -> object:
-    """``value`` as the annotated type: whole numbers pass for floats, lists for tuples, nothing else."""
+    """``value`` as the annotated type: numbers pass for floats, lists for tuples, nothing else."""
     if dataclasses.is_dataclass(hint):
         return from_plain(hint, value, f"{name}.")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

@@ -163,7 +163,8 @@ def bev_labels(record: FrameRecord, config: TargetsConfig) -> dict[str, np.ndarr
 def pack_points(xyz_ego: np.ndarray, intensity: np.ndarray, grid: VoxelGrid) -> np.ndarray:
     """Points as int16 (P, 4): x, y, z in steps of ``point_step_m(grid)``, and intensity.
 
-    Returns farther than 32767 steps on any axis are left out; the grid never reaches there.
+    Returns farther than 32767 steps on any axis are left out: they lie outside the grid (not of
+    every turned one: the trainer's rotation may miss a few at its corners).
     """
     steps = np.rint(xyz_ego / point_step_m(grid))
     fits = (np.abs(steps) <= 32767).all(axis=1)

@@ -109,5 +109,8 @@ def _crop(
     grid = F.affine_grid(
         theta.flatten(0, 1).to(images.device), [B * N, 3, *image_size], align_corners=False
     )
-    pixels = images.flatten(0, 1).permute(0, 3, 1, 2).float()
-    return F.grid_sample(pixels, grid, align_corners=False).div_(255).unflatten(0, (B, N))
+    pixels = images.flatten(0, 1).permute(0, 3, 1, 2).float().div_(255)
+    # Zero padding alone would darken the outermost pixels of an enlarged image.
+    cropped = F.grid_sample(pixels, grid, align_corners=False, padding_mode="border")
+    inside = (grid.abs() <= 1).all(dim=-1)
+    return (cropped * inside[:, None]).unflatten(0, (B, N))

@@ -357,4 +357,7 @@ def _session() -> Iterator[tuple[Process, Callable[[str], None]]]:
         with process_group() as process:
             yield process, click.echo if process.is_main else (lambda _: None)
     except (ConfigError, StoreError, RunError, WeightsError, NonFiniteLoss) as error:
-        raise click.ClickException(str(error)) from error
+        text = str(error)
+        if text.startswith("Caught "):  # from a reading process: torch puts a traceback before it
+            text = text.splitlines()[-1].partition("Error: ")[2]
+        raise click.ClickException(text) from error

@@ -161,6 +161,7 @@ class RunConfig:
     """Also write TensorBoard events (needs the tensorboard package)."""
 
     def __post_init__(self) -> None:
+        require(self.seed >= 0, "run.seed", "must be >= 0", self.seed)
         known = self.precision in PRECISIONS
         require(known, "run.precision", f"must be one of {', '.join(PRECISIONS)}", self.precision)
         require(self.clip_norm > 0, "run.clip_norm", "must be > 0", self.clip_norm)

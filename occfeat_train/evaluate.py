@@ -73,9 +73,11 @@ def predict(
     network.eval()
     draws = draw(NO_AUGMENT, 0, 0, batch["frame"], batch["K"].shape[1])
     dtype, _ = pick_precision(job.config.run.precision, device)
-    with torch.inference_mode(), torch.autocast(device.type, dtype, dtype != torch.float32):
+    with torch.inference_mode():
+        # Geometry stays in float32: half a pixel would be lost in bfloat16.
         inputs = network_inputs(batch, draws, job.config.model.image_size, 0.0)
-        predicted = network.objective.head(network.bev_net(**inputs))
+        with torch.autocast(device.type, dtype, dtype != torch.float32):
+            predicted = network.objective.head(network.bev_net(**inputs))
     return predicted["mask"].float().sigmoid()
 
 

@@ -42,20 +42,21 @@ def voxel_targets(
     new_voxel, row = new.unique(return_inverse=True)
     # A point's features are those of the voxel it came from. Rounding to the stored step moves a
     # few points out of their voxel, and points outside the stored grid have none.
-    source = torch.searchsorted(voxel, old).clamp(max=len(voxel) - 1)
-    known = (voxel[source] == old) & valid[source]
-    pair, count = (row[known] * len(voxel) + source[known]).unique(return_counts=True)
-    row, source = pair.div(len(voxel), rounding_mode="floor"), pair % len(voxel)
+    source = torch.searchsorted(voxel, old)
+    known = (F.pad(voxel, (0, 1), value=-2)[source] == old) & F.pad(valid, (0, 1))[source]
+    n = len(voxel) + 1
+    pair, count = (row[known] * n + source[known]).unique(return_counts=True)
+    row, source = pair.div(n, rounding_mode="floor"), pair % n
     features = batch["features"].float() * batch["feature_scale"].float()[:, None]
-    points_of = torch.bincount(row, minlength=len(new_voxel))
+    n_sources = torch.bincount(row, minlength=len(new_voxel))
     summed = F.embedding_bag(
         source,
         features,
-        points_of.cumsum(0) - points_of,
+        n_sources.cumsum(0) - n_sources,
         mode="sum",
         per_sample_weights=count.float(),
     )
-    return {"voxel": new_voxel, "features": summed, "valid": points_of > 0}
+    return {"voxel": new_voxel, "features": summed, "valid": n_sources > 0}
 
 
 def _moved_points(
@@ -129,7 +130,8 @@ def _vehicle_maps(boxes: torch.Tensor, grid: VoxelGrid) -> dict[str, torch.Tenso
     to_u, to_v = i - u.round()[:, None], j - v.round()[:, None]  # (M, X), (M, Y)
     scale = -0.5 / CENTRE_SIGMA**2
     heat = ((to_u**2 * scale).exp()[:, :, None] * (to_v**2 * scale).exp()[:, None]).amax(dim=0)
-    owner = inside.float().argmax(dim=0)  # the first vehicle that covers the cell
+    # Whose offset a cell learns: the first visible vehicle that covers it.
+    owner = (inside * (1 + seen.int())[:, None, None]).argmax(dim=0)
     offset = torch.stack([i[:, None] - u[owner], j - v[owner]])
     return {
         "vehicle": (is_seen | is_unseen).float(),

@@ -1,12 +1,9 @@
-"""How fast do loader workers feed training, and what is the limit? All figures from one run.
+"""The part of ``bench_train.py`` that measures the loader and its limits.
 
-    python pipelines/bench_loader.py --store targets.zarr --dataroot /data/sets/nuscenes
-
-Prints samples/s of the trainer's own loader (features, voxels, camera bits, images; global
-shuffle), of one that only preads the very same bytes and decodes the same stored JPEGs, and of
-one that decodes and resizes the dataset's original images instead. Repetitions are interleaved and
-the ratios are medians over them; the page cache is warm. Machines are noisy: compare figures of
-one run only.
+Samples/s of the trainer's own loader (features, voxels, camera bits, images; global shuffle), of
+one that only preads the very same bytes and decodes the same stored JPEGs, and of one that decodes
+and resizes the dataset's original images instead. Repetitions are interleaved and the ratios are
+medians over them; the page cache is warm.
 """
 
 from __future__ import annotations
@@ -25,18 +22,6 @@ from occfeat_train.data import FrameDataset, FrameReader, ShardSampler, decode_i
 
 ARRAYS = ("features", "voxel_index", "feature_cameras", "images")
 BATCH = 4
-
-
-@click.command()
-@click.option("--store", required=True, help="A finished targets store, local.")
-@click.option("--dataroot", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--workers", default=2, show_default=True)
-@click.option("--samples", default=400, show_default=True, help="Per repetition.")
-@click.option("--repetitions", default=7, show_default=True)
-def main(store: str, dataroot: Path, workers: int, samples: int, repetitions: int) -> None:
-    """Print the benchmark."""
-    print(f"{os.cpu_count()} cores, {workers} workers, batch {BATCH}, {samples} samples a time")
-    loader_speed(store, dataroot, workers, samples, repetitions)
 
 
 def loader_speed(
@@ -158,7 +143,3 @@ class OriginalImages(Dataset):
         grid_voxels = self.reader.store.grid.n_voxels
         rest = self.reader.read(i, self.names)
         return {"frame": i, "grid_voxels": grid_voxels, "images": images, **rest}
-
-
-if __name__ == "__main__":
-    main()

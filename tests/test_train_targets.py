@@ -179,7 +179,6 @@ def test_a_point_from_outside_the_stored_grid_occupies_its_new_voxel_without_a_f
     assert targets["valid"].tolist() == [True, False]
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="searchsorted in an empty tensor")
 def test_a_point_from_outside_is_turned_in_even_where_no_voxel_is_stored():
     far = (60.0, 1.0, 0.1)
     targets = targets_of([lonely([far], [])], [math.pi / 4])

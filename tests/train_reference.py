@@ -290,7 +290,7 @@ def vehicle_maps(boxes, bounds, tie_m=0.0):
         if covering:
             maps["vehicle"][i, j] = 1
             maps["visible"][i, j] = any(boxes[k][7] != 1 for k in covering)
-            u, v = in_cells[covering[0]]
+            u, v = in_cells[min(covering, key=lambda k: boxes[k][7] == 1)]  # a visible one first
             maps["offset"][:, i, j] = i - u, j - v
         for u, v in in_cells:
             square = (i - round(u)) ** 2 + (j - round(v)) ** 2
