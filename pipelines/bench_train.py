@@ -61,7 +61,7 @@ def main(store: str, dataroot: Path, rounds: int, part: str | None) -> None:
     if part:
         print(json.dumps(PARTS[part](store)))
         return
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor()
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU {platform.machine()}"
     print(f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, {rounds} rounds, medians")
     for title, ours, dense in (
         ("lifting, forward + backward", "lift", "lift-dense"),

@@ -56,7 +56,7 @@ def test_occfeat_targets_commands_run_in_order(tmp_path):
 
 
 def test_training_commands_run_in_order_on_a_tiny_store(tmp_path):
-    make_tiny_store(tmp_path / "targets.zarr", preset="demo")
+    make_tiny_store(tmp_path / "targets.zarr", splits={"mini_train": 1, "mini_val": 1})
     lines = [c for c in COMMANDS if c.startswith(("occfeat-train ", "torchrun "))]
     printed = list(_run_lines(lines, tmp_path))
     assert len(printed) == 7
