@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import os
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from occfeat_train import __version__
 
@@ -19,6 +23,11 @@ if TYPE_CHECKING:
     from occfeat_train.runs import Run
 
 RUNS = Path("runs")
+HOW = (
+    *("run.precision", "run.log_every", "run.save_minutes", "run.tensorboard"),
+    *("data.workers", "data.start_method"),
+)
+"""Settings that a resumed run may change: how it runs, not what it computes."""
 
 store_option = click.option(
     "--store",
@@ -83,12 +92,13 @@ def pretrain(
     Ctrl-C saves and stops; --resume goes on, also after a crash.
     """
     with _session() as (process, say):
+        from occfeat_targets.schema import absolute
         from occfeat_train.jobs import Job
 
         if resume:
-            job, directory = _resumed("pretrain", run, store, config, overrides)
+            job, directory = _resumed("pretrain", run, store, overrides)
         else:
-            store = store or "targets.zarr"
+            store = absolute(store or "targets.zarr")
             settings = _settings(store, config, None, overrides, say)
             job, directory = Job("pretrain", store, settings), run or _new_run("pretrain")
         _train(job, directory, resume, process, say)
@@ -136,13 +146,16 @@ def finetune(
     Epochs, batch and learning rate follow the paper for the share, unless set.
     """
     with _session() as (process, say):
+        from occfeat_targets.schema import absolute
         from occfeat_train.jobs import Job
 
         if resume:
-            job, directory = _resumed("finetune", run, store, config, overrides)
+            job, directory = _resumed("finetune", run, store, overrides)
         else:
             pretraining = _pretraining(init, say)
-            store = store or "targets.zarr"
+            if not store and pretraining:
+                store = pretraining.description()["store"]
+            store = absolute(store or "targets.zarr")
             settings = _settings(store, config, pretraining, overrides, say)
             job = Job(
                 "finetune",
@@ -179,6 +192,7 @@ def evaluate(
         from dataclasses import replace
 
         from occfeat_common.settings import from_plain, override, to_plain
+        from occfeat_targets.schema import absolute
         from occfeat_train.config import TrainConfig
         from occfeat_train.evaluate import evaluate as evaluate_run
         from occfeat_train.evaluate import table
@@ -186,12 +200,14 @@ def evaluate(
         from occfeat_train.runs import Run, write_json
 
         finetuned = Run(run) if run else _newest("finetune", "occfeat-train finetune")
-        job = Job.of_run(finetuned, store)
+        job = Job.of_run(finetuned, store and absolute(store))
+        if not as_json:
+            say(f"Store: {job.store}")
         config = from_plain(TrainConfig, override(to_plain(job.config), overrides))
         result = evaluate_run(replace(job, config=config), finetuned, process)
+        say(json.dumps(result, indent=1) if as_json else table(result))
         if process.is_main:
             write_json(finetuned.path / "result.json", result)
-        say(json.dumps(result, indent=1) if as_json else table(result))
 
 
 @main.command()
@@ -236,6 +252,7 @@ def _train(
         check_same_store(run.description()["store_identity"], store)
     else:
         run.require_new()
+    say(f"Store: {job.store}")
     if store.attrs["teacher"]["weights"].startswith("random"):
         say(
             "The targets come from a RANDOM-WEIGHTS teacher: good for trying things out, useless "
@@ -260,7 +277,7 @@ def _settings(
     from occfeat_targets.schema import open_store
     from occfeat_train.config import TrainConfig
 
-    preset = open_store(store).attrs["config"]["train_preset"]
+    preset = open_store(store).attrs["config"].get("train_preset")
     if config:
         values, source = read_yaml(_config_path(config)), config
     elif pretraining:
@@ -275,40 +292,46 @@ def _settings(
 
 def _config_path(config: str) -> Path:
     """A file, or a preset that comes with the package."""
+    from occfeat_common.settings import ConfigError
+
     if config.endswith((".yaml", ".yml")):
         return Path(config)
     presets = importlib.resources.files("occfeat_pipelines")
     path = Path(str(presets / f"train_{config}.yaml"))
     if not path.exists():
         found = sorted(p.stem.removeprefix("train_") for p in path.parent.glob("train_*.yaml"))
-        raise click.ClickException(
+        raise ConfigError(
             f"there is no preset {config!r}; there are {', '.join(found)}, or give a .yaml file"
         )
     return path
 
 
 def _resumed(
-    kind: str,
-    run: Path | None,
-    store: str | None,
-    config: str | None,
-    overrides: tuple[str, ...],
+    kind: str, run: Path | None, store: str | None, overrides: tuple[str, ...]
 ) -> tuple[Job, Path]:
-    """The job and directory to go on with."""
-    from occfeat_train.jobs import Job
-    from occfeat_train.runs import Run, newest
+    """The job and directory to go on with; of its settings only :data:`HOW` may change."""
+    from dataclasses import replace
 
-    if config or overrides:
-        raise click.ClickException("a resumed run keeps its settings: leave out --config and --set")
+    from occfeat_common.settings import from_plain, override, to_plain
+    from occfeat_targets.schema import absolute
+    from occfeat_train.config import TrainConfig
+    from occfeat_train.jobs import Job
+    from occfeat_train.runs import Run, RunError, newest
+
+    context = click.get_current_context()
+    for name in ("config", "fraction", "fraction_unit", "init"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise RunError(f"a resumed run keeps its --{name.replace('_', '-')}: leave it out")
+    if fixed := [text for text in overrides if text.partition("=")[0] not in HOW]:
+        raise RunError(f"a resumed run keeps {fixed[0]}; it can change {', '.join(HOW)}")
     found = Run(run) if run else newest(RUNS, kind, finished=False)
     if found is None:
-        raise click.ClickException(
-            f"there is no unfinished {kind} run in {RUNS}/: name it, --run-dir"
-        )
-    job = Job.of_run(found, store)
+        raise RunError(f"there is no unfinished {kind} run in {RUNS}/: name it, --run-dir")
+    job = Job.of_run(found, store and absolute(store))
     if job.kind != kind:
-        raise click.ClickException(f"{found.path} is a {job.kind} run: occfeat-train {job.kind}")
-    return job, found.path
+        raise RunError(f"{found.path} is a {job.kind} run: occfeat-train {job.kind}")
+    config = from_plain(TrainConfig, override(to_plain(job.config), overrides))
+    return replace(job, config=config), found.path
 
 
 def _pretraining(init: str | None, say: Callable[[str], None]) -> Run | None:
@@ -359,5 +382,20 @@ def _session() -> Iterator[tuple[Process, Callable[[str], None]]]:
     except (ConfigError, StoreError, RunError, WeightsError, NonFiniteLoss) as error:
         text = str(error)
         if text.startswith("Caught "):  # from a reading process: torch puts a traceback before it
-            text = text.splitlines()[-1].partition("Error: ")[2]
-        raise click.ClickException(text) from error
+            text = text.splitlines()[-1].partition("Error: ")[2] or text
+        _leave(f"Error: {text}")
+    except Exception:
+        _leave(traceback.format_exc())
+
+
+def _leave(text: str) -> NoReturn:
+    """Exit with a message and code 1.
+
+    At once if there are other processes: they may be waiting for this one in a collective, and
+    an orderly exit would wait for them. torchrun then stops them.
+    """
+    click.echo(text, err=True)
+    if "WORLD_SIZE" in os.environ:
+        sys.stderr.flush()
+        os._exit(1)
+    raise SystemExit(1)

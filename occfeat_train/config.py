@@ -6,10 +6,12 @@ where it is silent, those of Simple-BEV's code.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field, replace
 
 from occfeat_common.settings import require
 
+ENCODERS = ("efficientnet-b0", "resnet-50", "resnet-101")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 START_METHODS = ("forkserver", "spawn", "fork")
 
@@ -33,6 +35,8 @@ class ModelConfig:
     """Keep batch-norm statistics as they are: for very small batches."""
 
     def __post_init__(self) -> None:
+        rule = f"must be one of {', '.join(ENCODERS)}"
+        require(self.encoder in ENCODERS, "model.encoder", rule, self.encoder)
         size = list(self.image_size)
         require(min(size) >= 32, "model.image_size", "must be [height, width], >= 32", size)
         even = self.channels >= 2 and self.channels % 2 == 0
@@ -155,8 +159,7 @@ class RunConfig:
     log_every: int = 10
     """Optimiser steps between two lines of the log."""
     save_minutes: float = 10.0
-    """Time between checkpoints; there is one at the end of every epoch that ends later than
-    this after the last, and one when stopped."""
+    """Time between checkpoints; there is also one at the end, and one when stopped."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the tensorboard package)."""
 
@@ -167,6 +170,8 @@ class RunConfig:
         require(self.clip_norm > 0, "run.clip_norm", "must be > 0", self.clip_norm)
         require(self.log_every >= 1, "run.log_every", "must be >= 1", self.log_every)
         require(self.save_minutes >= 0, "run.save_minutes", "must be >= 0", self.save_minutes)
+        has_board = not self.tensorboard or importlib.util.find_spec("tensorboard") is not None
+        require(has_board, "run.tensorboard", "needs: pip install tensorboard", self.tensorboard)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from contextlib import suppress
 from fractions import Fraction
 from functools import partial
 from itertools import pairwise
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from threading import Thread
 from typing import Literal
@@ -312,6 +313,9 @@ def make_loader(
     context = multiprocessing.get_context(start_method)
     if start_method == "forkserver":  # imports once, not once per worker
         context.set_forkserver_preload(["__main__", __name__])
+        previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the server inherits
+        forkserver.ensure_running()
+        signal.signal(signal.SIGTERM, previous)
     return loader(
         num_workers=workers,
         multiprocessing_context=context,
@@ -322,8 +326,10 @@ def make_loader(
 
 def _start_worker(worker: int) -> None:
     """Set up a worker process."""
-    # Ctrl-C reaches workers too, but it is the main process that decides when to stop.
+    # Ctrl-C reaches workers too, and torchrun and Slurm send SIGTERM to all processes; but it is
+    # the main process that decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # torch's workers watch their parent process, which under forkserver is the server: after a
     # kill -9 of the main process both would stay for ever.
     Thread(target=_exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from occfeat_common.settings import ConfigError
+
 
 @dataclass(frozen=True)
 class Process:
@@ -36,20 +38,24 @@ def process_group() -> Iterator[Process]:
     """Join the other processes torchrun started, if any, and leave them at the end.
 
     NCCL with one GPU a process if there are GPUs, else gloo on the CPU.
+
+    Raises:
+        ConfigError: fewer GPUs than processes on this machine.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     if has_gpu:
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"{local_rank + 1} processes, but {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if has_gpu else "gloo")
-    try:
-        yield Process(rank, world, device)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+    yield Process(rank, world, device)
+    # Not after an error: the others may be waiting in a collective, and this would wait for them.
+    if world > 1:
+        dist.destroy_process_group()
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from occfeat_train.augment import draw, network_inputs
 from occfeat_train.config import NO_AUGMENT
 from occfeat_train.data import EvalSampler, FrameDataset, make_loader, select_frames
 from occfeat_train.distributed import Process, pick_precision
-from occfeat_train.jobs import Job, build_network, split_names
+from occfeat_train.jobs import Job, build_network, require_same_tensors, split_names
 from occfeat_train.metrics import HEADLINE, RANGES_M, THRESHOLDS, IoUCounter, iou
 from occfeat_train.objectives import Network
 from occfeat_train.runs import Run, RunError
@@ -38,7 +38,8 @@ def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
     splits = split_names(job.config.data.eval_split, "val")
     frames = select_frames(store, splits, 1.0, "frame")
     network = build_network(job, store, load_weights=False)[0].to(process.device)
-    state, position = run.load(process.device)
+    state, position = run.load()
+    require_same_tensors(network.state_dict(), state["network"], str(run.path))
     network.load_state_dict(state["network"])
     loader = make_loader(
         FrameDataset(job.store, frames, ("images", "vehicle", "vehicle_visible")),
@@ -61,7 +62,6 @@ def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
         "frames": len(frames),
         "fraction": job.fraction,
         "init": job.init,
-        "teacher": store.attrs["teacher"]["weights"],
         "vehicle": summary(counter.counts()),
     }
 
@@ -76,8 +76,9 @@ def predict(
     with torch.inference_mode():
         # Geometry stays in float32: half a pixel would be lost in bfloat16.
         inputs = network_inputs(batch, draws, job.config.model.image_size, 0.0)
+        images, K, cam_T_bev = (inputs[name] for name in ("images", "K", "cam_T_bev"))
         with torch.autocast(device.type, dtype, dtype != torch.float32):
-            predicted = network.objective.head(network.bev_net(**inputs))
+            predicted = network.objective.head(network.bev_net(images, K, cam_T_bev))
     return predicted["mask"].float().sigmoid()
 
 

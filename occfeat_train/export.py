@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from occfeat_common.settings import from_plain
@@ -26,7 +25,7 @@ def export(run: Run, out: Path) -> None:
     """
     if out.exists():
         raise RunError(f"{out} exists already: choose another --out")
-    state, position = run.load(torch.device("cpu"))
+    state, position = run.load()
     description = run.description()
     prefix = "bev_net."
     weights = {

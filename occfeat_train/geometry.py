@@ -36,13 +36,12 @@ def resize_and_crop(K: torch.Tensor, scale: torch.Tensor, crop: torch.Tensor) ->
 
 def volume_centres(grid: VoxelGrid, device: torch.device) -> torch.Tensor:
     """Centres of all voxels in (X, Y, Z) order, homogeneous: float32 (X·Y·Z, 4), metres."""
-    lower, size = (torch.tensor(a, dtype=torch.float64) for a in (grid.lower, grid.cell_size))
     axes = [
-        lower[i] + (torch.arange(n, dtype=torch.float64) + 0.5) * size[i]
-        for i, (_, _, n) in enumerate((grid.x, grid.y, grid.z))
+        lo + (torch.arange(n, dtype=torch.float64, device=device) + 0.5) * ((hi - lo) / n)
+        for lo, hi, n in (grid.x, grid.y, grid.z)
     ]
     xyz = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
-    return torch.nn.functional.pad(xyz, (0, 1), value=1.0).float().to(device)
+    return torch.nn.functional.pad(xyz, (0, 1), value=1.0).float()
 
 
 def flat_index(xyz: torch.Tensor, grid: VoxelGrid) -> tuple[torch.Tensor, torch.Tensor]:

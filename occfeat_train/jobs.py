@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from occfeat_common.settings import from_plain, to_plain
 from occfeat_targets.schema import TargetStore
 from occfeat_train import runs
@@ -80,12 +78,12 @@ def build_network(job: Job, store: TargetStore, load_weights: bool) -> tuple[Net
     if not load_weights:
         return network, ""
     if job.init:
-        return network, load_bev_net(network, Run(Path(job.init)), store)
+        return network, copy_bev_net(network, Run(Path(job.init)), store)
     encoder = network.bev_net.encoder
     return network, "encoder: " + load_encoder_weights(encoder, job.config.model.encoder_weights)
 
 
-def load_bev_net(network: Network, run: Run, store: TargetStore) -> str:
+def copy_bev_net(network: Network, run: Run, store: TargetStore) -> str:
     """Copy encoder, lifting and decoder from a run; the objective stays fresh.
 
     Returns:
@@ -95,7 +93,7 @@ def load_bev_net(network: Network, run: Run, store: TargetStore) -> str:
         RunError: the run is of another grid, or a tensor is missing or of another shape.
     """
     runs.check_same_grid(run, store)
-    state = run.load(torch.device("cpu"))[0]["network"]
+    state = run.load()[0]["network"]
     prefix = "bev_net."
     theirs = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     require_same_tensors(network.bev_net.state_dict(), theirs, str(run.path))

@@ -97,7 +97,7 @@ class Segmentation(nn.Module):
         """Visible cells, cells near and far from a centre, visible vehicle cells."""
         near = targets["centre"] > 0.5
         masks = (targets["visible"], near, ~near, targets["has_offset"])
-        return torch.tensor([mask.sum().item() for mask in masks], dtype=torch.float64)
+        return torch.stack([mask.sum() for mask in masks]).double().cpu()
 
     def forward(
         self, bev: torch.Tensor, targets: Targets, counts: torch.Tensor, share: float

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from tqdm import tqdm
+
+from occfeat_train.config import TrainConfig
+from occfeat_train.runs import replace
 
 
 class RunLog:
     """The log of one run; on processes other than the main one it is silent."""
 
     def __init__(
-        self, directory: Path, active: bool, total_steps: int, step: int, tensorboard: bool
+        self, directory: Path, active: bool, total_steps: int, step: int, config: TrainConfig
     ):
         """Start, or go on at ``step``: lines after it, of a killed run, are dropped."""
         self.active = active
@@ -25,8 +29,8 @@ class RunLog:
             return
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         kept = [line for line in lines if _step(line) <= step]
-        self.path.write_text("".join(kept))
-        if tensorboard:
+        replace(self.path, lambda part: part.write_text("".join(kept)))
+        if config.run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(directory), purge_step=step + 1)
@@ -39,8 +43,10 @@ class RunLog:
         """Log one step's numbers."""
         if not self.active:
             return
+        # Gradients may overflow in float16, and JSON has no infinity.
+        plain = {k: v if math.isfinite(v) else None for k, v in values.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **plain}) + "\n")
         shown = {k: f"{v:.4g}" for k, v in values.items() if k in ("epoch", "loss")}
         self.bar.set_postfix(shown)
         if self.board:

@@ -12,12 +12,13 @@ Every file is written beside its place and renamed, so a kill leaves the last go
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,16 @@ class Run:
             )
 
     def create(self, description: dict) -> None:
-        """Make the directory and its ``run.json``."""
+        """Make the directory and its ``run.json``.
+
+        Raises:
+            RunError: another run took it a moment ago.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            (self.path / "run.json").open("x").close()
+        except FileExistsError:
+            raise RunError(f"{self.path} was just taken by another run") from None
         write_json(self.path / "run.json", {"format": FORMAT, **description})
 
     def description(self) -> dict:
@@ -81,46 +90,70 @@ class Run:
     def is_finished(self) -> bool:
         """Whether training came to its end."""
         found = self.checkpoints()
-        return bool(found) and json.loads(found[0].read_text())["position"]["finished"]
+        return bool(found) and _position(found[0])["finished"]
 
     def save(self, state: dict[str, Any], position: dict) -> None:
         """Write a checkpoint, then remove all but the newest :data:`KEEP`."""
         name = f"checkpoint-{position['step']:08d}"
-        _replace(self.path / f"{name}.pt", lambda part: torch.save(state, part))
-        write_json(self.path / f"{name}.json", self.description() | {"position": position})
+        replace(self.path / f"{name}.pt", lambda part: torch.save(state, part))
+        said = self.description() | {"versions": versions(), "position": position}
+        write_json(self.path / f"{name}.json", said)
         for old in self.checkpoints()[KEEP:]:
             old.unlink()  # first the marker: a .pt without it counts for nothing
-            old.with_suffix(".pt").unlink(missing_ok=True)
-        for litter in self.path.glob("*.part"):
-            litter.unlink()
+        kept = {path.stem for path in self.checkpoints()}
+        litter = [p for p in self.path.glob("checkpoint-*.pt") if p.stem not in kept]
+        for path in (*litter, *self.path.glob("*.part")):
+            path.unlink()
 
-    def load(self, device: torch.device) -> tuple[dict[str, Any], dict]:
-        """State and position of the newest checkpoint. Unpickles nothing but tensors.
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep others from training the same run at the same time; a kill lets go of it.
+
+        Raises:
+            RunError: another process is at it.
+        """
+        with (self.path / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"another process is training {self.path}") from None
+            yield
+
+    def load(self) -> tuple[dict[str, Any], dict]:
+        """State (on the CPU) and position of the newest checkpoint. Unpickles nothing but tensors.
 
         Raises:
             RunError: there is none, or its file can't be read.
         """
         found = self.checkpoints()
         if not found:
-            raise RunError(f"{self.path} has no checkpoint yet: start it anew")
+            raise RunError(f"{self.path} has no checkpoint: --resume it, or train anew")
         path = found[0].with_suffix(".pt")
         try:
-            state = torch.load(path, map_location=device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
             reason = (str(error).splitlines() or [repr(error)])[0]
             raise RunError(
                 f"{path} is damaged ({reason}): delete it and {found[0].name} to use the "
                 "checkpoint before"
             ) from error
-        return state, json.loads(found[0].read_text())["position"]
+        return state, _position(found[0])
 
 
 def newest(parent: Path, kind: str, finished: bool) -> Run | None:
     """The newest run of a kind (``pretrain`` or ``finetune``) below ``parent`` that came to its
-    end, or that did not."""
+    end, or that did not but has a checkpoint."""
     runs = [run for run in _runs(parent) if run.description().get("kind") == kind]
-    runs = [run for run in runs if run.is_finished() == finished]
+    runs = [run for run in runs if run.checkpoints() and run.is_finished() == finished]
     return max(runs, key=lambda run: (run.description()["created"], run.path.name), default=None)
+
+
+def _position(path: Path) -> dict:
+    """Of a checkpoint's JSON file."""
+    try:
+        return json.loads(path.read_text())["position"]
+    except (ValueError, KeyError) as error:
+        raise RunError(f"{path} is damaged: delete it and {path.stem}.pt") from error
 
 
 def _runs(parent: Path) -> Iterator[Run]:
@@ -182,10 +215,11 @@ def timestamp() -> str:
 def write_json(path: Path, value: dict) -> None:
     """Write indented JSON atomically."""
     text = json.dumps(value, indent=1) + "\n"
-    _replace(path, lambda part: part.write_text(text))
+    replace(path, lambda part: part.write_text(text))
 
 
-def _replace(path: Path, write: Any) -> None:
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file beside its place, then put it there."""
     part = path.with_name(path.name + ".part")
     write(part)
     with part.open("rb") as file:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 
@@ -21,7 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from occfeat_targets.schema import open_store
 from occfeat_train.augment import draw, network_inputs
-from occfeat_train.config import TrainConfig
 from occfeat_train.data import FrameDataset, ShardSampler, make_loader, select_frames
 from occfeat_train.distributed import Process, all_reduce_sum, barrier, pick_precision
 from occfeat_train.jobs import Job, build_network, split_names
@@ -34,7 +33,7 @@ class NonFiniteLoss(RuntimeError):
     """The loss is infinite or not a number; the message names step and frames."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Position:
     """How far training has come."""
 
@@ -42,6 +41,11 @@ class Position:
     step_in_epoch: int = 0
     step: int = 0
     finished: bool = False
+
+    def next(self, steps_per_epoch: int, total_steps: int) -> Position:
+        """The position after one more step."""
+        epoch, step_in_epoch = divmod(self.step + 1, steps_per_epoch)
+        return Position(epoch, step_in_epoch, self.step + 1, self.step + 1 == total_steps)
 
 
 @dataclass
@@ -60,7 +64,8 @@ class Learner:
     def load_state_dict(self, state: dict) -> None:
         """Inverse of :meth:`state_dict`."""
         for name, part in self._parts():
-            part.load_state_dict(state[name])
+            if state[name]:  # empty: a scaler that was off, on a GPU with bfloat16
+                part.load_state_dict(state[name])
 
     def _parts(self) -> list[tuple[str, object]]:
         parts = [(name, getattr(self, name)) for name in self.__dataclass_fields__]
@@ -74,7 +79,7 @@ def train(job: Job, run: Run, process: Process, resume: bool) -> bool:
         job: what to train, see :class:`Job`.
         run: its directory; made here, when nothing is left to go wrong before work starts.
         process: this process, see ``distributed``.
-        resume: whether to go on from the run's newest checkpoint.
+        resume: whether to go on with the run instead of making it.
 
     Returns:
         Whether it came to its end; False after Ctrl-C or SIGTERM.
@@ -90,22 +95,51 @@ def train(job: Job, run: Run, process: Process, resume: bool) -> bool:
     )
     steps_per_epoch = len(frames) // (plan.batch * plan.accumulate)
     _check_batch(job, len(frames), steps_per_epoch, process.world)
-    total_steps = steps_per_epoch * plan.epochs
 
+    goes_on = resume and bool(run.checkpoints())
     torch.manual_seed(config.run.seed)
-    network, report = build_network(job, store, load_weights=not resume)
-    learner = make_learner(job, network.to(process.device), total_steps, process.device)
+    network, report = build_network(job, store, load_weights=not goes_on)
+    learner = make_learner(
+        job, network.to(process.device), steps_per_epoch * plan.epochs, process.device
+    )
     position = Position()
-    if resume:
-        state, saved = run.load(process.device)
+    if goes_on:
+        state, saved = run.load()
         learner.load_state_dict(state)
+        del state
         position, report = Position(**saved), f"resumed after step {saved['step']}"
-    elif process.is_main:
+    elif process.is_main and not resume:
         run.create(job.describe(store))
     barrier()
-    model = _parallel(network, process)
 
     dtype, why = pick_precision(config.run.precision, process.device)
+    with run.locked() if process.is_main else nullcontext():
+        log = RunLog(
+            run.path, process.is_main, steps_per_epoch * plan.epochs, position.step, config
+        )
+        scenes = {store.scene(i) for i in frames}
+        log.say(
+            f"{run.path}: {len(frames)} frames of {len(scenes)} scenes, batch {plan.batch} x "
+            f"{plan.accumulate}, {plan.epochs} epochs of {steps_per_epoch} steps, lr {plan.lr:g}; "
+            f"{process.describe()}; {str(dtype).removeprefix('torch.')} ({why})\n{report}"
+        )
+        with stop_signals() as stop, closing(log):
+            return _fit(job, run, process, learner, position, frames, steps_per_epoch, log, stop)
+
+
+def _fit(
+    job: Job,
+    run: Run,
+    process: Process,
+    learner: Learner,
+    position: Position,
+    frames: list[int],
+    steps_per_epoch: int,
+    log: RunLog,
+    stop: Callable[[], bool],
+) -> bool:
+    """Epochs and steps from ``position`` on; returns whether all were done."""
+    config, plan, network = job.config, job.plan, learner.network
     sampler = ShardSampler(len(frames), plan.batch, config.run.seed, process.rank, process.world)
     loader = make_loader(
         FrameDataset(job.store, frames, ("images", *network.objective.arrays)),
@@ -114,45 +148,35 @@ def train(job: Job, run: Run, process: Process, resume: bool) -> bool:
         config.data.start_method,
         pin_memory=process.device.type == "cuda",
     )
-    log = RunLog(run.path, process.is_main, total_steps, position.step, config.run.tensorboard)
-    scenes = {store.scene(i) for i in frames}
-    log.say(
-        f"{run.path}: {len(frames)} frames of {len(scenes)} scenes, batch {plan.batch} x "
-        f"{plan.accumulate}, {plan.epochs} epochs of {steps_per_epoch} steps, lr {plan.lr:g}; "
-        f"{process.describe()}; {str(dtype).removeprefix('torch.')} ({why})\n{report}"
-    )
-
+    model = _parallel(network, process)
     network.train()
+    total_steps = steps_per_epoch * plan.epochs
     saved_at = time.monotonic()
-    with stop_signals() as stop, _closing(log):
-        for epoch in range(position.epoch, plan.epochs):
-            sampler.set_epoch(epoch, done=position.step_in_epoch * plan.accumulate)
-            batches = iter(loader)
-            while position.step_in_epoch < steps_per_epoch:
-                started = time.monotonic()
-                micro = list(islice(batches, plan.accumulate))
-                waited = time.monotonic() - started
-                torch.manual_seed(_step_seed(config.run.seed, position.step, process.rank))
-                values, stopping = train_step(
-                    job, model, learner, micro, epoch, position.step, dtype, process, stop()
-                )
-                position.step += 1
-                position.step_in_epoch += 1
-                log.advance()
-                if position.step % config.run.log_every == 0 or position.step == total_steps:
-                    seconds = time.monotonic() - started
-                    values |= {"epoch": epoch, "seconds": seconds, "waited": waited / seconds}
-                    log.write(position.step, values)
-                if stopping and position.step_in_epoch < steps_per_epoch:
-                    _save(run, learner, position, process)
-                    return False
-            last = epoch + 1 == plan.epochs
-            position = Position(epoch + 1, 0, position.step, finished=last)
-            if last or stopping or _is_due(saved_at, config, process):
-                _save(run, learner, position, process)
+    while not position.finished:
+        sampler.set_epoch(position.epoch, done=position.step_in_epoch * plan.accumulate)
+        batches = iter(loader)
+        for _ in range(position.step_in_epoch, steps_per_epoch):
+            started = time.monotonic()
+            micro = list(islice(batches, plan.accumulate))
+            waited = time.monotonic() - started
+            # Asked by any process: to stop; by the main one's clock: to save.
+            is_due = process.is_main and started - saved_at >= 60 * config.run.save_minutes
+            values, (stopping, saving) = train_step(
+                job, model, learner, micro, position, process, flags=(stop(), is_due)
+            )
+            epoch, position = position.epoch, position.next(steps_per_epoch, total_steps)
+            log.advance()
+            if position.step % config.run.log_every == 0 or position.finished:
+                seconds = time.monotonic() - started
+                values |= {"epoch": epoch, "seconds": seconds, "waited": waited / seconds}
+                log.write(position.step, values)
+            if stopping or saving or position.finished:
+                if process.is_main:
+                    run.save(learner.state_dict(), asdict(position))
+                barrier()
                 saved_at = time.monotonic()
             if stopping:
-                return last
+                return position.finished
     return True
 
 
@@ -161,24 +185,26 @@ def train_step(
     model: nn.Module,
     learner: Learner,
     micro: list[dict[str, torch.Tensor]],
-    epoch: int,
-    step: int,
-    dtype: torch.dtype,
+    position: Position,
     process: Process,
-    stop: bool,
-) -> tuple[dict[str, float], bool]:
+    flags: tuple[bool, ...],
+) -> tuple[dict[str, float], list[bool]]:
     """One optimiser step on this process's micro-batches.
 
     Returns:
         The step's numbers over all processes (loss, its terms, gradient norm, learning rate),
-        and whether any process was asked to stop.
+        and which flags any process had set.
     """
+    torch.manual_seed(_step_seed(job.config.run.seed, position.step, process.rank))
+    dtype, _ = pick_precision(job.config.run.precision, process.device)
     network, device = learner.network, process.device
-    inputs, targets = zip(*(prepare(b, job, network, epoch, device) for b in micro), strict=True)
+    inputs, targets = zip(
+        *(prepare(b, job, network, position.epoch, device) for b in micro), strict=True
+    )
     # Every loss term is a mean over the whole step: count first, over micro-batches and processes.
     counts = sum(network.objective.counts(t) for t in targets)
-    shared = all_reduce_sum(torch.cat([counts, counts.new_tensor([stop])]).to(device)).cpu()
-    counts, stopping = shared[:-1], bool(shared[-1])
+    shared = all_reduce_sum(torch.cat([counts, counts.new_tensor(flags)]).to(device)).cpu()
+    counts, flagged = shared[: len(counts)], shared[len(counts) :].bool().tolist()
     share = 1 / (len(micro) * process.world)
 
     learner.optimiser.zero_grad(set_to_none=True)
@@ -193,17 +219,19 @@ def train_step(
         losses.append(torch.stack([loss, *terms.values()]).detach())
     total = all_reduce_sum(sum(losses)).tolist()
     if not math.isfinite(total[0]):
-        raise NonFiniteLoss(_blame(step, micro, losses))
+        raise NonFiniteLoss(_blame(position.step, micro, losses))
 
     learner.scaler.unscale_(learner.optimiser)
     norm = nn.utils.clip_grad_norm_(network.parameters(), job.config.run.clip_norm)
+    if not learner.scaler.is_enabled() and not norm.isfinite():  # the scaler skips such steps
+        raise NonFiniteLoss(_blame(position.step, micro, losses))
     lr = learner.optimiser.param_groups[0]["lr"]
     learner.scaler.step(learner.optimiser)
     learner.scaler.update()
     if learner.scheduler:
         learner.scheduler.step()
     values = dict(zip(["loss", *terms], total, strict=True))
-    return values | {"gradient_norm": norm.item(), "lr": lr}, stopping
+    return values | {"gradient_norm": norm.item(), "lr": lr}, flagged
 
 
 def prepare(
@@ -236,7 +264,7 @@ def make_learner(job: Job, network: Network, total_steps: int, device: torch.dev
             optimiser,
             plan.lr,
             total_steps + 1,  # it is stepped once more after the last step
-            pct_start=0.05,
+            pct_start=max(0.05, 1.5 / (total_steps + 1)),  # torch wants more than one step up
             anneal_strategy="linear",
             cycle_momentum=False,
         )
@@ -275,27 +303,16 @@ def _blame(step: int, micro: list[dict[str, torch.Tensor]], losses: list[torch.T
         if not loss.isfinite().all()
         for frame in batch["frame"].tolist()
     ]
-    where = f"frames {guilty} of this process" if guilty else "another process's frames"
+    everything = [frame for batch in micro for frame in batch["frame"].tolist()]
+    where = f"frames {guilty or everything} of this process" + ("" if guilty else " or another's")
     return (
-        f"the loss of step {step + 1} is not finite, from {where}; nothing was changed by that "
-        "step. Lower the learning rate or use --set run.precision=float32"
+        f"the loss or gradient of step {step + 1} is not finite, from {where}; nothing was changed "
+        "by that step. Lower the learning rate, or go on with --resume --set run.precision=float32"
     )
 
 
-def _is_due(saved_at: float, config: TrainConfig, process: Process) -> bool:
-    """Whether to save after this epoch: the main process's clock decides for all."""
-    due = process.is_main and time.monotonic() - saved_at >= 60 * config.run.save_minutes
-    return bool(all_reduce_sum(torch.tensor(float(due), device=process.device)))
-
-
-def _save(run: Run, learner: Learner, position: Position, process: Process) -> None:
-    if process.is_main:
-        run.save(learner.state_dict(), asdict(position))
-    barrier()
-
-
 @contextmanager
-def stop_signals() -> Iterator:
+def stop_signals() -> Iterator[Callable[[], bool]]:
     """Note Ctrl-C and SIGTERM instead of dying: yields a function that says whether one came.
 
     A second Ctrl-C is obeyed at once.
@@ -313,11 +330,3 @@ def stop_signals() -> Iterator:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _closing(log: RunLog) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        log.close()

@@ -35,6 +35,7 @@ from occfeat_targets.schema import open_store
 from occfeat_train.augment import draw, network_inputs
 from occfeat_train.config import NO_AUGMENT, ModelConfig, TrainConfig
 from occfeat_train.data import FrameDataset, collate
+from occfeat_train.geometry import volume_centres
 from occfeat_train.losses import cosine_sum, occupancy_sum
 from occfeat_train.models.lift_simplebev import SimpleBEVLift
 from occfeat_train.models.occfeat_head import OccFeatHead
@@ -160,7 +161,8 @@ class DenseLift(SimpleBEVLift):
         """As :meth:`SimpleBEVLift.forward`, for one sample."""
         _, N, C, _, _ = features.shape
         height, width = image_hw
-        uvw = torch.einsum("nij,vj->nvi", K[0] @ cam_T_bev[0, :, :3], self.centres)
+        centres = volume_centres(self.grid, K.device)
+        uvw = torch.einsum("nij,vj->nvi", K[0] @ cam_T_bev[0, :, :3], centres)
         depth = uvw[..., 2]
         uv = uvw[..., :2] / depth.clamp(min=1e-6)[..., None]
         inside = (uv >= 0).all(-1) & (uv[..., 0] < width) & (uv[..., 1] < height) & (depth > 0)

@@ -4,16 +4,19 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import chdir
 
 import pytest
 import torch
 import yaml
 import zarr
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from tiny_store import make_tiny_store
-from train_runs import SMALL, final_state, log_of, options, run
+from train_runs import SMALL, final_state, options, run
 
 from occfeat_common.settings import load_settings, to_plain
+from occfeat_train.cli import main
 from occfeat_train.config import TrainConfig
 from occfeat_train.export import load_bev_net
 from occfeat_train.runs import Run, RunError
@@ -40,10 +43,12 @@ def _only(cwd, kind):
 def test_the_three_commands_find_each_others_results(workplace):
     cwd, (pretrained, finetuned, evaluated) = workplace
     pretraining, finetuning = _only(cwd, "pretrain"), _only(cwd, "finetune")
-    assert "preset demo, as targets.zarr asks" in pretrained
+    assert "preset demo, as " in pretrained
     assert "RANDOM-WEIGHTS teacher" in pretrained
     assert f"Starting from: runs/{pretraining.name}" in finetuned
     assert f"Settings: those of runs/{pretraining.name}" in finetuned
+    for printed in (pretrained, finetuned, evaluated):
+        assert f"Store: {cwd / 'targets.zarr'}" in printed
     assert "4 frames of 1 scenes" in finetuned  # 0.01 of three scenes: the first
     assert f"runs/{finetuning.name} (step 3) on 4 frames of mini_val" in evaluated
     result = json.loads((finetuning / "result.json").read_text())
@@ -90,13 +95,6 @@ def test_export_loads_as_the_readme_says_and_has_no_head(workplace):
         load_bev_net(cwd)
 
 
-def test_the_loss_falls_even_on_made_up_frames(tiny_store, tmp_path):
-    settings = options("pretrain.epochs=20", "augment.flip_bev=false", "pretrain.feature_weight=1")
-    run("pretrain", "--store", tiny_store, "--run-dir", "a", *settings, cwd=tmp_path)
-    losses = [line["loss"] for line in log_of(tmp_path / "a")]
-    assert sum(losses[-6:]) / 6 < 0.85 * sum(losses[:6]) / 6
-
-
 def test_evaluate_prints_json(workplace):
     cwd, _ = workplace
     printed = run("evaluate", "--json", cwd=cwd)
@@ -104,12 +102,13 @@ def test_evaluate_prints_json(workplace):
     assert json.loads(printed[start : printed.rindex("}") + 1])["frames"] == 4
 
 
-def _refused(*arguments, cwd, settings=()):
-    """The one sentence of a command that stops before any work."""
-    output = run(*arguments, *options(*settings), cwd=cwd, code=1)
-    assert "Traceback" not in output
-    assert not list(cwd.glob("runs/*/checkpoint-*"))
-    return output.splitlines()[-1]
+def _refused(*arguments, cwd):
+    """What a command says that stops before any work; run in this process, to save time."""
+    with chdir(cwd):
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 1, result.output
+    assert "Traceback" not in result.output
+    return result.output
 
 
 def test_unusable_stores_are_refused_in_one_sentence(tiny_store, tmp_path):
@@ -135,17 +134,16 @@ def test_a_store_of_another_grid_is_refused(workplace, tmp_path):
         ("finetune", "--store", other, "--init", pretraining, *options()),
         ("evaluate", "--store", other, "--run-dir", finetuning),
     ):
-        output = run(*arguments, cwd=tmp_path, code=1)
+        output = _refused(*arguments, cwd=tmp_path)
         assert "is for the grid {'x':" in output
         assert "use a store of that grid" in output
-        assert "Traceback" not in output
 
 
 def test_resuming_on_other_targets_is_refused(workplace, tmp_path):
     cwd, _ = workplace
     other = make_tiny_store(tmp_path / "other.zarr", seed=1)
     arguments = ("pretrain", "--resume", "--run-dir", _only(cwd, "pretrain"), "--store", other)
-    output = run(*arguments, cwd=tmp_path, code=1)
+    output = _refused(*arguments, cwd=tmp_path)
     assert "is not the store this run was started on; records_sha256: 0 -> 1" in output
 
 
@@ -153,6 +151,17 @@ def test_other_mistakes_are_one_sentence_too(tiny_store, workplace, tmp_path):
     cwd, _ = workplace
     store = ("--store", tiny_store)
     sentences = {
+        "model.encoder must be one of efficientnet-b0, resnet-50": (
+            *("pretrain", *store, "--set", "model.encoder=resnet50"),
+        ),
+        "a resumed run keeps its --fraction": (
+            *("finetune", "--resume", "--run-dir", _only(cwd, "finetune")),
+            *("--fraction", "0.5"),
+        ),
+        "a resumed run keeps pretrain.lr=1; it can change run.precision": (
+            *("pretrain", "--resume", "--run-dir", _only(cwd, "pretrain")),
+            *("--set", "pretrain.lr=1"),
+        ),
         "did you mean pretrain.epochs?": ("pretrain", *store, "--set", "pretrain.epoch=3"),
         "12 frames are less than one step": ("pretrain", *store, "--set", "pretrain.batch=13"),
         "there is no preset 'x'; there are demo, paper": ("pretrain", *store, "--config", "x"),
@@ -168,9 +177,8 @@ def test_other_mistakes_are_one_sentence_too(tiny_store, workplace, tmp_path):
         ),
     }
     for sentence, arguments in sentences.items():
-        output = run(*arguments, cwd=tmp_path, code=1)
+        output = _refused(*arguments, cwd=tmp_path)
         assert sentence in output
-        assert "Traceback" not in output
     assert not list(tmp_path.glob("runs/*/checkpoint-*"))
 
 
@@ -180,10 +188,10 @@ def test_a_damaged_checkpoint_is_named(workplace, tmp_path):
     newest = max(copy.path.glob("checkpoint-*.pt"))
     newest.write_bytes(newest.read_bytes()[:1000])
     with pytest.raises(RunError, match=f"{newest.name} is damaged .* delete it"):
-        copy.load(torch.device("cpu"))
+        copy.load()
     newest.unlink()
     newest.with_suffix(".json").unlink()
-    assert copy.load(torch.device("cpu"))[1]["step"] == 6  # the one before is still there
+    assert copy.load()[1]["step"] == 8  # the one before is still there
 
 
 def test_a_checkpoint_with_code_in_it_is_not_run(workplace, tmp_path):
@@ -191,7 +199,7 @@ def test_a_checkpoint_with_code_in_it_is_not_run(workplace, tmp_path):
     copy = Run(shutil.copytree(_only(cwd, "pretrain"), tmp_path / "copy"))
     torch.save({"network": print}, max(copy.path.glob("checkpoint-*.pt")))
     with pytest.raises(RunError, match="is damaged"):
-        copy.load(torch.device("cpu"))
+        copy.load()
 
 
 def test_the_paper_preset_lists_every_setting_at_its_default(pytestconfig):

@@ -51,6 +51,7 @@ def start(*arguments, cwd, processes=1):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 

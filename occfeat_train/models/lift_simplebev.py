@@ -28,8 +28,6 @@ class SimpleBEVLift(nn.Module):
     def __init__(self, grid: VoxelGrid):
         super().__init__()
         self.grid = grid
-        centres = volume_centres(grid, torch.device("cpu"))
-        self.register_buffer("centres", centres, persistent=False)
 
     def forward(
         self,
@@ -51,10 +49,10 @@ class SimpleBEVLift(nn.Module):
         """
         B, _, C, h, w = features.shape
         with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-            voxel, uv = visible_pairs(self.centres, K.float(), cam_T_bev.float(), image_hw)
+            centres = volume_centres(self.grid, features.device)
+            voxel, camera, uv = visible_pairs(centres, K.float(), cam_T_bev.float(), image_hw)
             cells, weights = bilinear_corners(uv, (h, w), image_hw)
-            voxel, camera = voxel  # of the whole batch: rows b·V + v, cameras b·N + n
-            n_rows = B * len(self.centres)
+            n_rows = B * len(centres)
             seen_by = torch.bincount(voxel, minlength=n_rows)
             weights = weights / seen_by[voxel, None]
             cells = cells + (camera * (h * w))[:, None]
@@ -73,7 +71,7 @@ class SimpleBEVLift(nn.Module):
 
 def visible_pairs(
     centres: torch.Tensor, K: torch.Tensor, cam_T_bev: torch.Tensor, image_hw: tuple[int, int]
-) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The (voxel, camera) pairs whose centre projects into the camera's image.
 
     Args:
@@ -83,7 +81,7 @@ def visible_pairs(
         image_hw: height and width of the images.
 
     Returns:
-        ``((voxel, camera), uv)``: int64 (P,) rows b·V + v, ascending, and b·N + n; float32
+        ``(voxel, camera, uv)``: int64 (P,) rows b·V + v, ascending, and b·N + n; float32
         (P, 2) continuous pixels.
     """
     B, N = K.shape[:2]
@@ -103,7 +101,7 @@ def visible_pairs(
         pixels.append(torch.stack([u[voxel, camera] * scale, v[voxel, camera] * scale], dim=1))
         pairs.append((voxel + b * len(centres), camera + b * N))
     voxel, camera = (torch.cat(part) for part in zip(*pairs, strict=True))
-    return (voxel, camera), torch.cat(pixels)
+    return voxel, camera, torch.cat(pixels)
 
 
 def bilinear_corners(

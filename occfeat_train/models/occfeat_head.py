@@ -90,7 +90,11 @@ class OccFeatHead(nn.Module):
         # Hidden units are computed again in the backward pass: all at once they would be the
         # largest tensor of the whole network.
         blocks = [
-            checkpoint(_block, block, weight, bias, out_weight, use_reentrant=False)
+            checkpoint(
+                *(_block, block, weight, bias, out_weight),
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
             for block in rows.split(_ROWS)
         ]
         return torch.cat(blocks) + out_bias
