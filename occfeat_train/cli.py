@@ -163,7 +163,7 @@ def finetune(
                 settings.for_fraction(fraction),
                 fraction,
                 fraction_unit,
-                str(pretraining.path) if pretraining else None,
+                str(pretraining.path.resolve()) if pretraining else None,
             )
             directory = run or _new_run("finetune")
         _train(job, directory, resume, process, say)

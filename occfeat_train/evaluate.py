@@ -76,9 +76,9 @@ def predict(
     with torch.inference_mode():
         # Geometry stays in float32: half a pixel would be lost in bfloat16.
         inputs = network_inputs(batch, draws, job.config.model.image_size, 0.0)
-        images, K, cam_T_bev = (inputs[name] for name in ("images", "K", "cam_T_bev"))
+        seen = {name: inputs[name] for name in ("images", "K", "cam_T_bev")}  # nothing is mirrored
         with torch.autocast(device.type, dtype, dtype != torch.float32):
-            predicted = network.objective.head(network.bev_net(images, K, cam_T_bev))
+            predicted = network.objective.head(network.bev_net(**seen))
     return predicted["mask"].float().sigmoid()
 
 

@@ -142,10 +142,14 @@ class Run:
 
 def newest(parent: Path, kind: str, finished: bool) -> Run | None:
     """The newest run of a kind (``pretrain`` or ``finetune``) below ``parent`` that came to its
-    end, or that did not but has a checkpoint."""
+    end, or that did not; one without a checkpoint only if there is no other."""
     runs = [run for run in _runs(parent) if run.description().get("kind") == kind]
-    runs = [run for run in runs if run.checkpoints() and run.is_finished() == finished]
-    return max(runs, key=lambda run: (run.description()["created"], run.path.name), default=None)
+    runs = [run for run in runs if run.is_finished() == finished]
+
+    def order(run: Run) -> tuple:
+        return bool(run.checkpoints()), run.description()["created"], run.path.name
+
+    return max(runs, key=order, default=None)
 
 
 def _position(path: Path) -> dict:
