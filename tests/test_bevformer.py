@@ -188,6 +188,20 @@ def test_attention_starts_as_a_star_of_equal_weights():
         torch.testing.assert_close(got[0, part], expected[part])
 
 
+def test_positions_keep_their_precision_under_autocast():
+    attention = DeformableAttention(4, 4, 1)
+    nn.init.eye_(attention.value_proj.weight)
+    with torch.no_grad():
+        attention.sampling_offsets.bias.copy_(torch.tensor([50.3, 0.0]).repeat(4))
+    stripes = (torch.arange(100) % 2).float()[None, None, :, None].expand(1, 3, 100, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        query = random((1, 4)).bfloat16()
+        got = attention(query, stripes, torch.tensor([[[30.25, 1.0]]]), torch.tensor([0]))
+    assert got.dtype == torch.bfloat16
+    # Column 80.55; rounded to 8 bits it would be 80.5.
+    torch.testing.assert_close(got.float(), torch.full((1, 4), 0.55), atol=0.005, rtol=0)
+
+
 # --- the two attentions ---------------------------------------------------------------------------
 
 
@@ -415,6 +429,21 @@ def test_the_lift_follows_the_configuration():
     assert not any(name.startswith("compressor.") for name in names)
     simple = BEVNet(ModelConfig(encoder_weights="random", channels=C), UNEVEN)
     assert not any(name.startswith("lift.") for name, _ in simple.named_parameters())
+
+
+def test_bev_flips_mirror_x_and_y_and_are_undone(cameras):
+    K, cam_T_ego, _ = cameras
+    torch.manual_seed(0)
+    network = BEVNet(ModelConfig("bevformer", encoder_weights="random", channels=C), UNEVEN).eval()
+    network.decoder = nn.Identity()
+    decoded = []
+    network.decoder.register_forward_pre_hook(lambda _, inputs: decoded.append(inputs[0]))
+    images = torch.rand(2, 6, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    plain = network(images, K, cam_T_ego)
+    flip = torch.tensor([[True, False], [False, True]])
+    assert torch.equal(network(images, K, cam_T_ego, bev_flip=flip), plain)
+    assert torch.equal(decoded[1][0], plain[0].flip(-2))
+    assert torch.equal(decoded[1][1], plain[1].flip(-1))
 
 
 def test_settings_that_do_not_fit_are_refused():
