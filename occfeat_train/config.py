@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from occfeat_common.settings import require
 
+NETWORKS = ("simplebev", "bevformer")
 ENCODERS = ("efficientnet-b0", "resnet-50", "resnet-101")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 START_METHODS = ("forkserver", "spawn", "fork")
@@ -20,6 +21,8 @@ START_METHODS = ("forkserver", "spawn", "fork")
 class ModelConfig:
     """The BEV network."""
 
+    network: str = "simplebev"
+    """How image features become BEV features: ``simplebev`` or ``bevformer``."""
     encoder: str = "efficientnet-b0"
     """``efficientnet-b0``, ``resnet-50`` or ``resnet-101``."""
     encoder_weights: str = "imagenet"
@@ -35,12 +38,17 @@ class ModelConfig:
     """Keep batch-norm statistics as they are: for very small batches."""
 
     def __post_init__(self) -> None:
+        rule = f"must be one of {', '.join(NETWORKS)}"
+        require(self.network in NETWORKS, "model.network", rule, self.network)
         rule = f"must be one of {', '.join(ENCODERS)}"
         require(self.encoder in ENCODERS, "model.encoder", rule, self.encoder)
         size = list(self.image_size)
         require(min(size) >= 32, "model.image_size", "must be [height, width], >= 32", size)
         even = self.channels >= 2 and self.channels % 2 == 0
         require(even, "model.channels", "must be even and >= 2", self.channels)
+        whole_heads = self.network != "bevformer" or self.channels % 4 == 0
+        rule = "must be a multiple of 4, the attention heads of bevformer"
+        require(whole_heads, "model.channels", rule, self.channels)
         require(0 <= self.drop_path < 1, "model.drop_path", "must be in [0, 1)", self.drop_path)
 
 

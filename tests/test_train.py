@@ -14,6 +14,7 @@ from train_runs import (
     options,
     run,
     start,
+    stop_at_step,
 )
 
 from occfeat_common.settings import load_settings
@@ -33,23 +34,13 @@ def undisturbed(tiny_store, tmp_path_factory):
     return cwd / "a"
 
 
-def _stop_at_step(process, directory, step, signal_number):
-    deadline = time.monotonic() + 120
-    while not any(line["step"] >= step for line in log_of(directory)):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal_number)
-    return process.communicate(timeout=60)[0]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_killed_in_mid_epoch_and_resumed_ends_bit_equal(
     workers, undisturbed, tiny_store, tmp_path
 ):
     settings = options(f"data.workers={workers}", "pretrain.epochs=3")
     process = start("pretrain", "--store", tiny_store, "--run-dir", "b", *settings, cwd=tmp_path)
-    _stop_at_step(process, tmp_path / "b", 5, signal.SIGKILL)
+    stop_at_step(process, tmp_path / "b", 5, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     (checkpoint,) = sorted((tmp_path / "b").glob("checkpoint-*.json"))[-1:]
     assert 4 <= int(checkpoint.stem[-8:]) < 9
@@ -75,7 +66,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(undisturbed, tiny_stor
     while not (found := list(tmp_path.glob("runs/pretrain-*/run.json"))):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    output = _stop_at_step(process, found[0].parent, 4, signal.SIGINT)
+    output = stop_at_step(process, found[0].parent, 4, signal.SIGINT)
     assert process.returncode == 130
     assert "occfeat-train pretrain --resume --run-dir runs/pretrain-" in output
     assert "Traceback" not in output
@@ -102,7 +93,7 @@ def test_sigterm_to_all_processes_saves_too(undisturbed, tiny_store, tmp_path):
 def test_a_run_stopped_before_its_first_checkpoint_can_go_on(undisturbed, tiny_store, tmp_path):
     settings = options("run.save_minutes=60")
     process = start("pretrain", "--store", tiny_store, "--run-dir", "b", *settings, cwd=tmp_path)
-    _stop_at_step(process, tmp_path / "b", 2, signal.SIGKILL)
+    stop_at_step(process, tmp_path / "b", 2, signal.SIGKILL)
     assert not list((tmp_path / "b").glob("checkpoint-*"))
     run("pretrain", "--resume", "--run-dir", "b", cwd=tmp_path)
     assert_same_state(undisturbed, tmp_path / "b")

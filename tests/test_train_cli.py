@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import chdir
@@ -13,12 +14,13 @@ import zarr
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from tiny_store import make_tiny_store
-from train_runs import SMALL, final_state, options, run
+from train_runs import SMALL, assert_same_state, final_state, options, run, start, stop_at_step
 
 from occfeat_common.settings import load_settings, to_plain
 from occfeat_train.cli import main
 from occfeat_train.config import TrainConfig
-from occfeat_train.export import load_bev_net
+from occfeat_train.export import export, load_bev_net
+from occfeat_train.models.lift_bevformer import BEVFormerLift
 from occfeat_train.runs import Run, RunError
 
 
@@ -93,6 +95,25 @@ def test_export_loads_as_the_readme_says_and_has_no_head(workplace):
     assert "exists already" in run("export", "--out", "bev-net", cwd=cwd, code=1)
     with pytest.raises(RunError, match="holds no exported network"):
         load_bev_net(cwd)
+
+
+def test_bevformer_pretrains_resumes_and_finetunes(tiny_store, tmp_path):
+    settings = options("model.network=bevformer", "pretrain.epochs=2", "run.save_minutes=60")
+    whole = ("pretrain", "--store", tiny_store, "--run-dir", "whole", *settings)
+    run(*whole, cwd=tmp_path)
+    process = start(*whole[:4], "parts", *settings, cwd=tmp_path)
+    stop_at_step(process, tmp_path / "parts", 2, signal.SIGTERM)
+    resumed = run("pretrain", "--resume", "--run-dir", "parts", cwd=tmp_path)
+    assert "resumed after step" in resumed
+    assert_same_state(tmp_path / "whole", tmp_path / "parts")  # dropout included
+    arguments = ("finetune", "--store", tiny_store, "--init", "whole")
+    finetuned = run(*arguments, "--run-dir", "fine", "--set", "finetune.epochs=1", cwd=tmp_path)
+    assert "encoder 247, lift 170, decoder 93; fresh: " in finetuned
+    assert " on 4 frames of mini_val" in run("evaluate", "--run-dir", "fine", cwd=tmp_path)
+    export(Run(tmp_path / "fine"), tmp_path / "net")
+    assert isinstance(load_bev_net(tmp_path / "net").lift, BEVFormerLift)
+    output = _refused(*arguments, "--set", "model.network=simplebev", cwd=tmp_path)
+    assert "use the model settings it was trained with" in output
 
 
 def test_evaluate_prints_json(workplace):

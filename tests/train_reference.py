@@ -133,6 +133,58 @@ def lift_gradient(shape, weights, gradients):
     return total
 
 
+# --- deformable attention -------------------------------------------------------------------------
+
+
+def bilinear_zero(values, x, y):
+    """A map (h, w, ...) at column x, row y, in cells; zero beyond. Differentiable if torch."""
+    h, w = values.shape[:2]
+    j0, i0 = (math.floor(a.item() if torch.is_tensor(a) else a) for a in (x, y))
+    total = values[0, 0] * 0
+    for i, wy in ((i0, 1 - (y - i0)), (i0 + 1, y - i0)):
+        for j, wx in ((j0, 1 - (x - j0)), (j0 + 1, x - j0)):
+            if 0 <= i < h and 0 <= j < w:
+                total = total + wy * wx * values[i, j]
+    return total
+
+
+def deformable_sums(values, maps, positions, weights):
+    """(S, heads, D) of maps (M, h, w, heads, D), positions (S, heads, P, 2), weights."""
+    rows = []
+    for s, head in np.ndindex(*positions.shape[:2]):
+        plane = values[maps[s], :, :, head]
+        points = zip(positions[s, head], weights[s, head], strict=True)
+        rows.append(sum(weight * bilinear_zero(plane, x, y) for (x, y), weight in points))
+    return torch.stack(rows).unflatten(0, positions.shape[:2])
+
+
+def column_mean(maps, column, K, cam_T_bev, image_hw):
+    """BEVFormer's spatial cross-attention of one query with equal weights and no offsets.
+
+    Args:
+        maps: (N, h, w, C), one camera each.
+        column: points, the anchors of the query.
+
+    Returns:
+        The mean (C,) over the cameras that see an anchor, of the mean over all anchors, those
+        outside the map or behind the camera as zeros; how many cameras; and whether one of them
+        sees some of the anchors only.
+    """
+    (H, W), (h, w) = image_hw, maps.shape[1:3]
+    total, n_cameras, partly = np.zeros(maps.shape[3]), 0, False
+    for camera in range(len(maps)):
+        pixels = [project(point, K[camera], cam_T_bev[camera]) for point in column]
+        seen = [depth > 0 and 0 <= u < W and 0 <= v < H for u, v, depth in pixels]
+        if any(seen):
+            n_cameras += 1
+            partly |= not all(seen)
+            for u, v, depth in pixels:
+                if depth > 0:
+                    x, y = u * w / W - 0.5, v * h / H - 0.5
+                    total += bilinear_zero(maps[camera], x, y) / len(column)
+    return total / max(n_cameras, 1), n_cameras, partly
+
+
 # --- OccFeat's head -------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -64,6 +65,17 @@ def run(*arguments, cwd, processes=1, code=0):
         process.kill()
     assert process.returncode == code, output
     return output
+
+
+def stop_at_step(process, directory, step, signal_number):
+    """Send a signal once the run's log has reached a step; returns what it printed."""
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= step for line in log_of(directory)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal_number)
+    return process.communicate(timeout=60)[0]
 
 
 def log_of(directory):

@@ -9,17 +9,26 @@ from occfeat_targets.grid import VoxelGrid
 from occfeat_train.config import ModelConfig
 from occfeat_train.models.decoder import Compressor, Decoder
 from occfeat_train.models.encoders import ImageEncoder
+from occfeat_train.models.lift_bevformer import BEVFormerLift
 from occfeat_train.models.lift_simplebev import SimpleBEVLift
 
 
 class BEVNet(nn.Module):
-    """SimpleBEV: encoder, lifting, compressor, decoder."""
+    """Encoder, lifting, compressor, decoder.
+
+    ``simplebev`` lifts to a voxel volume, which the compressor flattens; ``bevformer`` lifts to a
+    BEV map and needs no compressor.
+    """
 
     def __init__(self, config: ModelConfig, grid: VoxelGrid):
         super().__init__()
         self.encoder = ImageEncoder(config.encoder, config.channels, config.drop_path)
-        self.lift = SimpleBEVLift(grid)
-        self.compressor = Compressor(grid.shape[0] * config.channels, config.channels)
+        if config.network == "bevformer":
+            self.lift = BEVFormerLift(grid, config.channels)
+            self.compressor = nn.Identity()
+        else:
+            self.lift = SimpleBEVLift(grid)
+            self.compressor = Compressor(grid.shape[0] * config.channels, config.channels)
         self.decoder = Decoder(config.channels)
 
     def forward(

@@ -85,23 +85,43 @@ def visible_pairs(
         (P, 2) continuous pixels.
     """
     B, N = K.shape[:2]
-    image_T_bev = K @ cam_T_bev[:, :, :3]  # (B, N, 3, 4)
-    height, width = image_hw
     pairs, pixels = [], []
     for b in range(B):
-        # One matmul for all cameras: (V, 4) x (4, 3·N), no copy of the centres per camera.
-        u, v, depth = (
-            (centres @ image_T_bev[b].transpose(0, 1).reshape(3 * N, 4).T)
-            .view(-1, 3, N)
-            .unbind(dim=1)
-        )
-        inside = (depth > 0) & (u >= 0) & (u < width * depth) & (v >= 0) & (v < height * depth)
+        u, v, depth = project(centres, K[b], cam_T_bev[b])
+        inside = in_image(u, v, depth, image_hw)
         voxel, camera = inside.nonzero(as_tuple=True)
         scale = 1 / depth[voxel, camera]
         pixels.append(torch.stack([u[voxel, camera] * scale, v[voxel, camera] * scale], dim=1))
         pairs.append((voxel + b * len(centres), camera + b * N))
     voxel, camera = (torch.cat(part) for part in zip(*pairs, strict=True))
     return voxel, camera, torch.cat(pixels)
+
+
+def project(
+    centres: torch.Tensor, K: torch.Tensor, cam_T_bev: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Points in the cameras of one sample.
+
+    Args:
+        centres: float32 (V, 4), homogeneous, metres.
+        K: float32 (N, 3, 3).
+        cam_T_bev: float32 (N, 4, 4).
+
+    Returns:
+        ``(u·depth, v·depth, depth)``, each (V, N): not divided, so that depth may be 0.
+    """
+    image_T_bev = K @ cam_T_bev[:, :3]  # (N, 3, 4)
+    # One matmul for all cameras: (V, 4) x (4, 3·N), no copy of the centres per camera.
+    projected = centres @ image_T_bev.transpose(0, 1).reshape(-1, 4).T
+    return projected.view(len(centres), 3, -1).unbind(dim=1)
+
+
+def in_image(
+    u: torch.Tensor, v: torch.Tensor, depth: torch.Tensor, image_hw: tuple[int, int]
+) -> torch.Tensor:
+    """Whether what :func:`project` returned has depth > 0 and lies in the image; bool, as ``u``."""
+    H, W = image_hw
+    return (depth > 0) & (u >= 0) & (u < W * depth) & (v >= 0) & (v < H * depth)
 
 
 def bilinear_corners(

@@ -1,0 +1,131 @@
+"""Deformable attention (Zhu et al. 2021) at a single scale, in plain PyTorch.
+
+The usual CUDA kernel, and its PyTorch fallback by ``grid_sample``, read a padded batch of queries
+per map. Here each query names the map it samples, so any list of (query, map) pairs goes through in
+one call: attention is a weighted sum of feature cells, four per sampling point, and
+``embedding_bag`` computes it and its gradients on CPU and GPU, touching only what is sampled.
+
+Positions are ``(column, row)`` in cells of the map, 0 at the centre of the first cell: a map of
+h x w cells that covers an image of H x W pixels has pixel (u, v) at (u·w/W - ½, v·h/H - ½). Beyond
+the map there are zeros: ``grid_sample(align_corners=False, padding_mode="zeros")``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class DeformableAttention(nn.Module):
+    """Each query samples a map at a few learned positions and takes their weighted sum.
+
+    A query predicts, per head and point, an offset in cells and a weight (softmax over the
+    points). Initialised as published: weights equal, offsets independent of the query, those of
+    head m in direction 2π·m/heads, point p at p + 1 cells along the larger axis.
+    """
+
+    def __init__(self, channels: int, heads: int, points: int):
+        super().__init__()
+        self.heads, self.points = heads, points
+        self.value_proj = nn.Linear(channels, channels)
+        self.sampling_offsets = nn.Linear(channels, heads * points * 2)
+        self.attention_weights = nn.Linear(channels, heads * points)
+        nn.init.xavier_uniform_(self.value_proj.weight)
+        for module in (self.sampling_offsets, self.attention_weights):
+            nn.init.zeros_(module.weight)
+        for module in (self.value_proj, self.attention_weights):
+            nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(_star(heads, points).flatten())
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        values: torch.Tensor,
+        centres: torch.Tensor,
+        maps: torch.Tensor,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: (Q, C).
+            values: (M, h, w, C), the maps.
+            centres: (S, points, 2) or (S, 1, 2), positions to which the offsets are added; -inf
+                where nothing shall be sampled.
+            maps: int (S,), which map each of the S samplings reads.
+            rows: int (S,), the query of each sampling; None if there is one per query, in order.
+
+        Returns:
+            (S, C), heads one after the other, in the values' dtype after projection.
+        """
+        values = self.value_proj(values).unflatten(-1, (self.heads, -1))
+        # In bfloat16 an offset of 8 cells would be off by up to 1/32 of a cell, column 40 by 1/8.
+        with torch.autocast(query.device.type, enabled=False):
+            query = query.to(self.sampling_offsets.weight.dtype)
+            offsets = self.sampling_offsets(query).unflatten(-1, (self.heads, self.points, 2))
+            weights = self.attention_weights(query).unflatten(-1, (self.heads, self.points))
+            weights = weights.softmax(dim=-1)
+            if rows is not None:
+                offsets, weights = offsets.index_select(0, rows), weights.index_select(0, rows)
+            return deformable_sums(values, maps, centres[:, None] + offsets, weights).flatten(1)
+
+
+def deformable_sums(
+    values: torch.Tensor, maps: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Weighted sums of bilinear samples, differentiable by values, positions and weights.
+
+    Args:
+        values: (M, h, w, heads, D), maps.
+        maps: int (S,), which map each sampling reads.
+        positions: (S, heads, points, 2), ``(column, row)`` in cells; may be infinite.
+        weights: (S, heads, points).
+
+    Returns:
+        (S, heads, D), dtype of ``values``.
+    """
+    _, h, w, heads, D = values.shape
+    columns, across = _two_cells(positions[..., 0], w)  # (S, heads, points, 2)
+    rows, down = _two_cells(positions[..., 1], h)
+    head = torch.arange(heads, dtype=torch.int32, device=values.device)
+    rows = rows + maps.to(torch.int32)[:, None, None, None] * h
+    cells = rows[..., :, None] * w + columns[..., None, :]
+    cells = cells * heads + head[:, None, None, None]
+    corners = (weights[..., None] * down)[..., :, None] * across[..., None, :]
+    return F.embedding_bag(
+        cells.flatten(2).flatten(0, 1),  # a bag per sampling and head
+        values.reshape(-1, D),
+        mode="sum",
+        per_sample_weights=corners.flatten(2).flatten(0, 1).to(values),
+    ).unflatten(0, (-1, heads))
+
+
+def _two_cells(position: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two cells around a position on one axis: int32 (..., 2), and their bilinear weights.
+
+    A cell outside 0..size-1 weighs nothing (and is another one, so that it can be looked up).
+    At a whole number the gradient is that towards the next cell, as in ``grid_sample``.
+    """
+    # Far and infinite positions become ones just outside: no overflow, and no gradient.
+    position = position.clamp(-2, size + 1)
+    first = position.detach().floor()
+    share = position - first
+    cells = first.to(torch.int32)[..., None] + torch.arange(
+        2, dtype=torch.int32, device=position.device
+    )
+    inside = (cells >= 0) & (cells < size)
+    return cells.clamp(0, size - 1), torch.stack([1 - share, share], dim=-1) * inside
+
+
+def _star(heads: int, points: int) -> torch.Tensor:
+    """First offsets (heads, points, 2): heads look in different directions, points further out."""
+    angle = torch.arange(heads, dtype=torch.float64) * (2 * math.pi / heads)
+    direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+    direction = direction / direction.abs().amax(dim=-1, keepdim=True)
+    direction[direction.abs() < 1e-12] = 0  # cos(π/2) is not quite: keep whole cells whole
+    steps = torch.arange(1, points + 1, dtype=torch.float64)
+    return (direction[:, None] * steps[:, None]).float()
