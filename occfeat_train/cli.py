@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from occfeat_train import __version__
+from occfeat_train.config import TASKS
 
 if TYPE_CHECKING:
     from occfeat_train.distributed import Process
@@ -103,6 +104,13 @@ def pretrain(
 @run_option
 @resume_option
 @click.option(
+    "--task",
+    type=click.Choice(TASKS),
+    default=TASKS[0],
+    show_default=True,
+    help="What to segment: vehicles, or the map's road, sidewalk, crosswalk, parking and divider.",
+)
+@click.option(
     "--fraction",
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
@@ -128,11 +136,12 @@ def finetune(
     overrides: tuple[str, ...],
     run: Path | None,
     resume: bool,
+    task: str,
     fraction: float,
     fraction_unit: str,
     init: str | None,
 ) -> None:
-    """Finetune for BEV vehicle segmentation with a share of the labels.
+    """Finetune for BEV segmentation of vehicles or the map with a share of the labels.
 
     Epochs, batch and learning rate follow the paper for the share, unless set.
     """
@@ -156,6 +165,7 @@ def finetune(
                 fraction,
                 fraction_unit,
                 str(pretraining.path) if pretraining else None,
+                task,
             )
             directory = run or choices.new_run("finetune")
         _train(job, directory, resume, process, say)
@@ -177,7 +187,8 @@ def evaluate(
 ) -> None:
     """IoU of a finetuned network on the validation split.
 
-    With and without the cells where only vehicles of visibility 0-40 % lie, and by distance.
+    At probability 0.5, by distance, and at the best of seven thresholds. Vehicles: with and
+    without the cells where only those of visibility 0-40 % lie. Map: each class and their mean.
     Written to result.json in the run.
     """
     with _session() as (process, say):
