@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 import os
 import sys
@@ -10,24 +9,16 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
-from click.core import ParameterSource
 
 from occfeat_train import __version__
+from occfeat_train.config import TASKS
 
 if TYPE_CHECKING:
     from occfeat_train.distributed import Process
     from occfeat_train.jobs import Job
-    from occfeat_train.runs import Run
-
-RUNS = Path("runs")
-HOW = (
-    *("run.precision", "run.log_every", "run.save_minutes", "run.tensorboard"),
-    *("data.workers", "data.start_method"),
-)
-"""Settings that a resumed run may change: how it runs, not what it computes."""
 
 store_option = click.option(
     "--store",
@@ -93,14 +84,15 @@ def pretrain(
     """
     with _session() as (process, say):
         from occfeat_targets.schema import absolute
+        from occfeat_train import choices
         from occfeat_train.jobs import Job
 
         if resume:
-            job, directory = _resumed("pretrain", run, store, overrides)
+            job, directory = choices.resumed("pretrain", run, store, overrides)
         else:
             store = absolute(store or "targets.zarr")
-            settings = _settings(store, config, None, overrides, say)
-            job, directory = Job("pretrain", store, settings), run or _new_run("pretrain")
+            settings = choices.settings(store, config, None, overrides, say)
+            job, directory = Job("pretrain", store, settings), run or choices.new_run("pretrain")
         _train(job, directory, resume, process, say)
         say(f"Next: occfeat-train finetune --init {directory} --fraction 0.01")
 
@@ -111,6 +103,13 @@ def pretrain(
 @set_option
 @run_option
 @resume_option
+@click.option(
+    "--task",
+    type=click.Choice(TASKS),
+    default=TASKS[0],
+    show_default=True,
+    help="What to segment: vehicles, or the map's road, sidewalk, crosswalk, parking and divider.",
+)
 @click.option(
     "--fraction",
     type=click.FloatRange(0, 1, min_open=True),
@@ -137,26 +136,28 @@ def finetune(
     overrides: tuple[str, ...],
     run: Path | None,
     resume: bool,
+    task: str,
     fraction: float,
     fraction_unit: str,
     init: str | None,
 ) -> None:
-    """Finetune for BEV vehicle segmentation with a share of the labels.
+    """Finetune for BEV segmentation of vehicles or the map with a share of the labels.
 
     Epochs, batch and learning rate follow the paper for the share, unless set.
     """
     with _session() as (process, say):
         from occfeat_targets.schema import absolute
+        from occfeat_train import choices
         from occfeat_train.jobs import Job
 
         if resume:
-            job, directory = _resumed("finetune", run, store, overrides)
+            job, directory = choices.resumed("finetune", run, store, overrides)
         else:
-            pretraining = _pretraining(init, say)
+            pretraining = choices.pretraining(init, say)
             if not store and pretraining:
                 store = pretraining.description()["store"]
             store = absolute(store or "targets.zarr")
-            settings = _settings(store, config, pretraining, overrides, say)
+            settings = choices.settings(store, config, pretraining, overrides, say)
             job = Job(
                 "finetune",
                 store,
@@ -164,8 +165,9 @@ def finetune(
                 fraction,
                 fraction_unit,
                 str(pretraining.path.resolve()) if pretraining else None,
+                task,
             )
-            directory = run or _new_run("finetune")
+            directory = run or choices.new_run("finetune")
         _train(job, directory, resume, process, say)
         say(f"Next: occfeat-train evaluate --run-dir {directory}")
 
@@ -185,7 +187,8 @@ def evaluate(
 ) -> None:
     """IoU of a finetuned network on the validation split.
 
-    With and without the cells where only vehicles of visibility 0-40 % lie, and by distance.
+    At probability 0.5, by distance, and at the best of seven thresholds. Vehicles: with and
+    without the cells where only those of visibility 0-40 % lie. Map: each class and their mean.
     Written to result.json in the run.
     """
     with _session() as (process, say):
@@ -193,13 +196,14 @@ def evaluate(
 
         from occfeat_common.settings import from_plain, override, to_plain
         from occfeat_targets.schema import absolute
+        from occfeat_train import choices
         from occfeat_train.config import TrainConfig
         from occfeat_train.evaluate import evaluate as evaluate_run
         from occfeat_train.evaluate import table
         from occfeat_train.jobs import Job
         from occfeat_train.runs import Run, write_json
 
-        finetuned = Run(run) if run else _newest("finetune", "occfeat-train finetune")
+        finetuned = Run(run) if run else choices.newest_finished("finetune")
         job = Job.of_run(finetuned, store and absolute(store))
         if not as_json:
             say(f"Store: {job.store}")
@@ -229,10 +233,11 @@ def export(run: Path | None, out: Path) -> None:
     occfeat_train.export.load_bev_net(DIRECTORY) loads it.
     """
     with _session() as (_, say):
+        from occfeat_train import choices
         from occfeat_train.export import export as export_run
         from occfeat_train.runs import Run
 
-        chosen = Run(run) if run else _newest("pretrain", "occfeat-train pretrain")
+        chosen = Run(run) if run else choices.newest_finished("pretrain")
         export_run(chosen, out)
         say(f"{out}: the BEV network of {chosen.path}")
 
@@ -263,107 +268,6 @@ def _train(
     if not finished:
         say(f"Go on with: occfeat-train {job.kind} --resume --run-dir {run.path}")
         raise SystemExit(130)
-
-
-def _settings(
-    store: str,
-    config: str | None,
-    pretraining: Run | None,
-    overrides: tuple[str, ...],
-    say: Callable[[str], None],
-) -> Any:
-    """Settings by --config, else the pretraining run's, else the store's preset."""
-    from occfeat_common.settings import from_plain, override, read_yaml
-    from occfeat_targets.schema import open_store
-    from occfeat_train.config import TrainConfig
-
-    preset = open_store(store).attrs["config"].get("train_preset")
-    if config:
-        values, source = read_yaml(_config_path(config)), config
-    elif pretraining:
-        values, source = pretraining.description()["config"], f"those of {pretraining.path}"
-    else:
-        source = preset or "paper"
-        values = read_yaml(_config_path(source))
-        source = f"preset {source}" + (f", as {store} asks" if preset else "")
-    say(f"Settings: {source}")
-    return from_plain(TrainConfig, override(values, overrides))
-
-
-def _config_path(config: str) -> Path:
-    """A file, or a preset that comes with the package."""
-    from occfeat_common.settings import ConfigError
-
-    if config.endswith((".yaml", ".yml")):
-        return Path(config)
-    presets = importlib.resources.files("occfeat_pipelines")
-    path = Path(str(presets / f"train_{config}.yaml"))
-    if not path.exists():
-        found = sorted(p.stem.removeprefix("train_") for p in path.parent.glob("train_*.yaml"))
-        raise ConfigError(
-            f"there is no preset {config!r}; there are {', '.join(found)}, or give a .yaml file"
-        )
-    return path
-
-
-def _resumed(
-    kind: str, run: Path | None, store: str | None, overrides: tuple[str, ...]
-) -> tuple[Job, Path]:
-    """The job and directory to go on with; of its settings only :data:`HOW` may change."""
-    from dataclasses import replace
-
-    from occfeat_common.settings import from_plain, override, to_plain
-    from occfeat_targets.schema import absolute
-    from occfeat_train.config import TrainConfig
-    from occfeat_train.jobs import Job
-    from occfeat_train.runs import Run, RunError, newest
-
-    context = click.get_current_context()
-    for name in ("config", "fraction", "fraction_unit", "init"):
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise RunError(f"a resumed run keeps its --{name.replace('_', '-')}: leave it out")
-    if fixed := [text for text in overrides if text.partition("=")[0] not in HOW]:
-        raise RunError(f"a resumed run keeps {fixed[0]}; it can change {', '.join(HOW)}")
-    found = Run(run) if run else newest(RUNS, kind, finished=False)
-    if found is None:
-        raise RunError(f"there is no unfinished {kind} run in {RUNS}/: name it, --run-dir")
-    job = Job.of_run(found, store and absolute(store))
-    if job.kind != kind:
-        raise RunError(f"{found.path} is a {job.kind} run: occfeat-train {job.kind}")
-    config = from_plain(TrainConfig, override(to_plain(job.config), overrides))
-    return replace(job, config=config), found.path
-
-
-def _pretraining(init: str | None, say: Callable[[str], None]) -> Run | None:
-    from occfeat_train.runs import Run, RunError, newest
-
-    if init == "none":
-        return None
-    run = Run(Path(init)) if init else newest(RUNS, "pretrain", finished=True)
-    if run is None:
-        raise RunError(
-            f"there is no finished pretraining in {RUNS}/: occfeat-train pretrain makes one, "
-            "--init RUN names one elsewhere, --init none does without"
-        )
-    say(f"Starting from: {run.path}")
-    return run
-
-
-def _newest(kind: str, command: str) -> Run:
-    from occfeat_train.runs import RunError, newest
-
-    run = newest(RUNS, kind, finished=True)
-    if run is None:
-        raise RunError(
-            f"there is no finished {kind} run in {RUNS}/: run {command}, or name --run-dir"
-        )
-    return run
-
-
-def _new_run(kind: str) -> Path:
-    from occfeat_train.runs import timestamp
-
-    return RUNS / f"{kind}-{timestamp()}"
 
 
 @contextmanager

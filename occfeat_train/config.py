@@ -15,6 +15,8 @@ NETWORKS = ("simplebev", "bevformer")
 ENCODERS = ("efficientnet-b0", "resnet-50", "resnet-101")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 START_METHODS = ("forkserver", "spawn", "fork")
+TASKS = ("vehicle", "map")
+"""What a network can be finetuned for."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class AugmentConfig:
     """Mirror the lifted features along x and y with probability 1/2 each, undone before the
     heads."""
     rotate_bev_deg: float = 180.0
-    """Turn the BEV frame by up to this angle either way: cameras, voxels and boxes together.
+    """Turn the BEV frame by up to this angle either way: cameras, voxels and labels together.
     Stands for Simple-BEV's random reference camera."""
 
     def __post_init__(self) -> None:
@@ -127,7 +129,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Finetuning on BEV vehicle segmentation: AdamW with one-cycle rates (PAPER, Simple-BEV).
+    """Finetuning on BEV segmentation: AdamW with one-cycle rates (PAPER, Simple-BEV).
 
     What is null takes the paper's value for the label fraction, see :data:`PAPER_SCHEDULES`.
     """
@@ -140,10 +142,14 @@ class FinetuneConfig:
     weight_decay: float = 1e-7
     pos_weight: float = 2.13
     """Weight of vehicle cells in the cross-entropy (Simple-BEV, from Lift-Splat)."""
+    map_pos_weight: float = 1.0
+    """Likewise of a map class's cells (PAPER names none)."""
 
     def __post_init__(self) -> None:
         _require_schedule("finetune", self)
-        require(self.pos_weight > 0, "finetune.pos_weight", "must be > 0", self.pos_weight)
+        for name in ("pos_weight", "map_pos_weight"):
+            weight = getattr(self, name)
+            require(weight > 0, f"finetune.{name}", "must be > 0", weight)
 
 
 PAPER_SCHEDULES = (

@@ -29,7 +29,7 @@ def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
 
     Raises:
         RunError: the run is not a finetuning, or of another grid. StoreError: nothing to
-            evaluate on.
+            evaluate on, or no map for a run that learned it.
     """
     if job.kind != "finetune":
         raise RunError(f"{run.path} is a pretraining: finetune it first, then evaluate that run")
@@ -41,18 +41,20 @@ def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
     state, position = run.load()
     require_same_tensors(network.state_dict(), state["network"], str(run.path))
     network.load_state_dict(state["network"])
+    objective = network.objective
     loader = make_loader(
-        FrameDataset(job.store, frames, ("images", "vehicle", "vehicle_visible")),
+        FrameDataset(job.store, frames, ("images", *objective.eval_arrays)),
         EvalSampler(len(frames), _BATCH, process.rank, process.world),
         job.config.data.workers,
         job.config.data.start_method,
         pin_memory=process.device.type == "cuda",
     )
-    counter = IoUCounter(store.grid, process.device)
+    counter = IoUCounter(store.grid, process.device, len(objective.classes))
     for batch in tqdm(loader, unit="batch", desc="evaluate", disable=not process.is_main):
         batch = {name: values.to(process.device) for name, values in batch.items()}
         probability = predict(network, batch, job, process.device)
-        counter.add(probability, batch["vehicle"], batch["vehicle_visible"])
+        target, visible = objective.truth(batch)
+        counter.add(probability.view_as(target), target, visible)
     return {
         "run": str(run.path),
         "step": position["step"],
@@ -62,14 +64,15 @@ def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
         "frames": len(frames),
         "fraction": job.fraction,
         "init": job.init,
-        "vehicle": summary(counter.counts()),
+        "task": job.task,
+        job.task: summary(counter.counts(), objective.classes),
     }
 
 
 def predict(
     network: Network, batch: dict[str, torch.Tensor], job: Job, device: torch.device
 ) -> torch.Tensor:
-    """Vehicle probabilities (B, X, Y), float32, of a collated batch; nothing augmented."""
+    """Probabilities of a collated batch, nothing augmented: float32, in the mask's shape."""
     network.eval()
     draws = draw(NO_AUGMENT, 0, 0, batch["frame"], batch["K"].shape[1])
     dtype, _ = pick_precision(job.config.run.precision, device)
@@ -82,40 +85,62 @@ def predict(
     return predicted["mask"].float().sigmoid()
 
 
-def summary(counts: torch.Tensor) -> dict[str, Any]:
-    """What is reported of :meth:`IoUCounter.counts`: IoU in per cent (None where undefined)."""
-    result: dict[str, Any] = {}
-    for name, cells in zip(("visible", "all"), counts, strict=True):
-        rings = _ring_names()
-        result[name] = {
-            "iou": _percent(cells.sum(0)[HEADLINE]),
-            "by_range": {r: _percent(c[HEADLINE]) for r, c in zip(rings, cells, strict=True)},
-            "by_threshold": {
-                str(t): _percent(c) for t, c in zip(THRESHOLDS, cells.sum(0), strict=True)
-            },
-            "true_positive, false_positive, false_negative": cells.sum(0)[HEADLINE].tolist(),
-        }
+def summary(counts: torch.Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
+    """What is reported of :meth:`IoUCounter.counts`: IoU in per cent, None where undefined.
+
+    One class has a row ``visible`` and a row ``all``, by which cells count. Of several classes
+    each has a row for all cells, and ``mean`` is over those that are defined; its best is
+    BEVFusion's mean over classes of the maximum over thresholds.
+    """
+    names = ("visible", "all") if len(classes) == 1 else classes
+    counts = counts[0] if len(classes) == 1 else counts[:, 1]
+    by_range, by_threshold = iou(counts[:, :, HEADLINE]), iou(counts.sum(dim=1))
+    best, at = by_threshold.nan_to_num(-1).max(dim=1)
+    best = torch.where(best < 0, torch.nan, best)
+    result = {}
+    for name, row, *values, i in zip(
+        names, counts, by_range, by_threshold, best, at.tolist(), strict=True
+    ):
+        result[name] = _row(*values, None if values[-1].isnan() else THRESHOLDS[i])
+        headline = row.sum(dim=0)[HEADLINE].tolist()
+        result[name]["true_positive, false_positive, false_negative"] = headline
+    if len(classes) > 1:
+        result["mean"] = _row(*(values.nanmean(dim=0) for values in (by_range, by_threshold, best)))
     return result
+
+
+def _row(
+    by_range: torch.Tensor,
+    by_threshold: torch.Tensor,
+    best: torch.Tensor,
+    best_threshold: float | None = None,
+) -> dict[str, Any]:
+    """One row of a summary from IoU as float64: (R,) at 0.5, (T,), and a number."""
+    return {
+        "iou": _percent(by_threshold[HEADLINE]),
+        "by_range": dict(zip(_ring_names(), map(_percent, by_range), strict=True)),
+        "by_threshold": dict(zip(map(str, THRESHOLDS), map(_percent, by_threshold), strict=True)),
+        "best": {"iou": _percent(best), "threshold": best_threshold},
+    }
 
 
 def table(result: dict[str, Any]) -> str:
     """A result as text for people."""
+    task = result["task"]
     header = (
         f"{result['run']} (step {result['step']}"
         f"{'' if result['finished'] else ', NOT FINISHED'}) on {result['frames']} frames of "
-        f"{', '.join(result['splits'])}: vehicle IoU in per cent at probability 0.5"
+        f"{', '.join(result['splits'])}: {task} IoU in per cent at probability 0.5"
     )
-    columns = ["cells", "all ranges", *_ring_names(), "best threshold"]
-    lines = [columns]
-    labels = {"visible": "visible (as Simple-BEV)", "all": "all"}
-    for name, label in labels.items():
-        values = result["vehicle"][name]
-        threshold, best = max(
-            values["by_threshold"].items(), key=lambda item: item[1] if item[1] is not None else -1
-        )
+    first = "cells" if task == "vehicle" else "class"
+    lines = [[first, "all ranges", *_ring_names(), "best threshold"]]
+    for name, values in result[task].items():
+        label = "visible (as Simple-BEV)" if name == "visible" else name
+        best, threshold = values["best"]["iou"], values["best"]["threshold"]
+        at = "" if threshold is None else f" at {threshold}"
         cells = [values["iou"], *values["by_range"].values()]
-        lines.append([label, *map(_text, cells), f"{_text(best)} at {threshold}"])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+        lines.append([label, *map(_text, cells), _text(best) + at])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = [
         "  ".join(
             cell.ljust(w) if i == 0 else cell.rjust(w)
@@ -132,9 +157,8 @@ def _ring_names() -> list[str]:
     return [*inner, f"> {edges[-1]} m"]
 
 
-def _percent(counts: torch.Tensor) -> float | None:
-    value = iou(counts).item()
-    return None if value != value else round(100 * value, 2)
+def _percent(value: torch.Tensor) -> float | None:
+    return None if value.isnan() else round(100 * value.item(), 2)
 
 
 def _text(value: float | None) -> str:

@@ -28,16 +28,24 @@ class Job:
     fraction_unit: str = "scene"
     init: str | None = None
     """Run directory whose network this one starts from; None starts from encoder weights."""
+    task: str | None = None
+    """What a finetuning learns, one of :data:`config.TASKS`; None for a pretraining."""
 
     @property
     def plan(self) -> PretrainConfig | FinetuneConfig:
         """The settings of its kind: epochs, batch, rates."""
         return getattr(self.config, self.kind)
 
+    @property
+    def title(self) -> str:
+        """For people: ``pretraining``, ``map segmentation``."""
+        return f"{self.task} segmentation" if self.task else "pretraining"
+
     def describe(self, store: TargetStore) -> dict:
         """For ``run.json``."""
         return {
             "kind": self.kind,
+            "task": self.task,
             "created": runs.timestamp(),
             "store": self.store,
             "store_identity": runs.identity(store),
@@ -59,6 +67,8 @@ class Job:
             said["fraction"],
             said["fraction_unit"],
             said["init"],
+            # Runs of before there was a choice are of vehicles.
+            said.get("task", "vehicle" if said["kind"] == "finetune" else None),
         )
 
 
@@ -72,9 +82,10 @@ def build_network(job: Job, store: TargetStore, load_weights: bool) -> tuple[Net
 
     Raises:
         RunError: the run to start from does not fit.
+        StoreError: the store lacks what the task needs.
         WeightsError: from ``load_encoder_weights``.
     """
-    network = Network(job.config, OBJECTIVES[job.kind](job.config, store))
+    network = Network(job.config, OBJECTIVES[job.task or job.kind](job.config, store))
     if not load_weights:
         return network, ""
     if job.init:

@@ -16,47 +16,45 @@ RANGES_M = (20.0, 35.0, 50.0)
 
 
 class IoUCounter:
-    """True positives, false positives and false negatives of BEV masks.
+    """True positives, false positives and false negatives of the BEV masks of K classes.
 
-    Counts are kept for each ring of distance, with and without the cells where only vehicles of
-    visibility 0-40 % lie, at each threshold. A cell is positive if its probability is above the
-    threshold (Simple-BEV rounds the probability, which is the same at 0.5).
+    Counts are kept for each class and ring of distance, with and without hidden cells (where only
+    vehicles of visibility 0-40 % lie), at each threshold. A cell is positive if its probability is
+    above the threshold (Simple-BEV rounds the probability, which is the same at 0.5).
     """
 
-    def __init__(self, grid: VoxelGrid, device: torch.device):
+    def __init__(self, grid: VoxelGrid, device: torch.device, n_classes: int = 1):
         x, y = grid.bev_centres()
         distance = np.hypot(x[:, None], y[None, :])
         self.ring = torch.from_numpy(np.digitize(distance, RANGES_M)).to(device)
-        # [visible, ring, target, number of thresholds exceeded]
-        shape = (2, len(RANGES_M) + 1, 2, len(THRESHOLDS) + 1)
+        self.classes = torch.arange(n_classes, device=device)[:, None, None]
+        # [class, visible, ring, target, number of thresholds exceeded]
+        shape = (n_classes, 2, len(RANGES_M) + 1, 2, len(THRESHOLDS) + 1)
         self.histogram = torch.zeros(shape, dtype=torch.int64, device=device)
         self.thresholds = torch.tensor(THRESHOLDS, device=device)
 
     def add(self, probability: torch.Tensor, target: torch.Tensor, visible: torch.Tensor) -> None:
-        """Count a batch: probability float (B, X, Y); target and visible 0 or 1, (B, X, Y)."""
+        """Count a batch: probability float and target 0 or 1, (B, K, X, Y); visible (B, X, Y)."""
         exceeded = torch.bucketize(probability.float().contiguous(), self.thresholds)
-        index = visible.long()
-        for values, n in zip(
-            (self.ring.expand_as(index), target.long(), exceeded),
-            self.histogram.shape[1:],
-            strict=True,
-        ):
+        axes = (self.classes, visible.long()[:, None], self.ring, target.long(), exceeded)
+        index = torch.zeros_like(exceeded)
+        for values, n in zip(axes, self.histogram.shape, strict=True):
             index = index * n + values
         counts = torch.bincount(index.flatten(), minlength=self.histogram.numel())
         self.histogram += counts.view_as(self.histogram)
 
     def counts(self) -> torch.Tensor:
-        """int64 (2, R, T, 3) over all processes.
+        """int64 (K, 2, R, T, 3) over all processes.
 
-        Axes: visible cells only, all cells; ring of distance (the last is beyond the last edge);
-        threshold; true positives, false positives, false negatives.
+        Axes: class; visible cells only, all cells; ring of distance (the last is beyond the last
+        edge); threshold; true positives, false positives, false negatives.
         """
-        hidden, visible = all_reduce_sum(self.histogram.clone()).cpu()
-        histogram = torch.stack([visible, hidden + visible])
+        hidden, visible = all_reduce_sum(self.histogram.clone()).cpu().unbind(dim=1)
+        histogram = torch.stack([visible, hidden + visible], dim=1)
         # Positives at threshold t are the cells that exceed at least t + 1 thresholds.
         positive = histogram.flip(-1).cumsum(-1).flip(-1)[..., 1:]
-        true_positive, false_positive = positive[:, :, 1], positive[:, :, 0]
-        false_negative = histogram[:, :, 1].sum(-1, keepdim=True) - true_positive
+        true_positive, false_positive = positive[..., 1, :], positive[..., 0, :]
+        false_negative = histogram[..., 1, :].sum(-1, keepdim=True) - true_positive
         return torch.stack([true_positive, false_positive, false_negative], dim=-1)
 
 

@@ -8,6 +8,12 @@ An objective is a module with
 - ``forward(bev, targets, counts, share)``: the loss and the value of each term. ``counts`` are
   those of the whole optimiser step, summed over micro-batches and processes, and ``share`` is
   this micro-batch's part of the step: the losses of all of them add up to the step's loss.
+
+One that is evaluated also has
+
+- ``classes``: names of its K masks, and a head that predicts their logits as ``mask``,
+  (B, K, X, Y), or (B, X, Y) for a single one;
+- ``eval_arrays`` and ``truth(batch)``: the store's masks to compare with, in the ego frame.
 """
 
 from __future__ import annotations
@@ -16,12 +22,13 @@ import torch
 from torch import nn
 
 from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.schema import TargetStore
+from occfeat_targets.schema import StoreError, TargetStore
 from occfeat_train import losses
 from occfeat_train.config import TrainConfig
+from occfeat_train.map_targets import map_targets
 from occfeat_train.models.bev_net import BEVNet
 from occfeat_train.models.occfeat_head import OccFeatHead
-from occfeat_train.models.segmentation_head import SegmentationHead
+from occfeat_train.models.segmentation_head import MapHead, SegmentationHead
 from occfeat_train.targets import vehicle_targets, voxel_targets
 
 Targets = dict[str, torch.Tensor]
@@ -81,6 +88,8 @@ class Segmentation(nn.Module):
     """
 
     arrays: tuple[str, ...] = ("vehicle_boxes",)
+    eval_arrays: tuple[str, ...] = ("vehicle", "vehicle_visible")
+    classes: tuple[str, ...] = ("vehicle",)
 
     def __init__(self, config: TrainConfig, store: TargetStore):
         super().__init__()
@@ -92,6 +101,10 @@ class Segmentation(nn.Module):
     def targets(self, batch: dict[str, torch.Tensor], angle: torch.Tensor) -> Targets:
         """See :func:`vehicle_targets`."""
         return vehicle_targets(batch, angle, self.grid)
+
+    def truth(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks uint8 (B, 1, X, Y), and which cells count as visible, (B, X, Y)."""
+        return batch["vehicle"][:, None], batch["vehicle_visible"]
 
     def counts(self, targets: Targets) -> torch.Tensor:
         """Visible cells, cells near and far from a centre, visible vehicle cells."""
@@ -122,7 +135,55 @@ class Segmentation(nn.Module):
         return loss + share * 0.5 * self.log_weights.sum(), terms
 
 
-OBJECTIVES = {"pretrain": OccFeat, "finetune": Segmentation}
+class MapSegmentation(nn.Module):
+    """Map segmentation: the mean over classes of the mean binary cross-entropy over cells.
+
+    The paper names the five classes and no loss; this is the vehicles' cross-entropy without
+    what only objects have. Classes overlap (a crosswalk lies on a road).
+    """
+
+    arrays: tuple[str, ...] = ("map",)
+    eval_arrays: tuple[str, ...] = ("map",)
+
+    def __init__(self, config: TrainConfig, store: TargetStore):
+        """Raises StoreError if the store was built without a map."""
+        super().__init__()
+        if not store.attrs["map_classes"]:
+            raise StoreError(f"{store.url} has no map: rebuild it with the map expansion")
+        self.grid: VoxelGrid = store.grid
+        self.classes: tuple[str, ...] = tuple(store.attrs["map_classes"])
+        self.pos_weight = config.finetune.map_pos_weight
+        self.head = MapHead(config.model.channels, len(self.classes))
+
+    def targets(self, batch: dict[str, torch.Tensor], angle: torch.Tensor) -> Targets:
+        """See :func:`map_targets`."""
+        return map_targets(batch, angle, self.grid)
+
+    def truth(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks uint8 (B, K, X, Y), and (B, X, Y) that all cells count: a map is not hidden."""
+        return batch["map"], torch.ones_like(batch["map"][:, 0])
+
+    def counts(self, targets: Targets) -> torch.Tensor:
+        """Cells whose map is known, the same for all classes."""
+        return targets["known"].sum().double().cpu()[None]
+
+    def forward(
+        self, bev: torch.Tensor, targets: Targets, counts: torch.Tensor, share: float
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and its terms, one for each class, for BEV features (B, C, X, Y)."""
+        logits = self.head(bev)["mask"]
+        n_known = counts.clamp(min=1).item()
+        terms = {}
+        for k, name in enumerate(self.classes):
+            summed = losses.segmentation_sum(
+                logits[:, k], targets["map"][:, k], targets["known"], self.pos_weight
+            )
+            terms[name] = summed / n_known
+        return torch.stack(list(terms.values())).mean(), terms
+
+
+OBJECTIVES = {"pretrain": OccFeat, "vehicle": Segmentation, "map": MapSegmentation}
+"""Pretraining's, and finetuning's by task (:data:`config.TASKS`)."""
 
 
 class Network(nn.Module):

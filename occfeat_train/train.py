@@ -119,9 +119,10 @@ def train(job: Job, run: Run, process: Process, resume: bool) -> bool:
         )
         scenes = {store.scene(i) for i in frames}
         log.say(
-            f"{run.path}: {len(frames)} frames of {len(scenes)} scenes, batch {plan.batch} x "
-            f"{plan.accumulate}, {plan.epochs} epochs of {steps_per_epoch} steps, lr {plan.lr:g}; "
-            f"{process.describe()}; {str(dtype).removeprefix('torch.')} ({why})\n{report}"
+            f"{run.path}: {job.title} on {len(frames)} frames of {len(scenes)} scenes, "
+            f"batch {plan.batch} x {plan.accumulate}, {plan.epochs} epochs of {steps_per_epoch} "
+            f"steps, lr {plan.lr:g}; {process.describe()}; "
+            f"{str(dtype).removeprefix('torch.')} ({why})\n{report}"
         )
         with stop_signals() as stop, closing(log):
             return _fit(job, run, process, learner, position, frames, steps_per_epoch, log, stop)

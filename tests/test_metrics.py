@@ -26,11 +26,18 @@ def scene(seed=0, batch=2):
     return probability, target, visible
 
 
-def count(*scenes, grid=GRID):
-    counter = IoUCounter(grid, CPU)
+def add(counter, arrays):
+    """A scene of one class."""
+    probability, target, visible = map(torch.as_tensor, arrays)
+    counter.add(probability[:, None], target[:, None], visible)
+
+
+def count(*scenes):
+    """(2, R, T, 3) of the only class."""
+    counter = IoUCounter(GRID, CPU)
     for arrays in scenes:
-        counter.add(*(torch.from_numpy(a) for a in arrays))
-    return counter.counts()
+        add(counter, arrays)
+    return counter.counts()[0]
 
 
 def naive(arrays):
@@ -71,8 +78,26 @@ def test_counts_of_two_halves_add_up():
 
 def test_counting_again_does_not_change_what_was_counted():
     counter = IoUCounter(GRID, CPU)
-    counter.add(*(torch.from_numpy(a) for a in scene()))
+    add(counter, scene())
     assert torch.equal(counter.counts(), counter.counts())
+
+
+def test_every_class_has_the_counts_of_its_own():
+    scenes = [scene(seed) for seed in range(3)]
+    counter, halves = IoUCounter(GRID, CPU, 3), [IoUCounter(GRID, CPU, 3) for _ in range(2)]
+    probability, target = (
+        torch.from_numpy(np.stack([s[part] for s in scenes], axis=1)) for part in (0, 1)
+    )
+    visible = torch.from_numpy(scenes[0][2])
+    counter.add(probability, target, visible)
+    counts = counter.counts()
+    assert counts.shape == (3, 2, len(RANGES_M) + 1, len(THRESHOLDS), 3)
+    for mine, (one_probability, one_target, _) in zip(counts, scenes, strict=True):
+        expected = naive((one_probability, one_target, scenes[0][2]))
+        np.testing.assert_array_equal(mine.numpy(), expected)
+    for b, half in enumerate(halves):
+        half.add(probability[b : b + 1], target[b : b + 1], visible[b : b + 1])
+    assert torch.equal(sum(half.counts() for half in halves), counts)
 
 
 def test_hidden_cells_count_only_among_all_cells():
@@ -98,8 +123,8 @@ def test_lower_precision_and_other_dtypes_count_alike():
     expected = naive((probability.float().numpy(), target.numpy(), visible.numpy()))
     counter = IoUCounter(GRID, CPU)
     strided = probability.transpose(1, 2).contiguous().transpose(1, 2)
-    counter.add(strided, target.float(), visible.bool())
-    np.testing.assert_array_equal(counter.counts().numpy(), expected)
+    add(counter, (strided, target.float(), visible.bool()))
+    np.testing.assert_array_equal(counter.counts()[0].numpy(), expected)
 
 
 def test_iou_is_true_positives_over_the_union_and_undefined_without_one():

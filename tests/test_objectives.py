@@ -11,7 +11,7 @@ import train_reference as reference
 from torch import nn
 
 from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.schema import open_store
+from occfeat_targets.schema import MAP_CLASSES, StoreError, open_store
 from occfeat_train.config import (
     AugmentConfig,
     FinetuneConfig,
@@ -19,11 +19,12 @@ from occfeat_train.config import (
     PretrainConfig,
     TrainConfig,
 )
-from occfeat_train.objectives import Network, OccFeat, Segmentation
+from occfeat_train.objectives import MapSegmentation, Network, OccFeat, Segmentation
 
 GRID = VoxelGrid((-3.0, 3.0, 6), (-3.0, 4.0, 7), (-1.0, 2.0, 3))
 C, N_Y = 6, 5
-STORE = SimpleNamespace(grid=GRID, attrs={"point_step_m": 0.002, "teacher": {"dim": N_Y}})
+ATTRS = {"point_step_m": 0.002, "teacher": {"dim": N_Y}, "map_classes": list(MAP_CLASSES)}
+STORE = SimpleNamespace(url="some.zarr", grid=GRID, attrs=ATTRS)
 VARIANTS = {
     "both": PretrainConfig(),
     "occupancy": PretrainConfig(features=False),
@@ -51,6 +52,19 @@ def occfeat(variant="both", seed=0):
 
 def segmentation(seed=0):
     return randomised(Segmentation(config(), STORE), seed)
+
+
+def map_segmentation(seed=0, **settings):
+    plan = FinetuneConfig(**settings)
+    return randomised(MapSegmentation(config(finetune=plan), STORE), seed)
+
+
+def map_truth(objective, batch, seed=0, angles=None):
+    """Targets of random masks, each sample turned by another angle."""
+    rng = np.random.default_rng(seed)
+    stored = torch.from_numpy(rng.integers(0, 2, (batch, 5, *GRID.bev_shape), dtype=np.uint8))
+    angles = torch.linspace(0, 1, batch) if angles is None else angles
+    return objective.targets({"map": stored}, angles)
 
 
 def bev_map(batch, seed=0):
@@ -147,6 +161,69 @@ def test_a_pretraining_step_is_the_same_however_it_is_split(variant, cuts):
 def test_a_finetuning_step_is_the_same_however_it_is_split(cuts):
     objective = segmentation()
     assert_same_step(objective, bev_map(4), segmentation_targets(objective, 4), cuts)
+
+
+@SPLITS
+def test_a_map_finetuning_step_is_the_same_however_it_is_split(cuts):
+    objective = map_segmentation()
+    assert_same_step(objective, bev_map(4), map_truth(objective, 4), cuts)
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_the_map_loss_and_its_gradient_are_the_naive_ones(weight):
+    objective = map_segmentation(map_pos_weight=weight)
+    targets = map_truth(objective, 2)
+    assert targets["known"][0].all() and not targets["known"][1].all()
+    logits = np.random.default_rng(0).normal(size=(2, 5, *GRID.bev_shape)) * 3
+    arrays = [targets[name].numpy() for name in ("map", "known")]
+    expected, terms = reference.map_loss(logits, *arrays, weight)
+    slope = reference.numerical_gradient(
+        lambda values: reference.map_loss(values, *arrays, weight)[0], logits
+    )
+    assert (slope[1][:, ~arrays[1][1]] == 0).all() and (slope[0] != 0).all()
+
+    class Given(nn.Module):
+        def forward(self, bev):
+            return {"mask": bev}
+
+    objective.head = Given()
+    leaf = torch.from_numpy(logits).requires_grad_()
+    loss, got = objective(leaf, targets, objective.counts(targets), 1.0)
+    assert list(got) == list(MAP_CLASSES)
+    assert [value.item() for value in got.values()] == pytest.approx(terms, rel=1e-5)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    np.testing.assert_allclose(leaf.grad.numpy(), slope, rtol=1e-4, atol=1e-8)
+
+
+def test_the_map_head_is_one_branch_with_a_channel_per_class():
+    head, bev = map_segmentation().head, bev_map(2)
+    y = nn.functional.conv2d(bev, head.mask[0].weight, padding=1)
+    y = nn.functional.relu(nn.functional.instance_norm(y))
+    y = nn.functional.conv2d(y, head.mask[-1].weight, head.mask[-1].bias)
+    assert y.shape == (2, 5, *GRID.bev_shape)
+    torch.testing.assert_close(head(bev)["mask"], y)
+
+
+def test_map_cells_weigh_one_by_default_and_no_weight_is_learned():
+    objective = MapSegmentation(config(), STORE)
+    assert objective.pos_weight == 1.0
+    assert all(name.startswith("head.") for name, _ in objective.named_parameters())
+
+
+def test_a_map_of_which_nothing_is_known_has_no_loss():
+    objective, bev = map_segmentation(), bev_map(1).requires_grad_()
+    targets = map_truth(objective, 1)
+    targets["known"] = torch.zeros_like(targets["known"])
+    loss, _ = objective(bev, targets, objective.counts(targets), 1.0)
+    loss.backward()
+    assert loss.item() == 0 and not bev.grad.any()
+
+
+def test_a_store_without_a_map_is_refused():
+    bare = SimpleNamespace(url="bare.zarr", grid=GRID, attrs=ATTRS | {"map_classes": []})
+    with pytest.raises(StoreError, match="bare.zarr has no map: rebuild it with the map expansion"):
+        MapSegmentation(config(), bare)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -34,13 +34,15 @@ SPLITS = {"mini_train": 3, "mini_val": 1}
 SCENE_FRAMES = 4
 
 
-def make_tiny_store(path, seed=0, settings=(), splits=SPLITS, preset="demo") -> Path:
+def make_tiny_store(
+    path, seed=0, settings=(), splits=SPLITS, preset="demo", with_map=False
+) -> Path:
     """Write a finished store of ``SCENE_FRAMES`` frames a scene."""
     config = load_config(None, [*SETTINGS, f"train_preset={preset}", *settings])
     rng = np.random.default_rng(seed)
     scenes = [split for split, n in splits.items() for _ in range(n)]
     n_frames = len(scenes) * SCENE_FRAMES
-    specs = schema.array_specs(config.to_dict(), DIM, with_map=False)
+    specs = schema.array_specs(config.to_dict(), DIM, with_map)
     group = zarr.open_group(path, mode="w", zarr_format=3)
     schema.create_arrays(group, specs, n_frames, config.block_frames)
     for i in range(n_frames):
@@ -50,6 +52,8 @@ def make_tiny_store(path, seed=0, settings=(), splits=SPLITS, preset="demo") -> 
             "split": list(splits).index(scenes[i // SCENE_FRAMES]),
             "timestamp_us": i * 500_000,
         }
+        if with_map:
+            frame["map"] = _map(config.grid, np.random.default_rng([seed, i]))
         for name, value in frame.items():
             array = group[name]
             where = (i, slice(len(value))) if np.ndim(value) and array.ndim > 1 else i
@@ -66,7 +70,7 @@ def make_tiny_store(path, seed=0, settings=(), splits=SPLITS, preset="demo") -> 
             "cameras": list(schema.CAMERAS),
             "scenes": [f"scene-{i:04d}" for i in range(len(scenes))],
             "splits": list(splits),
-            "map_classes": [],
+            "map_classes": list(schema.MAP_CLASSES) if with_map else [],
             "point_step_m": schema.point_step_m(config.grid),
             "teacher": {"name": "tiny", "dim": DIM, "weights": "random(tiny)"},
             "source": {"dataset": "tiny"},
@@ -113,6 +117,16 @@ def _frame(rng, config):
         "global_T_ego": np.eye(4),
         **pack_images([_jpeg(rng, height, width) for _ in range(6)]),
     }
+
+
+def _map(grid, rng):
+    """A strip across the BEV for each class; the last is empty in half of the frames."""
+    x, y = grid.bev_centres()
+    direction = rng.uniform(-3, 3, len(schema.MAP_CLASSES))[:, None, None]
+    across = np.cos(direction) * x[:, None] + np.sin(direction) * y
+    masks = np.abs(across - rng.uniform(-4, 4)) < rng.uniform(1, 4)
+    masks[-1] &= rng.random() < 0.5
+    return masks.astype(np.uint8)
 
 
 def _cam_T_ego(yaw):

@@ -352,6 +352,40 @@ def vehicle_maps(boxes, bounds, tie_m=0.0):
     return maps
 
 
+# --- map ------------------------------------------------------------------------------------------
+
+
+def map_loss(logits, target, known, pos_weight=1.0):
+    """Mean over classes of the cross-entropy's mean over known cells; (B, K, X, Y), (B, X, Y)."""
+    terms = [
+        mask_loss(logits[:, k], target[:, k], known, pos_weight) for k in range(logits.shape[1])
+    ]
+    return sum(terms) / len(terms), terms
+
+
+def turned_map(stored, angle, bounds, tie_m=0.0):
+    """Masks (K, X, Y) seen in a frame turned by an angle, cell by cell.
+
+    Returns:
+        ``map`` and ``known``, and ``tie``: cells whose centre lies within ``tie_m`` of the edge
+        between two stored cells.
+    """
+    flat_bounds = (*bounds[:2], (-1.0, 1.0, 1))
+    nx, ny = bounds[0][2], bounds[1][2]
+    turned = np.zeros((len(stored), nx, ny))
+    known, tie = np.zeros((nx, ny), bool), np.zeros((nx, ny), bool)
+    for i, j in np.ndindex(nx, ny):
+        centre = cell_centre(i, bounds[0]), cell_centre(j, bounds[1])
+        x, y, _ = turn((*centre, 0.0), -angle)  # back to ego
+        tie[i, j] = border_distance((x, y), bounds[:2]) <= tie_m
+        cell = voxel_of((x, y, 0.0), flat_bounds)
+        if cell is not None:
+            known[i, j] = True
+            source_x, source_y, _ = unflat(cell, flat_bounds)
+            turned[:, i, j] = stored[:, source_x, source_y]
+    return turned, known, tie
+
+
 # --- metric ---------------------------------------------------------------------------------------
 
 

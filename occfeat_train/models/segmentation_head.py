@@ -1,4 +1,4 @@
-"""Simple-BEV's segmentation head: mask, centre and offset from BEV features."""
+"""Segmentation heads on BEV features: Simple-BEV's for vehicles, and one for the map."""
 
 from __future__ import annotations
 
@@ -30,6 +30,21 @@ class SegmentationHead(nn.Module):
             "centre": self.centre(bev).squeeze(1).float().sigmoid(),
             "offset": self.offset(bev),
         }
+
+
+class MapHead(nn.Module):
+    """One such branch with a channel per map class; classes may overlap.
+
+    The paper does not describe its map head.
+    """
+
+    def __init__(self, channels: int, n_classes: int):
+        super().__init__()
+        self.mask = _branch(channels, n_classes)
+
+    def forward(self, bev: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Predict from (B, C, X, Y): ``mask`` logits (B, K, X, Y) of K classes."""
+        return {"mask": self.mask(bev)}
 
 
 def _branch(channels: int, out_channels: int) -> nn.Sequential:
