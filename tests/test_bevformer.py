@@ -402,7 +402,7 @@ def test_the_queries_start_small():
 # --- the network ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+@pytest.mark.parametrize("kind", ["pretrain", "vehicle"])
 def test_a_training_step_reaches_every_parameter(kind, tiny_store):
     model = ModelConfig("bevformer", encoder_weights="random", image_size=(32, 64), channels=C)
     config = TrainConfig(model=model)

@@ -54,7 +54,14 @@ def test_kill_and_run_again(demo_root, uninterrupted, tmp_path, moment):
 def test_interrupting_says_how_to_go_on(demo_root, uninterrupted, tmp_path):
     store = tmp_path / "targets.zarr"
     command = _command(demo_root, store)
-    client = subprocess.Popen(command, cwd=TESTS, stderr=subprocess.PIPE, text=True)
+    client = subprocess.Popen(
+        command,
+        cwd=TESTS,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts its background jobs, and so perhaps these tests, with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not MOMENTS["one block is done"](store):
         assert client.poll() is None, "the build ended before it could be interrupted"
         time.sleep(0.002)
