@@ -23,6 +23,7 @@ By name, as the dataset was asked to:
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import io
 import multiprocessing
@@ -339,6 +340,17 @@ def _start_worker(worker: int) -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Kill the workers that are left when this process exits, say after an error.
+
+    multiprocessing would end them by SIGTERM, which they ignore, and then wait for them for ever.
+    """
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _exit_with(main_process: BaseProcess) -> None:

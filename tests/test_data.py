@@ -377,15 +377,17 @@ if __name__ == "__main__":
     batches = iter(make_loader(dataset, EvalSampler(4, 1), 2, sys.argv[2], pin_memory=False))
     next(batches), next(batches)
     print(*(worker.pid for worker in batches._workers), flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
+    if sys.argv[3] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)  # else it exits, with the workers still there
 """
 
 
+@pytest.mark.parametrize("end", ["killed", "exits"])
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_workers_do_not_outlive_the_main_process(demo_store, tmp_path, method):
+def test_workers_do_not_outlive_the_main_process(demo_store, tmp_path, method, end):
     (tmp_path / "dying.py").write_text(DYING)
     with open(tmp_path / "pids", "w") as output:
-        command = [sys.executable, tmp_path / "dying.py", demo_store, method]
+        command = [sys.executable, tmp_path / "dying.py", demo_store, method, end]
         subprocess.run(command, stdout=output, timeout=60)
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert len(pids) == 2
