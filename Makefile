@@ -1,6 +1,7 @@
 # make targets                       demo world -> targets.zarr (random teacher, offline)
 # make targets NUSCENES=/data/sets/nuscenes [VERSION=v1.0-trainval] [STORE=/fast/targets.zarr]
 #              [TEACHER=DIR or hub id] [WORKERS=8] [SCHEDULER=tcp://host:8786]
+# make miniature                     the paper's Table 3 on a demo world
 # make test                          the tests
 # make lint · make format
 # Each installs into .venv first if need be; PYTHON=python3.11 chooses the interpreter.
@@ -15,7 +16,7 @@ installed := $(VENV)/.installed
 options := $(if $(VERSION),--version $(VERSION)) $(if $(TEACHER),--teacher $(TEACHER)) \
 	$(if $(WORKERS),--workers $(WORKERS)) $(if $(SCHEDULER),--scheduler $(SCHEDULER))
 
-.PHONY: install targets test lint format
+.PHONY: install targets miniature test lint format
 .DEFAULT_GOAL := targets
 
 install: $(installed)
@@ -35,6 +36,11 @@ targets: $(installed)
 	$(bin)/occfeat-targets verify '$(STORE)'
 endif
 	$(bin)/occfeat-targets info '$(STORE)'
+
+miniature: $(installed)
+	$(bin)/occfeat-targets demo-data miniature-world --version v1.0-trainval --scenes 64 --samples 3
+	$(bin)/occfeat-targets build miniature-world miniature.zarr --config pipelines/miniature.yaml
+	$(bin)/python pipelines/reproduce.py --table 3 --preset miniature
 
 test: $(installed)
 	$(bin)/python -m pytest

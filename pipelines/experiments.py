@@ -1,0 +1,162 @@
+"""From recipes to the runs of ``occfeat-train`` that make their numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from occfeat_common.settings import ConfigError, from_plain, override, read_yaml, to_plain
+from occfeat_pipelines.recipes import HERE, Preset, Recipe, store_settings
+from occfeat_targets.schema import absolute, open_store
+from occfeat_train.choices import HOW
+from occfeat_train.config import TrainConfig
+from occfeat_train.runs import Run, identity
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of ``occfeat-train pretrain`` or ``finetune``."""
+
+    kind: str
+    options: tuple[str, ...]
+    """Of the command, all but ``--run-dir``."""
+    store: str
+    batch: int
+    """Samples of a forward pass, which its processes share evenly."""
+    path: Path
+    """Its directory."""
+
+    def command(self) -> list[str]:
+        """Arguments of ``occfeat-train`` to start it, or to go on with it."""
+        if (self.path / "run.json").exists():
+            return [self.kind, "--resume", "--store", self.store, "--run-dir", str(self.path)]
+        return [self.kind, *self.options, "--run-dir", str(self.path)]
+
+    def is_finished(self) -> bool:
+        """Whether it came to its end."""
+        return (self.path / "run.json").exists() and Run(self.path).is_finished()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A recipe with a seed, finetuned for one task with one label fraction."""
+
+    recipe: str
+    seed: int
+    task: str
+    fraction: float
+    """The paper's; a preset may use another in its place."""
+    pretraining: Training | None
+    finetuning: Training
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Makes experiments of recipes."""
+
+    preset: Preset
+    store: str
+    """The main store; others are beside it, see :func:`beside`."""
+    out: Path
+    """Where runs are."""
+    overrides: tuple[str, ...] = ()
+    """Settings of all runs, over the recipes'."""
+
+    def experiments(
+        self,
+        chosen: dict[str, Recipe],
+        seeds: int,
+        tasks: tuple[str, ...],
+        fractions: tuple[float, ...],
+    ) -> list[Experiment]:
+        """Experiments with seeds 0, 1, ..., seed by seed: the first seed's table is there early.
+
+        Args:
+            chosen: recipes by name.
+            seeds: how many.
+            tasks: which of those that the recipes have numbers of.
+            fractions: likewise, in the paper's terms; empty: all.
+
+        Raises:
+            ConfigError, StoreError: naming the first thing that can't be, before any work.
+        """
+        return [
+            self._experiment(name, recipe, seed, task, fraction)
+            for seed in range(seeds)
+            for name, recipe in chosen.items()
+            for task in recipe.paper
+            if task in tasks
+            for fraction in recipe.paper[task]
+            if not fractions or fraction in fractions
+        ]
+
+    def _experiment(
+        self, name: str, recipe: Recipe, seed: int, task: str, fraction: float
+    ) -> Experiment:
+        common = (*recipe.set, f"run.seed={seed}")
+        pretraining = None
+        if recipe.pretrain is not None:
+            settings = (*common, *recipe.pretrain)
+            pretraining = self._training("pretrain", recipe.pretrain_store, settings, {})
+        used = self.preset.fractions.get(fraction, fraction)
+        options = {
+            "task": task,
+            "fraction": f"{used:g}",
+            "init": str(pretraining.path) if pretraining else "none",
+        }
+        settings = (*common, *recipe.finetune)
+        finetuning = self._training("finetune", recipe.finetune_store, settings, options)
+        return Experiment(name, seed, task, fraction, pretraining, finetuning)
+
+    def _training(
+        self, kind: str, store_name: str, settings: tuple[str, ...], options: dict[str, str]
+    ) -> Training:
+        store = absolute(beside(self.store, store_name))
+        base = HERE / f"train_{self.preset.train}.yaml"
+        settings = (*settings, *self.overrides)
+        config = from_plain(TrainConfig, override(read_yaml(base), settings))
+        config = config.for_fraction(float(options.get("fraction", 1)))
+        arguments = ["--store", store, "--config", str(base)]
+        for text in settings:
+            arguments += ["--set", text]
+        for key, value in options.items():
+            arguments += [f"--{key}", value]
+        # Moving the directory of runs, or the store, changes no name.
+        named = options | {"init": Path(options.get("init", "")).name}
+        decides = [kind, _what_it_computes(config, kind), named, _identity(store, store_name)]
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        path = self.out / f"{kind}-{digest[:12]}-seed{config.run.seed}"
+        return Training(kind, tuple(arguments), store, getattr(config, kind).batch, path)
+
+
+def beside(store: str, name: str) -> str:
+    """Path or URL of the store ``name`` of ``stores.yaml`` beside a main one, ``""`` being that."""
+    return f"{store.rstrip('/').removesuffix('.zarr')}-{name}.zarr" if name else store
+
+
+def _identity(store: str, name: str) -> dict:
+    """What makes the store this one.
+
+    Raises:
+        ConfigError: saying how to build it, when it is not there.
+        StoreError: it can't be used.
+    """
+    if "://" not in store and not Path(store).exists():
+        settings = " ".join(f"--set '{text}'" for text in (store_settings(name) if name else ()))
+        raise ConfigError(
+            f"there is no store {store}; build it: occfeat-targets build DATAROOT {store} "
+            f"--config pipelines/nuscenes.yaml {settings}".rstrip()
+        )
+    return identity(open_store(store))
+
+
+def _what_it_computes(config: TrainConfig, kind: str) -> dict:
+    """Settings that decide a run's result: not how it runs, nor those of the other kind."""
+    plain = to_plain(config)
+    for name in HOW:
+        section, key = name.split(".")
+        del plain[section][key]
+    del plain["finetune" if kind == "pretrain" else "pretrain"]
+    return plain

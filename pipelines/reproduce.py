@@ -1,0 +1,303 @@
+"""Run the experiments of a table of the paper, and print its numbers beside ours.
+
+Each recipe of the table is pretrained, finetuned and evaluated for each seed by the very
+occfeat-train commands that are printed. What is finished is not done again, within a table or in
+another one; a stopped reproduction goes on where it was when it is started again.
+
+\b
+python pipelines/reproduce.py --table 3 --store targets.zarr
+python pipelines/reproduce.py --table 1 --rows 'simplebev-*' --fraction 0.01 --seeds 3
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+
+import click
+import torch
+from tqdm import tqdm
+
+from occfeat_common.settings import ConfigError
+from occfeat_pipelines import report
+from occfeat_pipelines.experiments import Experiment, Planner, Training
+from occfeat_pipelines.recipes import HERE, TABLES, Recipe, load_preset, load_recipes
+from occfeat_pipelines.report import Cell
+from occfeat_targets.schema import StoreError
+from occfeat_train.config import TASKS
+
+PRESETS = sorted(path.stem.removeprefix("reproduce_") for path in HERE.glob("reproduce_*.yaml"))
+
+
+class Stopped(RuntimeError):
+    """A command failed, or all were asked to stop."""
+
+
+class Machine:
+    """Runs ``occfeat-train`` commands, several at a time, each on its share of GPUs or cores."""
+
+    def __init__(self, jobs: int, logs: Path, say: Callable[[str], None]):
+        """Raises ConfigError when there are fewer GPUs than jobs."""
+        gpus = torch.cuda.device_count()
+        if 0 < gpus < jobs:
+            raise ConfigError(f"--jobs {jobs} is more than the {gpus} GPUs there are")
+        self.jobs, self.logs, self.say = jobs, logs, say
+        self._shares: SimpleQueue[tuple[int, dict[str, str]]] = SimpleQueue()
+        for job in range(jobs):
+            mine = range(gpus)[job::jobs]
+            threads = str(max(1, (os.cpu_count() or 1) // jobs))
+            where = (
+                {"CUDA_VISIBLE_DEVICES": _device_names(mine)}
+                if gpus
+                else {"OMP_NUM_THREADS": threads}
+                if jobs > 1
+                else {}
+            )
+            self._shares.put((len(mine), where))
+        self._running: set[subprocess.Popen] = set()
+        self._stopping = threading.Event()
+
+    def run(self, arguments: list[str], batch: int, log: str) -> None:
+        """Run a command to its end, on as many GPUs of a share as divide the batch.
+
+        Raises:
+            Stopped: it failed, or :meth:`stop` was called.
+        """
+        gpus, where = share = self._shares.get()
+        try:
+            launcher = [sys.executable, "-m"]
+            if (processes := math.gcd(gpus, batch)) > 1:
+                launcher += ["torch.distributed.run", "--standalone"]
+                launcher += [f"--nproc-per-node={processes}", "-m"]
+            command = [*launcher, "occfeat_train", *arguments]
+            self.say("$ " + shlex.join(["occfeat-train", *arguments]))
+            self._check_call(command, where, self.logs / f"{log}.txt")
+        finally:
+            self._shares.put(share)
+
+    def _check_call(self, command: list[str], where: dict[str, str], log: Path) -> None:
+        if self._stopping.is_set():
+            raise Stopped("stopped")
+        # One at a time may write to the terminal, several would only confuse.
+        with open(log, "a") if self.jobs > 1 else open(os.devnull, "w") as file:
+            output = {"stdout": file, "stderr": file} if self.jobs > 1 else {}
+            process = subprocess.Popen(command, env=os.environ | where, **output)
+            self._running.add(process)
+            try:
+                status = process.wait()
+            finally:
+                self._running.discard(process)
+        if self._stopping.is_set() or status == 130:
+            raise Stopped("stopped; start it again to go on")
+        if status:
+            see = f"; its output is in {log}" if self.jobs > 1 else ""
+            raise Stopped(f"this failed with status {status}{see}: {shlex.join(command)}")
+
+    def stop(self) -> None:
+        """Ask what runs to save and stop, and start nothing more."""
+        self._stopping.set()
+        for process in list(self._running):
+            process.terminate()
+
+
+def _device_names(mine: range) -> str:
+    """Names of GPUs for a child: a scheduler may have given us only some of the machine's."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    return ",".join(names[i] for i in mine)
+
+
+def chains(experiments: list[Experiment]) -> list[list[Experiment]]:
+    """Experiments that share a pretraining together, in order; the others alone."""
+    found: dict[Path, list[Experiment]] = {}
+    for experiment in experiments:
+        first = experiment.pretraining or experiment.finetuning
+        found.setdefault(first.path, []).append(experiment)
+    return list(found.values())
+
+
+def run_chain(
+    chain: list[Experiment], machine: Machine, corrupted: str | None, advance: Callable[[], None]
+) -> None:
+    """Pretrain, then finetune and evaluate each experiment; skip what is done."""
+
+    def train(training: Training) -> None:
+        with _alone_with(training.path):
+            if not training.is_finished():
+                machine.run(training.command(), training.batch, training.path.name)
+
+    for experiment in chain:
+        result = result_file(experiment, corrupted)
+        if not result.exists():
+            if experiment.pretraining:
+                train(experiment.pretraining)
+            train(experiment.finetuning)
+            arguments = ["evaluate", "--run-dir", str(experiment.finetuning.path)]
+            arguments += ["--corrupted", corrupted] if corrupted else []
+            machine.run(arguments, 1, experiment.finetuning.path.name)
+        advance()
+
+
+@contextmanager
+def _alone_with(path: Path) -> Iterator[None]:
+    """Wait until no other reproduction is at this run: tables and rows share some."""
+    with path.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def result_file(experiment: Experiment, corrupted: str | None) -> Path:
+    """What ``evaluate`` writes."""
+    return experiment.finetuning.path / ("corrupted.json" if corrupted else "result.json")
+
+
+def run_all(experiments: list[Experiment], machine: Machine, corrupted: str | None) -> None:
+    """Run what is missing; Ctrl-C and SIGTERM save and stop.
+
+    Raises:
+        Stopped: a run failed or all were stopped.
+    """
+
+    def on_sigterm(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    todo = chains(experiments)
+    progress = tqdm(total=len(experiments), desc="experiments", disable=machine.jobs == 1)
+    with progress, ThreadPoolExecutor(machine.jobs) as pool:
+        futures = [
+            pool.submit(run_chain, chain, machine, corrupted, progress.update) for chain in todo
+        ]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            if not all(future.done() and not future.exception() for future in futures):
+                machine.stop()
+                pool.shutdown(wait=False, cancel_futures=True)
+    for future in futures:
+        if not future.cancelled():
+            future.result()
+
+
+def measured(experiment: Experiment, corrupted: str | None) -> dict[str, float]:
+    """Column -> IoU of an experiment, empty as long as it has not been evaluated."""
+    path = result_file(experiment, corrupted)
+    if not path.exists():
+        return {}
+    result = json.loads(path.read_text())
+    if corrupted:
+        return result["mean_iou"] | {"mRR": result["mRR"]}
+    main = "visible" if experiment.task == "vehicle" else "mean"
+    iou = result[experiment.task][main]["iou"]
+    return {} if iou is None else {_column(experiment): iou}
+
+
+def _column(experiment: Experiment) -> str:
+    return f"{experiment.task}, {100 * experiment.fraction:g} %"
+
+
+def cells(
+    chosen: dict[str, Recipe], experiments: list[Experiment], corrupted: str | None
+) -> list[Cell]:
+    """The table: a cell per recipe and column, with the values of the seeds that are done."""
+    ours: dict[tuple[str, str], list[float]] = {}
+    paper: dict[tuple[str, str], float | None] = {}
+    for experiment in experiments:
+        name = experiment.recipe
+        if not corrupted:
+            said = chosen[name].paper[experiment.task][experiment.fraction]
+            paper[name, _column(experiment)] = said
+        for column, value in measured(experiment, corrupted).items():
+            ours.setdefault((name, column), []).append(value)
+    keys = list(dict.fromkeys([*paper, *ours]))
+    return [
+        Cell(chosen[name].label, column, paper.get((name, column)), tuple(ours.get((name, column), ())))
+        for name, column in keys
+    ]
+
+
+@click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--table", type=click.Choice(TABLES), required=True, help="c is nuScenes-C.")
+@click.option(
+    "--preset",
+    "preset_name",
+    type=click.Choice(PRESETS),
+    default="paper",
+    show_default=True,
+    help="What rows start from. miniature: a demo world, an hour on two cores.",
+)
+@click.option("--store", metavar="PATH|URL", help="Targets store.  [default: the preset's]")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="A training setting of all runs, as in occfeat-train; repeatable.",
+)
+@click.option("--rows", multiple=True, help="Only rows of this number or pattern; repeatable.")
+@click.option("--task", "tasks", multiple=True, type=click.Choice(TASKS), help="Only this task.")
+@click.option("--fraction", "fractions", multiple=True, type=float, help="Only this fraction.")
+@click.option("--seeds", type=click.IntRange(min=1), help="Runs of each row.  [default: preset's]")
+@click.option("--jobs", type=click.IntRange(min=1), help="At the same time, sharing GPUs or cores.")
+@click.option("--corrupted", metavar="DIR", help="For table c: what occfeat-targets corrupt made.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default="reproduction",
+    show_default=True,
+    help="Directory of all runs and of the reports.",
+)
+@click.option("--report-only", is_flag=True, help="Run nothing, report what is there.")
+def main(
+    table: str,
+    preset_name: str,
+    store: str | None,
+    overrides: tuple[str, ...],
+    rows: tuple[str, ...],
+    tasks: tuple[str, ...],
+    fractions: tuple[float, ...],
+    seeds: int | None,
+    jobs: int | None,
+    corrupted: str | None,
+    out: Path,
+    report_only: bool,
+) -> None:
+    try:
+        if (table == "c") != bool(corrupted):
+            raise ConfigError("--corrupted goes with --table c, and that needs it")
+        preset = load_preset(preset_name)
+        chosen = load_recipes(table, rows or preset.rows)
+        planner = Planner(preset, store or preset.store, out.resolve(), overrides)
+        experiments = planner.experiments(
+            chosen, seeds or preset.seeds, tasks or preset.tasks, fractions
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        if not report_only:
+            machine = Machine(jobs or preset.jobs, out, tqdm.write)
+            run_all(experiments, machine, corrupted)
+    except (ConfigError, StoreError, Stopped) as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        raise click.ClickException("stopped; start it again to go on") from None
+    name = f"table-{table}-{preset_name}"
+    found = cells(chosen, experiments, corrupted)
+    click.echo(report.as_text(found))
+    (out / f"{name}.csv").write_text(report.as_csv(found))
+    report.draw(found, f"Table {table}, preset {preset_name}", out / f"{name}.png")
+    click.echo(f"\n{out / name}.csv and .png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""Recipes and ``pipelines/reproduce.py``: what is run, run once, and reported."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from train_runs import SMALL
+
+from occfeat_common.settings import ConfigError
+from occfeat_pipelines import recipes, report, reproduce
+from occfeat_pipelines.experiments import Planner, beside
+from occfeat_pipelines.recipes import HERE, TABLES, load_preset, load_recipes
+from occfeat_pipelines.report import Cell
+from occfeat_train.cli import main as occfeat_train
+from occfeat_train.runs import Run
+
+TASKS = ("vehicle", "map")
+
+
+@pytest.fixture
+def stores(tiny_store, tmp_path):
+    """The main store, with all others that recipes name beside it."""
+    for name in ("", *yaml.safe_load((HERE / "stores.yaml").read_text())):
+        (tmp_path / beside("targets.zarr", name)).symlink_to(tiny_store)
+    return str(tmp_path / "targets.zarr")
+
+
+def _experiments(store, table, rows=("*",), seeds=1, preset="paper", fractions=()):
+    planner = Planner(load_preset(preset), store, Path("/runs"))
+    return planner.experiments(load_recipes(table, rows), seeds, TASKS, fractions)
+
+
+def _settings(training):
+    """Its ``--set`` options."""
+    pairs = zip(training.options, training.options[1:], strict=False)
+    return {value for option, value in pairs if option == "--set"}
+
+
+# Recipes
+
+
+@pytest.mark.parametrize(
+    ("table", "rows", "numbers"),
+    [("1", 10, 60), ("2", 6, 18), ("3", 7, 14), ("4", 6, 6), ("c", 2, 2), ("variants", 5, 5)],
+)
+def test_every_row_is_there_and_its_settings_are_possible(stores, table, rows, numbers):
+    assert len(load_recipes(table, ("*",))) == rows
+    assert len(_experiments(stores, table)) == numbers
+    assert len(_experiments(stores, table, seeds=2)) == 2 * numbers
+
+
+def test_every_table_is_tested():
+    assert TABLES == ("1", "2", "3", "4", "c", "variants")
+
+
+def test_rows_by_number_name_and_pattern():
+    names = list(load_recipes("3", ("*",)))
+    assert list(load_recipes("3", ("2",))) == ["simplebev-occupancy"] == names[1:2]
+    assert list(load_recipes("3", ("bevformer-*", "1"))) == [names[0], *names[4:]]
+    with pytest.raises(ConfigError, match="no row 'lss'; its rows are simplebev-none, "):
+        load_recipes("3", ("lss",))
+
+
+def test_rows_do_what_their_labels_say(stores):
+    by_name = {e.recipe: e for e in _experiments(stores, "3", fractions=(0.01,)) if e.task == "map"}
+    pretraining = {name: e.pretraining for name, e in by_name.items()}
+    assert pretraining["simplebev-none"] is pretraining["bevformer-none"] is None
+    assert "pretrain.features=false" in _settings(pretraining["simplebev-occupancy"])
+    assert "pretrain.occupancy=false" in _settings(pretraining["simplebev-features"])
+    assert _settings(pretraining["simplebev-both"]) == {"run.seed=0"}
+    assert "model.network=bevformer" in _settings(pretraining["bevformer-both"])
+    assert "model.network=bevformer" in _settings(by_name["bevformer-both"].finetuning)
+    options = by_name["simplebev-none"].finetuning.options
+    assert options[-6:] == ("--task", "map", "--fraction", "0.01", "--init", "none")
+
+
+def test_a_finer_image_is_finetuned_from_a_coarse_pretraining_on_a_store_of_its_own(stores):
+    (e,) = _experiments(stores, "2", ("448-occfeat-100-at-224",), fractions=(0.1,))
+    assert not any("image_size" in text for text in _settings(e.pretraining))
+    assert e.pretraining.store.endswith("/targets.zarr")
+    assert "model.image_size=[448,800]" in _settings(e.finetuning)
+    assert e.finetuning.store.endswith("/targets-576x1024.zarr")
+
+
+def test_the_weight_of_the_feature_loss(stores):
+    weights = [_settings(e.pretraining) - {"run.seed=0"} for e in _experiments(stores, "4")]
+    values = ("0.0001", "0.001", None, "0.1", "1")
+    rest = [{f"pretrain.feature_weight={v}"} if v else set() for v in values]
+    assert weights == [{"pretrain.features=false"}, *rest]
+
+
+def test_what_tables_have_in_common_is_one_run(stores):
+    def paths(table, row):
+        (e,) = [
+            e for e in _experiments(stores, table, (row,), fractions=(0.01,)) if e.task == "vehicle"
+        ]
+        return e.pretraining and e.pretraining.path, e.finetuning.path
+
+    assert paths("1", "simplebev-enb0-none") == paths("2", "224-none") == paths("3", "1")
+    assert paths("1", "simplebev-enb0-occfeat") == paths("3", "simplebev-both")
+    assert paths("4", "lambda-0") == paths("3", "simplebev-occupancy")
+    assert paths("4", "lambda-0.01") == paths("2", "224-occfeat")
+    assert paths("2", "448-occfeat-100-at-224")[0] == paths("2", "224-occfeat-100")[0]
+
+
+def test_what_differs_is_another_run(stores):
+    everything = [e for table in ("1", "3") for e in _experiments(stores, table, seeds=2)]
+    finetunings = {e.finetuning.path for e in everything}
+    # Of Table 3 only L_occ and L_feat of SimpleBEV and L_occ of BEVFormer are not in Table 1.
+    assert len(finetunings) == 2 * (60 + 3 * 2)
+    assert len({e.pretraining.path for e in everything if e.pretraining}) == 2 * (7 + 3)
+
+
+def test_a_setting_for_all_runs_makes_others_but_how_they_run_does_not(stores):
+    def path(*overrides):
+        planner = Planner(load_preset("paper"), stores, Path("/runs"), overrides)
+        (e,) = planner.experiments(load_recipes("4", ("1",)), 1, TASKS, ())
+        return e.finetuning.path
+
+    assert path() == path("data.workers=1", "run.precision=float32")
+    assert path() != path("model.channels=64")
+
+
+def test_the_miniature_s_fraction_stands_for_the_paper_s(stores):
+    (e,) = _experiments(stores, "3", ("1",), preset="miniature", fractions=(0.01,))[:1]
+    assert e.fraction == 0.01
+    assert e.finetuning.options[-3] == "0.1"
+
+
+def test_a_missing_store_says_how_to_build_it(tiny_store, tmp_path):
+    (tmp_path / "t.zarr").symlink_to(tiny_store)
+    with pytest.raises(ConfigError, match=r"build .*t-sweeps-10\.zarr .*--set 'lidar.sweeps=10'"):
+        _experiments(str(tmp_path / "t.zarr"), "variants", ("sweeps-10",))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"paper": {"vehicle": {0.01: 1}}, "pretrian": []}, "did you mean pretrain"),
+        ({"paper": {"vehicles": {0.01: 1}}}, "must be by vehicle and map"),
+        ({"paper": {"vehicle": 13.7}}, "must be by fraction"),
+    ],
+)
+def test_impossible_recipes(tmp_path, monkeypatch, values, message):
+    (tmp_path / "recipes" / "9").mkdir(parents=True)
+    (tmp_path / "recipes/9/01-x.yaml").write_text(yaml.safe_dump({"label": "x"} | values))
+    monkeypatch.setattr(recipes, "HERE", tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        load_recipes("9", ("*",))
+
+
+# Reports
+
+CELLS = [
+    Cell("none", "vehicle, 1 %", 13.7, (10.0, 12.0, 17.0)),
+    Cell("both", "vehicle, 1 %", None, (20.25,)),
+    Cell("none", "map, 1 %", 20.1, ()),
+]
+
+
+def test_report_as_text():
+    """13 and its deviation are by hand: squares 9 + 1 + 16 over n - 1 = 2."""
+    lines = [" ".join(line.split()) for line in report.as_text(CELLS).splitlines()]
+    assert lines[1:] == [
+        "none vehicle, 1 % 13.7 13.0 ± 3.6 (3) -0.7",
+        "both vehicle, 1 % - 20.2 (1) -",
+        "none map, 1 % 20.1 - -",
+    ]
+
+
+def test_report_as_csv():
+    rows = list(csv.DictReader(report.as_csv(CELLS).splitlines()))
+    assert rows[0] == {
+        "row": "none",
+        "column": "vehicle, 1 %",
+        "paper": "13.70",
+        "mean": "13.00",
+        "std": "3.61",
+        "seeds": "3",
+        "values": "10.00 12.00 17.00",
+    }
+    assert [row["std"] for row in rows[1:]] == ["", ""]
+
+
+def test_report_as_figure(tmp_path):
+    report.draw(CELLS, "title", tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+# Running
+
+
+@pytest.fixture
+def reproduction(tiny_store, tmp_path, monkeypatch):
+    """``reproduce(...)`` on the tiny store with ``occfeat-train`` in this process; its commands."""
+    commands = []
+
+    def call(self, command, where, log):
+        arguments = command[command.index("occfeat_train") + 1 :]
+        commands.append(arguments)
+        result = CliRunner().invoke(occfeat_train, arguments)
+        if result.exit_code:
+            raise reproduce.Stopped(result.output)
+
+    monkeypatch.setattr(reproduce.Machine, "_check_call", call)
+    settings = [text for setting in SMALL for text in ("--set", setting)]
+
+    def run(*arguments, code=0):
+        commands.clear()
+        fixed = ["--store", str(tiny_store), "--out", str(tmp_path / "out"), *settings]
+        result = CliRunner().invoke(reproduce.main, [*fixed, *arguments])
+        assert result.exit_code == code, result.output
+        return result.output, [c[0] for c in commands]
+
+    return run
+
+
+def test_a_table_is_run_once_and_reported(reproduction, tmp_path):
+    options = ("--table", "3", "--rows", "simplebev-both", "--task", "vehicle")
+    output, commands = reproduction(*options, "--rows", "simplebev-none")
+    assert commands == ["finetune", "evaluate", "pretrain", "finetune", "evaluate"]
+    rows = list(csv.DictReader((tmp_path / "out/table-3-paper.csv").read_text().splitlines()))
+    assert [row["paper"] for row in rows] == ["13.70", "24.30"]
+    for row, line in zip(rows, output.splitlines()[-5:], strict=False):
+        assert row["row"] in output and row["seeds"] == "1", line
+    (none, both) = (float(row["mean"]) for row in rows)
+    found = {
+        json.loads(path.read_text())["init"]: json.loads(path.read_text())["vehicle"]
+        for path in (tmp_path / "out").glob("finetune-*/result.json")
+    }
+    assert found.pop(None)["visible"]["iou"] == none
+    (pretrained,) = found.values()
+    assert pretrained["visible"]["iou"] == both
+    assert (tmp_path / "out/table-3-paper.png").exists()
+
+    assert reproduction(*options)[1] == []
+    # A second seed, and another table that shares the pretraining.
+    assert reproduction(*options, "--seeds", "2")[1] == ["pretrain", "finetune", "evaluate"]
+    shared = ("--table", "1", "--rows", "simplebev-enb0-occfeat", "--fraction", "0.1")
+    assert reproduction(*shared, "--task", "vehicle")[1] == ["finetune", "evaluate"]
+
+
+def test_an_unfinished_run_goes_on(reproduction, tmp_path):
+    options = ("--table", "3", "--rows", "simplebev-both", "--task", "vehicle")
+    reproduction(*options)
+    out = tmp_path / "out"
+    (pretraining,) = out.glob("pretrain-*0")
+    whole = Run(pretraining).load()[1]
+    last = max(pretraining.glob("checkpoint-*.json"))
+    last.with_suffix(".pt").unlink()
+    last.unlink()
+    for path in out.glob("finetune-*/*"):
+        path.unlink()
+    assert not Run(pretraining).is_finished()
+    assert reproduction(*options)[1] == ["pretrain", "finetune", "evaluate"]
+    assert Run(pretraining).load()[1] == whole
+
+
+def test_a_failure_stops_with_its_message(reproduction):
+    options = ("--table", "3", "--rows", "simplebev-both", "--task", "vehicle")
+    output, commands = reproduction(*options, "--set", "pretrain.batch=1000", code=1)
+    assert "do not fill one step" in output or "1000" in output
+    assert commands == ["pretrain"]
+
+
+def test_options_that_do_not_go_together(reproduction):
+    assert "--table c" in reproduction("--table", "c", code=1)[0]
+    assert "--table c" in reproduction("--table", "3", "--corrupted", "x", code=1)[0]
+
+
+def test_reporting_alone_runs_nothing(reproduction):
+    output, commands = reproduction("--table", "4", "--report-only")
+    assert commands == []
+    assert "lambda = 0.0001" in output and "22.9" in output
+
+
+def test_real_processes_two_at_a_time_under_slurm(tiny_store, tmp_path):
+    """The Slurm script's row of the table, with commands as they are, and a failure's log."""
+    settings = [text for setting in SMALL for text in ("--set", setting)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {"PATH": path, "SLURM_ARRAY_TASK_ID": "1", "SLURM_SUBMIT_DIR": str(HERE.parent)}
+
+    def run(*more):
+        command = ["bash", HERE / "slurm.sh", "--table", "3", "--store", tiny_store, *settings]
+        command += ["--out", tmp_path, "--task", "vehicle", *more]
+        return subprocess.run(
+            command, env=os.environ | environment, capture_output=True, text=True, timeout=240
+        )
+
+    failed = run("--jobs", "2", "--set", "finetune.batch=1000")
+    assert failed.returncode == 1
+    (log,) = tmp_path.glob("finetune-*.txt")
+    assert str(log) in failed.stderr and "1000" in log.read_text()
+    done = run("--jobs", "2", "--seeds", "2")
+    assert done.returncode == 0, done.stderr
+    assert "SimpleBEV, no pretraining" in done.stdout and "(2)" in done.stdout
