@@ -4,6 +4,12 @@ A lidar ray says that space is free up to its return and occupied just behind it
 al., CVPR 2023; its ``create_points.py``) draws *queries* on rays. Here each is answered from every
 BEV cell whose centre is near it on the ground plane (its detection variant's column search), and
 every such pair of query and cell is one prediction.
+
+OccFeat §4.2 gives three distances (below) and leaves the rest to ALSO: kinds of query, their number,
+decoder, both losses with weight 1. Ours: rays start at the lidar's place in ego, as the BEV's origin
+is not the lidar; cells are at their centres, height 0; only the BEV map's x and y bound queries.
+Returns that the store leaves out (the ego car's, and those beyond the reach of its ``points``) have
+no queries.
 """
 
 from __future__ import annotations

@@ -295,6 +295,17 @@ def test_the_decoder_is_as_large_as_the_published_one():
     assert sum(p.numel() for p in QueryHead(128).parameters()) == expected == 66_690
 
 
+def test_the_decoder_stays_precise_under_autocast():
+    """Two centimetres at 20 m above the ground make a difference, and the right one."""
+    head, cell = an_objective().head.float(), torch.tensor([3, 3])
+    bev = torch.randn(1, C, *GRID.bev_shape)
+    relative = torch.tensor([[0.1, 0.2, 20.0], [0.1, 0.2, 20.02]])
+    with torch.autocast("cpu", torch.bfloat16):
+        half = head(bev, cell, relative)
+    torch.testing.assert_close(half, head(bev, cell, relative), rtol=0, atol=0)
+    assert (half[0] != half[1]).all()
+
+
 def tiny_batch(store, frames):
     dataset = FrameDataset(store, frames, ("points", "ego_T_lidar"))
     batch = collate([dataset[i] for i in range(len(frames))])

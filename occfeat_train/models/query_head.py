@@ -43,14 +43,17 @@ class QueryHead(nn.Module):
             relative: float (M, 3), metres, from the cell's centre at height 0 to the query.
 
         Returns:
-            (M, 2): logit of being occupied, and intensity in 0..1 (not bounded).
+            (M, 2): logit of being occupied, and intensity in 0..1 (not bounded); in the parameters'
+            precision, also under autocast.
         """
         asked, which = cell.unique(return_inverse=True)
-        rows = bev.permute(0, 2, 3, 1).flatten(0, 2)[asked]
         of_latent, of_place = self.enter.weight.split([WIDTH, 3], dim=1)
-        bias = of_latent @ self.latent.bias + self.enter.bias
-        entered = F.linear(rows, of_latent @ self.latent.weight, bias)
-        hidden = F.relu(entered[which] + F.linear(relative, of_place))
-        hidden = F.relu(self.hidden(hidden))
-        bias = self.output.weight @ self.leave.bias + self.output.bias
-        return F.linear(hidden, self.output.weight @ self.leave.weight, bias)
+        rows = bev.permute(0, 2, 3, 1).flatten(0, 2)[asked].to(of_latent.dtype)
+        # Free and occupied are centimetres apart, which bfloat16 can't tell at some metres' height.
+        with torch.autocast(bev.device.type, enabled=False):
+            bias = of_latent @ self.latent.bias + self.enter.bias
+            entered = F.linear(rows, of_latent @ self.latent.weight, bias)
+            hidden = F.relu(entered[which] + F.linear(relative, of_place))
+            hidden = F.relu(self.hidden(hidden))
+            bias = self.output.weight @ self.leave.bias + self.output.bias
+            return F.linear(hidden, self.output.weight @ self.leave.weight, bias)
