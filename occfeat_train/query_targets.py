@@ -5,11 +5,11 @@ al., CVPR 2023; its ``create_points.py``) draws *queries* on rays. Here each is 
 BEV cell whose centre is near it on the ground plane (its detection variant's column search), and
 every such pair of query and cell is one prediction.
 
-OccFeat §4.2 gives three distances (below) and leaves the rest to ALSO: kinds of query, their number,
-decoder, both losses with weight 1. Ours: rays start at the lidar's place in ego, as the BEV's origin
-is not the lidar; cells are at their centres, height 0; only the BEV map's x and y bound queries.
-Returns that the store leaves out (the ego car's, and those beyond the reach of its ``points``) have
-no queries.
+OccFeat §4.2 gives three distances (below) and leaves the rest to ALSO: kinds of query and their
+number, decoder, both losses with weight 1. Ours: rays start at the lidar's place in ego, since the
+lidar is not the BEV's origin; cells are at their centres, height 0; only the BEV map's x and y
+bound queries. Returns that the store leaves out (the ego car's, and those beyond the reach of its
+``points``) have no queries.
 """
 
 from __future__ import annotations
