@@ -21,7 +21,7 @@ class Draws:
     """Random numbers of a batch, on the host.
 
     resize, shift: float32 (B, N) and (B, N, 2), shift in -1..1; image_flip: bool (B, N);
-    bev_flip: bool (B, 2); angle: float32 (B,), radians.
+    bev_flip: bool (B, 2); angle: float32 (B,), radians; seed: int64 (B,), for what targets draw.
     """
 
     resize: torch.Tensor
@@ -29,6 +29,7 @@ class Draws:
     image_flip: torch.Tensor
     bev_flip: torch.Tensor
     angle: torch.Tensor
+    seed: torch.Tensor
 
 
 def draw(
@@ -45,10 +46,11 @@ def draw(
                 rng.random(n_cameras) < 0.5 * config.flip_images,
                 rng.random(2) < 0.5 * config.flip_bev,
                 np.radians(config.rotate_bev_deg) * rng.uniform(-1, 1),
+                rng.integers(2**63 - 1),
             )
         )
     columns = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
-    return Draws(*(c if c.dtype == torch.bool else c.float() for c in columns))
+    return Draws(*(c.float() if c.is_floating_point() else c for c in columns))
 
 
 def network_inputs(

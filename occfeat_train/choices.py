@@ -22,7 +22,7 @@ HOW = (
     *("data.workers", "data.start_method"),
 )
 """Settings that a resumed run may change: how it runs, not what it computes."""
-KEPT = ("config", "task", "fraction", "fraction_unit", "init")
+KEPT = ("config", "objective", "task", "fraction", "fraction_unit", "init")
 """Options that a resumed run keeps."""
 
 

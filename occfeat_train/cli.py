@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from occfeat_train import __version__
-from occfeat_train.config import TASKS
+from occfeat_train.config import PRETRAININGS, TASKS
 
 if TYPE_CHECKING:
     from occfeat_train.distributed import Process
@@ -71,14 +71,23 @@ def main() -> None:
 @set_option
 @run_option
 @resume_option
+@click.option(
+    "--objective",
+    type=click.Choice(PRETRAININGS),
+    help="What to learn: the paper's occfeat, or its baseline img-also. Short for --set "
+    "pretrain.objective=...  [default: what the settings say: occfeat]",
+)
 def pretrain(
     store: str | None,
     config: str | None,
     overrides: tuple[str, ...],
     run: Path | None,
     resume: bool,
+    objective: str | None,
 ) -> None:
     """Pretrain without labels: predict occupancy and teacher features from images.
+
+    With --objective img-also: what is free and what occupied along lidar rays instead.
 
     Ctrl-C saves and stops; --resume goes on, also after a crash.
     """
@@ -91,6 +100,8 @@ def pretrain(
             job, directory = choices.resumed("pretrain", run, store, overrides)
         else:
             store = absolute(store or "targets.zarr")
+            if objective:
+                overrides = (*overrides, f"pretrain.objective={objective}")
             settings = choices.settings(store, config, None, overrides, say)
             job, directory = Job("pretrain", store, settings), run or choices.new_run("pretrain")
         _train(job, directory, resume, process, say)
@@ -260,8 +271,8 @@ def _train(
     say(f"Store: {job.store}")
     if store.attrs["teacher"]["weights"].startswith("random"):
         say(
-            "The targets come from a RANDOM-WEIGHTS teacher: good for trying things out, useless "
-            "for results."
+            "The store's features come from a RANDOM-WEIGHTS teacher: good for trying things out, "
+            "useless for results."
         )
     finished = train(job, run, process, resume)
     say(f"{run.path}: {'finished' if finished else 'stopped'}")

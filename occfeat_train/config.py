@@ -15,6 +15,8 @@ NETWORKS = ("simplebev", "bevformer")
 ENCODERS = ("efficientnet-b0", "resnet-50", "resnet-101")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 START_METHODS = ("forkserver", "spawn", "fork")
+PRETRAININGS = ("occfeat", "img-also")
+"""What a network can be pretrained on."""
 TASKS = ("vehicle", "map")
 """What a network can be finetuned for."""
 
@@ -105,8 +107,10 @@ NO_AUGMENT = AugmentConfig((1.0, 1.0), 0.0, False, False, 0.0)
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """OccFeat pretraining: Adam at a constant rate (PAPER)."""
+    """Pretraining: Adam at a constant rate (PAPER)."""
 
+    objective: str = "occfeat"
+    """``occfeat``, or the paper's baseline ``img-also``; neither uses the other's settings."""
     epochs: int = 50
     batch: int = 16
     """Samples of one forward pass, over all processes together."""
@@ -115,14 +119,19 @@ class PretrainConfig:
     lr: float = 1e-3
     weight_decay: float = 1e-7
     occupancy: bool = True
-    """Use L_occ."""
+    """OccFeat: use L_occ."""
     features: bool = True
-    """Use L_feat."""
+    """OccFeat: use L_feat."""
     feature_weight: float = 0.01
-    """λ of L = L_occ + λ·L_feat."""
+    """OccFeat: λ of L = L_occ + λ·L_feat."""
+    queries: int = 2048
+    """Img-ALSO: points of space drawn per sample (ALSO)."""
 
     def __post_init__(self) -> None:
         _require_schedule("pretrain", self)
+        rule = f"must be one of {', '.join(PRETRAININGS)}"
+        require(self.objective in PRETRAININGS, "pretrain.objective", rule, self.objective)
+        require(self.queries >= 3, "pretrain.queries", "must be >= 3", self.queries)
         either = self.occupancy or self.features
         require(either, "pretrain.occupancy", "or pretrain.features must be true", "neither")
 

@@ -37,9 +37,14 @@ class Job:
         return getattr(self.config, self.kind)
 
     @property
+    def objective(self) -> str:
+        """What it learns, a key of :data:`objectives.OBJECTIVES`."""
+        return self.task or self.config.pretrain.objective
+
+    @property
     def title(self) -> str:
-        """For people: ``pretraining``, ``map segmentation``."""
-        return f"{self.task} segmentation" if self.task else "pretraining"
+        """For people: ``occfeat pretraining``, ``map segmentation``."""
+        return f"{self.objective} {'segmentation' if self.task else 'pretraining'}"
 
     def describe(self, store: TargetStore) -> dict:
         """For ``run.json``."""
@@ -85,7 +90,7 @@ def build_network(job: Job, store: TargetStore, load_weights: bool) -> tuple[Net
         StoreError: the store lacks what the task needs.
         WeightsError: from ``load_encoder_weights``.
     """
-    network = Network(job.config, OBJECTIVES[job.task or job.kind](job.config, store))
+    network = Network(job.config, OBJECTIVES[job.objective](job.config, store))
     if not load_weights:
         return network, ""
     if job.init:

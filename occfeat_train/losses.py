@@ -34,6 +34,26 @@ def cosine_sum(predicted: torch.Tensor, target: torch.Tensor, valid: torch.Tenso
     return -(cosine * valid).sum()
 
 
+def query_sums(
+    predicted: torch.Tensor,
+    occupied: torch.Tensor,
+    intensity: torch.Tensor,
+    has_intensity: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Binary cross-entropy of occupancy summed over all pairs, and absolute error of intensity
+    summed over those with one (ALSO).
+
+    Args:
+        predicted: (M, 2), logit and intensity.
+        occupied: float (M,), 0 or 1.
+        intensity: float (M,).
+        has_intensity: bool (M,).
+    """
+    logits, brightness = predicted.float().unbind(dim=1)
+    occupancy = F.binary_cross_entropy_with_logits(logits, occupied, reduction="sum")
+    return occupancy, ((brightness - intensity).abs() * has_intensity).sum()
+
+
 def segmentation_sum(
     logits: torch.Tensor, target: torch.Tensor, valid: torch.Tensor, pos_weight: float
 ) -> torch.Tensor:

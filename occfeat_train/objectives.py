@@ -3,7 +3,8 @@
 An objective is a module with
 
 - ``arrays``: the store's arrays it needs besides images and calibration;
-- ``targets(batch, angle)``: its targets, on the device;
+- ``targets(batch, angle)``: its targets, on the device; what is random in them follows from
+  ``batch["seed"]``, int64 (B,) on the host, of the frame and epoch;
 - ``counts(targets)``: float64 (T,), how many items each loss term is a mean over;
 - ``forward(bev, targets, counts, share)``: the loss and the value of each term. ``counts`` are
   those of the whole optimiser step, summed over micro-batches and processes, and ``share`` is
@@ -18,6 +19,8 @@ One that is evaluated also has
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -28,7 +31,9 @@ from occfeat_train.config import TrainConfig
 from occfeat_train.map_targets import map_targets
 from occfeat_train.models.bev_net import BEVNet
 from occfeat_train.models.occfeat_head import OccFeatHead
+from occfeat_train.models.query_head import QueryHead
 from occfeat_train.models.segmentation_head import MapHead, SegmentationHead
+from occfeat_train.query_targets import RADIUS_M, query_targets
 from occfeat_train.targets import vehicle_targets, voxel_targets
 
 Targets = dict[str, torch.Tensor]
@@ -79,6 +84,52 @@ class OccFeat(nn.Module):
             terms["features"] = summed / n_valid
             loss = loss + self.feature_weight * terms["features"]
         return loss, terms
+
+
+class ImgAlso(nn.Module):
+    """L = L_occupancy + L_intensity, ALSO's losses on BEV features: the paper's baseline (§4.2)."""
+
+    arrays: tuple[str, ...] = ("points", "ego_T_lidar")
+
+    def __init__(self, config: TrainConfig, store: TargetStore):
+        """Raises StoreError if the store has several sweeps, or cells too large for the radius."""
+        super().__init__()
+        sweeps = store.attrs["config"]["lidar"]["sweeps"]
+        if sweeps > 1:
+            raise StoreError(
+                f"{store.url} accumulates {sweeps} lidar sweeps and says of no point from where it "
+                "was seen, which img-also must know: rebuild it with lidar.sweeps=1"
+            )
+        dx, dy, _ = store.grid.cell_size
+        if math.hypot(dx, dy) > 2 * RADIUS_M:
+            raise StoreError(
+                f"{store.url} has BEV cells of {dx:g} x {dy:g} m, but img-also needs every point "
+                f"within {RADIUS_M:g} m of a cell's centre: rebuild it with a finer grid"
+            )
+        self.grid: VoxelGrid = store.grid
+        self.point_step_m: float = store.attrs["point_step_m"]
+        self.n_queries = config.pretrain.queries
+        self.head = QueryHead(config.model.channels)
+
+    def targets(self, batch: dict[str, torch.Tensor], angle: torch.Tensor) -> Targets:
+        """See :func:`query_targets`."""
+        return query_targets(batch, angle, self.grid, self.point_step_m, self.n_queries)
+
+    def counts(self, targets: Targets) -> torch.Tensor:
+        """Pairs of a query and a cell, and those whose intensity is known."""
+        n_known = targets["has_intensity"].sum().item()
+        return torch.tensor([len(targets["cell"]), n_known], dtype=torch.float64)
+
+    def forward(
+        self, bev: torch.Tensor, targets: Targets, counts: torch.Tensor, share: float
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and its terms ``occupancy`` and ``intensity`` for BEV features (B, C, X, Y)."""
+        predicted = self.head(bev, targets["cell"], targets["relative"])
+        wanted = (targets[name] for name in ("occupied", "intensity", "has_intensity"))
+        occupancy, intensity = losses.query_sums(predicted, *wanted)
+        n_pairs, n_known = counts.clamp(min=1).tolist()
+        terms = {"occupancy": occupancy / n_pairs, "intensity": intensity / n_known}
+        return terms["occupancy"] + terms["intensity"], terms
 
 
 class Segmentation(nn.Module):
@@ -182,8 +233,13 @@ class MapSegmentation(nn.Module):
         return torch.stack(list(terms.values())).mean(), terms
 
 
-OBJECTIVES = {"pretrain": OccFeat, "vehicle": Segmentation, "map": MapSegmentation}
-"""Pretraining's, and finetuning's by task (:data:`config.TASKS`)."""
+OBJECTIVES = {
+    "occfeat": OccFeat,
+    "img-also": ImgAlso,
+    "vehicle": Segmentation,
+    "map": MapSegmentation,
+}
+"""By name: pretraining's (:data:`config.PRETRAININGS`) and finetuning's (:data:`config.TASKS`)."""
 
 
 class Network(nn.Module):

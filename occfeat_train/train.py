@@ -249,7 +249,7 @@ def prepare(
     batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
     with torch.no_grad():
         inputs = network_inputs(batch, draws, config.model.image_size, config.augment.shift)
-        return inputs, network.objective.targets(batch, draws.angle)
+        return inputs, network.objective.targets(batch | {"seed": draws.seed}, draws.angle)
 
 
 def make_learner(job: Job, network: Network, total_steps: int, device: torch.device) -> Learner:

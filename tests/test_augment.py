@@ -65,6 +65,7 @@ def plain(batch, **changes):
         torch.zeros(batch, N, dtype=torch.bool),
         torch.zeros(batch, 2, dtype=torch.bool),
         torch.zeros(batch),
+        torch.zeros(batch, dtype=torch.int64),
     )
     return replace(nothing, **changes)
 
@@ -305,6 +306,8 @@ def test_draws_depend_on_seed_epoch_and_frame_alone():
         for frame in range(3)
     }
     assert len(numbers) == 27
+    seeds = draw(AUGMENT, 3, 5, torch.arange(100), N).seed
+    assert seeds.dtype == torch.int64 and len(seeds.unique()) == 100 and (seeds >= 0).all()
 
 
 def test_draws_have_the_published_ranges_and_means():

@@ -402,18 +402,18 @@ def test_the_queries_start_small():
 # --- the network ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "vehicle"])
-def test_a_training_step_reaches_every_parameter(kind, tiny_store):
+@pytest.mark.parametrize("name", ["occfeat", "img-also", "vehicle"])
+def test_a_training_step_reaches_every_parameter(name, tiny_store):
     model = ModelConfig("bevformer", encoder_weights="random", image_size=(32, 64), channels=C)
     config = TrainConfig(model=model)
     store = open_store(tiny_store)
     torch.manual_seed(0)
-    network = Network(config, OBJECTIVES[kind](config, store)).train()
+    network = Network(config, OBJECTIVES[name](config, store)).train()
     assert isinstance(network.bev_net.lift, BEVFormerLift)
     dataset = FrameDataset(tiny_store, [0, 1], ("images", *network.objective.arrays))
     batch = collate([dataset[i] for i in range(2)])
     inputs = network_inputs(batch, draw(NO_AUGMENT, 0, 0, batch["frame"], 6), (32, 64), 0.0)
-    targets = network.objective.targets(batch, torch.zeros(2))
+    targets = network.objective.targets(batch | {"seed": batch["frame"]}, torch.zeros(2))
     loss, _ = network(inputs, targets, network.objective.counts(targets), 1.0)
     loss.backward()
     assert loss.isfinite()

@@ -290,7 +290,8 @@ def test_images_mirrored_by_augmentation_give_the_same_map_as_straight_ones():
     def result(flip):
         still = torch.zeros(1, 2, dtype=torch.bool)
         shift = torch.tensor([[[0.5, -0.5], [-0.4, 0.2]]])
-        draws = Draws(torch.full((1, 2), 0.9), shift, torch.tensor([flip]), still, torch.zeros(1))
+        resize, angle, seed = torch.full((1, 2), 0.9), torch.zeros(1), torch.zeros(1).long()
+        draws = Draws(resize, shift, torch.tensor([flip]), still, angle, seed)
         return net(**network_inputs(batch, draws, (32, 48), 0.2))
 
     straight = result([False, False])

@@ -108,7 +108,8 @@ def test_the_map_turns_with_the_cameras(demo_store, angle):
     hw = store.attrs["config"]["images"]["size"]
     batch["images"] = torch.zeros(1, 6, *hw, 3, dtype=torch.uint8)
     none = torch.zeros(1, 6, dtype=torch.bool)
-    draws = Draws(torch.ones(1, 6), torch.zeros(1, 6, 2), none, none[:, :2], torch.tensor([angle]))
+    still, seed = (torch.ones(1, 6), torch.zeros(1, 6, 2)), torch.zeros(1, dtype=torch.int64)
+    draws = Draws(*still, none, none[:, :2], torch.tensor([angle]), seed)
     inputs = network_inputs(batch, draws, tuple(hw), 0.0)
     targets = targets_of(stored, [angle], store.grid)
     bounds = reference.bounds_of(store.grid)

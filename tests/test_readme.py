@@ -59,7 +59,7 @@ def test_training_commands_run_in_order_on_a_tiny_store(tmp_path):
     make_tiny_store(tmp_path / "targets.zarr", splits={"mini_train": 1, "mini_val": 1})
     lines = [c for c in COMMANDS if c.startswith(("occfeat-train ", "torchrun "))]
     printed = list(_run_lines(lines, tmp_path))
-    assert len(printed) == 7
+    assert len(printed) == 8
     assert "vehicle IoU in per cent" in printed[2]
     namespace = {
         "images": torch.rand(1, 6, 3, 112, 200),

@@ -216,7 +216,8 @@ def turned_inputs(frame, angle):
     batch = reference.collated([frame], GRID.n_voxels)
     batch["images"] = torch.zeros(1, 6, 288, 512, 3, dtype=torch.uint8)
     off = torch.zeros(1, 6, dtype=torch.bool)
-    draws = Draws(torch.ones(1, 6), torch.zeros(1, 6, 2), off, off[:, :2], torch.tensor([angle]))
+    still, seed = (torch.ones(1, 6), torch.zeros(1, 6, 2)), torch.zeros(1, dtype=torch.int64)
+    draws = Draws(*still, off, off[:, :2], torch.tensor([angle]), seed)
     return network_inputs(batch, draws, (224, 400), 0.2)
 
 

@@ -32,6 +32,7 @@ DIM = 8
 SPLITS = {"mini_train": 3, "mini_val": 1}
 """Scenes of each split."""
 SCENE_FRAMES = 4
+_EGO_T_LIDAR = np.array([[0, -1, 0, 0.9], [1, 0, 0, 0.3], [0, 0, 1, 1.8], [0, 0, 0, 1]])
 
 
 def make_tiny_store(
@@ -113,7 +114,7 @@ def _frame(rng, config):
         "cam_T_ego": np.stack(
             [_cam_T_ego(yaw) for yaw in np.radians([55, 0, -55, 110, 180, -110])]
         ),
-        "ego_T_lidar": np.eye(4),
+        "ego_T_lidar": _EGO_T_LIDAR,
         "global_T_ego": np.eye(4),
         **pack_images([_jpeg(rng, height, width) for _ in range(6)]),
     }

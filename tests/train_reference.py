@@ -386,6 +386,71 @@ def turned_map(stored, angle, bounds, tie_m=0.0):
     return turned, known, tie
 
 
+# --- queries (ALSO's create_points.py and decoder.py, Img-ALSO of OccFeat §4.2) -----------------
+
+
+def first_in_cubes(steps, step_mm):
+    """Indices of the first point in each 100 mm cube, cubes in order; whole steps (P, 3)."""
+    first = {}
+    for i, point in enumerate(steps):
+        first.setdefault(tuple(int(value) * step_mm // 100 for value in point), i)
+    return [first[cube] for cube in sorted(first)]
+
+
+def query(point, sensor, kind, u):
+    """A query ("front", "between" or "behind") on the ray of a point, and its label."""
+    ray = [p - s for p, s in zip(point, sensor, strict=True)]
+    length = math.sqrt(sum(r * r for r in ray))
+    if kind == "between":
+        return [s + u * r for s, r in zip(sensor, ray, strict=True)], 0
+    sign = 1 if kind == "behind" else -1
+    moved = [p + sign * 0.1 * u * r / length for p, r in zip(point, ray, strict=True)]
+    return moved, int(kind == "behind")
+
+
+def near_pairs(points, bounds, tie_m=0.0):
+    """{(point, flat (X, Y) cell): relative place} of cells with a centre within 1 m of a point.
+
+    Returns:
+        The pairs, and those of them and others that hang on less than ``tie_m``.
+    """
+    (lo_x, hi_x, nx), (lo_y, hi_y, ny) = bounds[:2]
+    pairs, ties = {}, set()
+    for q, (x, y, z) in enumerate(points):
+        edge = min(abs(x - lo_x), abs(x - hi_x), abs(y - lo_y), abs(y - hi_y))
+        in_map = lo_x <= x < hi_x and lo_y <= y < hi_y
+        for i, j in np.ndindex(nx, ny):
+            dx, dy = x - cell_centre(i, bounds[0]), y - cell_centre(j, bounds[1])
+            distance = math.hypot(dx, dy)
+            if abs(distance - 1) <= tie_m or edge <= tie_m:
+                ties.add((q, i * ny + j))
+            if in_map and distance <= 1:
+                pairs[q, i * ny + j] = (dx, dy, z)
+    return pairs, ties
+
+
+def query_loss(head, bev, pairs):
+    """Img-ALSO's two terms, layer by layer for each pair; torch, for its gradients.
+
+    Args:
+        head: with the layers ``latent``, ``enter``, ``hidden``, ``leave``, ``output``.
+        bev: (B, C, X, Y).
+        pairs: [(sample, ix, iy, relative place, label, intensity or None)].
+    """
+    occupancy, intensity = [], []
+    for sample, ix, iy, relative, label, brightness in pairs:
+        x = head.latent(bev[sample, :, ix, iy])
+        x = head.enter(torch.cat([x, x.new_tensor(relative)]))
+        for layer in (head.hidden, head.leave):
+            x = layer(x.clamp(min=0))
+        logit, predicted = head.output(x)
+        p = 1 / (1 + torch.exp(-logit))
+        occupancy.append(-torch.log(p if label else 1 - p))
+        if brightness is not None:
+            intensity.append(abs(predicted - brightness))
+    return sum(occupancy) / len(occupancy), sum(intensity) / len(intensity)
+
+
 # --- metric ---------------------------------------------------------------------------------------
 
 
