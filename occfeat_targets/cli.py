@@ -237,8 +237,8 @@ def corrupt(
     occfeat-targets corrupt DATAROOT targets.zarr corrupted
     occfeat-train evaluate --corrupted corrupted
 
-    Run it again to continue; what is complete is left alone. Other random numbers, or features:
-    occfeat-targets build --set images.corruption=fog-easy --set images.corruption_seed=1.
+    Run it again to continue; what is complete is left alone. For other random numbers build one
+    by one: occfeat-targets build --set images.corruption=fog-easy --set images.corruption_seed=1.
     """
     from occfeat_targets.cluster import executor
     from occfeat_targets.config import CORRUPTED
