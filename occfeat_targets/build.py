@@ -31,11 +31,30 @@ def prepare(
         SourceError: the dataset is unusable or has faults (all listed).
         StoreError: the store's place can't be used.
     """
+    source = read_source(dataroot, version, config)
+    begin(url, config, source, overwrite)
+    return source
+
+
+def read_source(dataroot: Path, version: str | None, config: TargetsConfig) -> Source:
+    """Read the tables and check the files.
+
+    Raises:
+        SourceError: the dataset is unusable or has faults (all listed).
+    """
     source = load_source(dataroot, version, config)
     check_records(source.records, config)
+    return source
+
+
+def begin(url: str, config: TargetsConfig, source: Source, overwrite: bool) -> None:
+    """Begin the store, or check that the one there is this very build's.
+
+    Raises:
+        StoreError: the store's place can't be used.
+    """
     writer.begin(url, config, source, overwrite)
     writer.sweep_litter(url)
-    return source
 
 
 def build(

@@ -5,6 +5,7 @@
     occfeat-targets info targets.zarr
     occfeat-targets verify targets.zarr
     occfeat-targets view targets.zarr --frame 0
+    occfeat-targets corrupt demo-world targets.zarr corrupted    # nuScenes-C, for evaluation
 
 Commands are thin: they parse, call one function and turn errors into one message.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import click
@@ -45,6 +46,24 @@ set_option = click.option(
     multiple=True,
     metavar="KEY=VALUE",
     help="One setting, such as lidar.sweeps=3 or frames.splits=[mini_train]. May be repeated.",
+)
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    help="Worker processes. Default: one per GPU, else one per core. 0: in this process.",
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), help="Tasks at a time in each worker."
+)
+scheduler_option = click.option(
+    "--scheduler", metavar="tcp://HOST:PORT", help="Use a running Dask scheduler."
+)
+on_error_option = click.option(
+    "--on-error",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    show_default=True,
+    help=f"A frame fails: stop after the running blocks, or leave it out (exit {EXIT_SKIPPED}).",
 )
 
 
@@ -108,8 +127,8 @@ def demo_data(
 @set_option
 @click.option(
     "--teacher",
-    help="DINOv2 hub id or local directory, random:SEED (no DINOv2 features!), or a plug-in "
-    "package.module:factory. Default: facebook/dinov2-small.",
+    help="DINOv2 hub id or local directory, random:SEED (no DINOv2 features!), a plug-in "
+    "package.module:factory, or none (a store without features). Default: facebook/dinov2-small.",
 )
 @click.option(
     "--precision",
@@ -118,20 +137,10 @@ def demo_data(
 )
 @click.option("--scene", "scenes", multiple=True, help="Only this scene. May be repeated.")
 @click.option("--limit", type=int, help="Only the first so many keyframes.")
-@click.option(
-    "--workers",
-    type=click.IntRange(min=0),
-    help="Worker processes. Default: one per GPU, else one per core. 0: in this process.",
-)
-@click.option("--threads", type=click.IntRange(min=1), help="Tasks at a time in each worker.")
-@click.option("--scheduler", metavar="tcp://HOST:PORT", help="Use a running Dask scheduler.")
-@click.option(
-    "--on-error",
-    type=click.Choice(["stop", "skip"]),
-    default="stop",
-    show_default=True,
-    help=f"A frame fails: stop after the running blocks, or leave it out (exit {EXIT_SKIPPED}).",
-)
+@workers_option
+@threads_option
+@scheduler_option
+@on_error_option
 @click.option("--overwrite", is_flag=True, help="Delete the targets store that is there first.")
 def build(
     dataroot: Path,
@@ -181,10 +190,71 @@ def build(
         with executor(workers, threads, scheduler) as where:
             failed = run_build(store, config, source, where, on_error == "skip")
     click.echo(f"{store}: {len(source.records)} frames, {len(failed)} failed")
-    if failed:
-        for message in failed.values():
-            click.secho(f"  left out: {message}", fg="yellow", err=True)
+    _leave_out(failed.values())
+
+
+def _leave_out(messages: Collection[str]) -> None:
+    for message in messages:
+        click.secho(f"  left out: {message}", fg="yellow", err=True)
+    if messages:
         sys.exit(EXIT_SKIPPED)
+
+
+@main.command()
+@dataroot_argument
+@store_argument
+@click.argument("out")
+@click.option("--split", help="Whose frames. Default: val or mini_val, which STORE has.")
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="NAME",
+    help="Only this one, such as fog-easy. May be repeated. Default: all 24.",
+)
+@workers_option
+@threads_option
+@scheduler_option
+@on_error_option
+def corrupt(
+    dataroot: Path,
+    store: str,
+    out: str,
+    split: str | None,
+    only: tuple[str, ...],
+    workers: int | None,
+    threads: int | None,
+    scheduler: str | None,
+    on_error: str,
+) -> None:
+    """Build the validation split of STORE again with corrupted images: nuScenes-C.
+
+    DATAROOT is what STORE was built from. RoboBEV's eight corruptions, each easy, mid and hard:
+    camera_crash, frame_lost, motion_blur, color_quant, brightness, low_light, fog, snow. Each
+    becomes a store OUT/NAME-SEVERITY.zarr with the settings and labels of STORE, but no features,
+    to evaluate on:
+
+    \b
+    occfeat-targets corrupt DATAROOT targets.zarr corrupted
+    occfeat-train evaluate --corrupted corrupted
+
+    Run it again to continue; what is complete is left alone. For other random numbers build one
+    by one: occfeat-targets build --set images.corruption=fog-easy --set images.corruption_seed=1.
+    """
+    from occfeat_targets.cluster import executor
+    from occfeat_targets.config import CORRUPTED
+    from occfeat_targets.corrupted_stores import build_corrupted, read_split
+    from occfeat_targets.schema import absolute
+
+    with _one_message():
+        for name in only:
+            if name not in CORRUPTED:
+                raise ValueError(f"no corruption {name}; there are {', '.join(CORRUPTED)}")
+        config, source = read_split(dataroot, store, split)
+        out, skip = absolute(out), on_error == "skip"
+        with executor(workers, threads, scheduler) as where:
+            names = only or CORRUPTED
+            failed = build_corrupted(config, source, out, names, where, skip, click.echo)
+    _leave_out([f"{place}: {message}" for place, message in failed.items()])
 
 
 @main.command()

@@ -6,14 +6,17 @@ Everything here changes the stored bytes and is recorded in the store; how a bui
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from occfeat_common.settings import from_plain, load_settings, require, to_plain
 from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.schema import point_step_m
+from occfeat_targets.schema import CORRUPTIONS, SEVERITIES, point_step_m
 
+CORRUPTED = tuple(f"{name}-{severity}" for name in CORRUPTIONS for severity in SEVERITIES)
+"""What ``images.corruption`` can be besides ``none``."""
 MAP_MODES = ("auto", "required", "never")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
@@ -42,7 +45,8 @@ class TeacherConfig:
 
     name: str = "facebook/dinov2-small"
     """DINOv2 hub id or local directory, ``random:SEED`` (same ViT-S/14, random weights, for
-    demos and tests), or ``package.module:factory`` for a plug-in."""
+    demos and tests), ``package.module:factory`` for a plug-in, or ``none`` for a store without
+    features: enough to finetune and evaluate on, and built much faster."""
     input_size: tuple[int, int] = (252, 448)
     """Image height and width the teacher sees; multiples of its patch size."""
     precision: str = "auto"
@@ -66,10 +70,29 @@ class ImagesConfig:
     """Stored height and width."""
     quality: int = 95
     """JPEG quality, 1 to 100."""
+    corruption: str = "none"
+    """One of nuScenes-C's, such as ``fog-easy`` (see ``corruptions``), laid on the stored images
+    and on nothing else: voxels, labels and what a teacher sees stay clean."""
+    corruption_seed: int = 0
+    """Of the corruption's random numbers. CameraCrash's dead cameras depend on nothing else."""
 
     def __post_init__(self) -> None:
         _require_size("images.size", self.size)
         require(1 <= self.quality <= 100, "images.quality", "must be 1 to 100", self.quality)
+        near = difflib.get_close_matches(self.corruption, CORRUPTED, n=1)
+        require(
+            self.corruption in ("none", *CORRUPTED),
+            "images.corruption",
+            f"must be none or one of {', '.join(CORRUPTIONS)} with -{', -'.join(SEVERITIES)} "
+            f"behind it{f' (did you mean {near[0]}?)' if near else ''}",
+            self.corruption,
+        )
+        require(
+            self.corruption_seed >= 0,
+            "images.corruption_seed",
+            "must be >= 0",
+            self.corruption_seed,
+        )
 
 
 @dataclass(frozen=True)

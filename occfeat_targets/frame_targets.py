@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from occfeat_targets.config import TargetsConfig
+from occfeat_targets.corruptions import corrupt
 from occfeat_targets.geometry import transform
 from occfeat_targets.grid import VoxelGrid
 from occfeat_targets.images import ImageError, decode_jpeg, encode_jpeg, resize
@@ -18,8 +19,8 @@ from occfeat_targets.labels import map_masks, vehicle_boxes, vehicle_masks
 from occfeat_targets.map_layers import load_map
 from occfeat_targets.records import FrameError, FrameRecord
 from occfeat_targets.sampling import camera_bits, quantise, sample_mean, see
-from occfeat_targets.schema import image_room, point_step_m
-from occfeat_targets.teacher import Teacher, dense_features
+from occfeat_targets.schema import CAMERAS, image_room, point_step_m
+from occfeat_targets.teacher import NoTeacher, Teacher, dense_features
 
 
 def frame_targets(
@@ -29,10 +30,10 @@ def frame_targets(
 
     Returns:
         By the names, dtypes and axes of ``schema.array_specs``, trimmed to what is valid:
-        ``voxel_index`` (V,), ``features`` (V, C), ``feature_scale`` (V,), ``feature_cameras``
-        (V,), ``images`` (bytes,), ``image_offset`` (7,), ``points`` (P, 4), ``vehicle_boxes``
-        (n, 8), ``vehicle`` and ``vehicle_visible`` (X, Y), and ``map`` (5, X, Y) if the record
-        has a map.
+        ``voxel_index`` (V,), ``feature_cameras`` (V,), ``images`` (bytes,), ``image_offset``
+        (7,), ``points`` (P, 4), ``vehicle_boxes`` (n, 8), ``vehicle`` and ``vehicle_visible``
+        (X, Y); ``features`` (V, C) and ``feature_scale`` (V,) unless the teacher is ``none``; and
+        ``map`` (5, X, Y) if the record has a map.
 
     Raises:
         FrameError: naming scene, sample and file, when the frame can't be processed.
@@ -85,17 +86,26 @@ def camera_images(
 ) -> tuple[list[Image.Image], list[bytes]]:
     """Decode each camera's JPEG once, for the teacher and for the store.
 
+    A corruption is laid on the store's, at full size; the teacher sees the clean image.
+
     Returns:
-        RGB images of ``teacher.input_size`` and JPEGs of ``images.size``, one per camera.
+        RGB images of ``teacher.input_size`` (none for no teacher) and JPEGs of ``images.size``,
+        one per camera.
 
     Raises:
         ImageError: naming the file, when it is missing or damaged.
     """
     for_teacher, stored = [], []
     (a, b), (c, d) = config.teacher.input_size, config.images.size
-    for path in record.image_paths:
-        image = decode_jpeg(Path(path), (max(a, c), max(b, d)))
-        for_teacher.append(resize(image, config.teacher.input_size))
+    name, seed = config.images.corruption, config.images.corruption_seed
+    for camera, path, full in zip(CAMERAS, record.image_paths, record.image_hw, strict=True):
+        corrupted = name != "none"
+        image = decode_jpeg(Path(path), full if corrupted else (max(a, c), max(b, d)))
+        if config.teacher.name != NoTeacher.name:
+            for_teacher.append(resize(image, config.teacher.input_size))
+        if corrupted:
+            levels = corrupt(np.asarray(image), name, record.token, camera, seed)
+            image = Image.fromarray(levels)
         stored.append(encode_jpeg(resize(image, config.images.size), config.images.quality))
     return for_teacher, stored
 
@@ -117,8 +127,8 @@ def voxel_targets(
         images: one per camera, RGB of ``teacher.input_size``.
 
     Returns:
-        ``voxel_index`` uint32 (V,), ``features`` int8 (V, C), ``feature_scale`` float16 (V,),
-        ``feature_cameras`` uint8 (V,).
+        ``voxel_index`` uint32 (V,), ``feature_cameras`` uint8 (V,), and, if the teacher has
+        channels, ``features`` int8 (V, C) and ``feature_scale`` float16 (V,).
 
     Raises:
         ValueError: features are not finite. TeacherError: they have the wrong shape.
@@ -127,14 +137,12 @@ def voxel_targets(
     position, valid = see(
         config.grid.centres(voxel_index), record.K, record.cam_T_ego, np.array(record.image_hw)
     )
+    targets = {"voxel_index": voxel_index, "feature_cameras": camera_bits(valid)}
+    if teacher.dim == 0:
+        return targets
     features = dense_features(teacher, images, config.teacher.input_size)
     codes, scale = quantise(sample_mean(features, position, valid))
-    return {
-        "voxel_index": voxel_index,
-        "features": codes,
-        "feature_scale": scale,
-        "feature_cameras": camera_bits(valid),
-    }
+    return targets | {"features": codes, "feature_scale": scale}
 
 
 def bev_labels(record: FrameRecord, config: TargetsConfig) -> dict[str, np.ndarray]:

@@ -75,11 +75,17 @@ def as_text(summary: dict) -> str:
         ("source", " ".join(str(v) for k, v in summary["source"].items() if k != "devkit")),
         ("teacher", f"{teacher.get('name')}  weights {weights}"),
     ]
+    if weights == "none" and teacher["dim"] == 0:
+        rows[-1] = ("teacher", "none: the store has no features")
     if random:
         rows.append(("", "RANDOM WEIGHTS: these are not DINOv2 features"))
-    if teacher:
+    if teacher.get("dim"):
         details = (f"{key}={teacher[key]}" for key in ("layer", "input_size", "precision"))
         rows.append(("", ", ".join(details)))
+    corruption = summary["config"]["images"].get("corruption", "none")
+    if corruption != "none":
+        seed = summary["config"]["images"]["corruption_seed"]
+        rows.append(("images", f"CORRUPTED: {corruption}, seed {seed}"))
     if "blocks" in summary:
         rows.append(("blocks", f"{summary['blocks_done']} of {summary['blocks']} done"))
     for name, split in summary.get("splits", {}).items():

@@ -36,6 +36,18 @@ CAMERAS = (
     "CAM_BACK_RIGHT",
 )
 MAP_CLASSES = ("road", "sidewalk", "crosswalk", "parking", "divider")
+CORRUPTIONS = (
+    "camera_crash",
+    "frame_lost",
+    "motion_blur",
+    "color_quant",
+    "brightness",
+    "low_light",
+    "fog",
+    "snow",
+)
+"""Of nuScenes-C. A store of corrupted images says in its config which: ``fog-easy``."""
+SEVERITIES = ("easy", "mid", "hard")
 FAILED = -1
 """``n_voxels`` of a frame that could not be processed (``build --on-error skip``)."""
 
@@ -80,7 +92,7 @@ def array_specs(config: dict, feature_dim: int, with_map: bool) -> tuple[ArraySp
 
     Args:
         config: plain resolved config, as in the root attribute ``config``.
-        feature_dim: channels C of the teacher.
+        feature_dim: channels C of the teacher; 0 without one, then no features are stored.
         with_map: whether the dataset's map expansion is stored.
     """
     grid = VoxelGrid.from_dict(config["grid"])
@@ -183,7 +195,10 @@ def array_specs(config: dict, feature_dim: int, with_map: bool) -> tuple[ArraySp
         ),
         ArraySpec("map", "uint8", (n_map, *bev), (n_map, *bev), 255, "zstd", "`map_classes`"),
     )
-    return tuple(s for s in specs if with_map or s.name != "map")
+    absent = set() if with_map else {"map"}
+    if feature_dim == 0:
+        absent |= {"features", "feature_scale"}
+    return tuple(s for s in specs if s.name not in absent)
 
 
 def image_room(size: tuple[int, int]) -> int:

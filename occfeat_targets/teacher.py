@@ -5,6 +5,8 @@ A teacher is any object with ``name`` (str), ``dim`` (int), ``patch_size`` (int)
 RGB in, torch tensors both. A plug-in should also carry ``weights``, a string that identifies its
 parameters (a ``torch.nn.Module`` gets the hash of its state), so that a build is not continued with
 others. It is called without gradients; on a GPU worker from several threads at once.
+
+``none`` is the teacher of a store without features: of no channels, and never called.
 """
 
 from __future__ import annotations
@@ -79,6 +81,19 @@ class DinoTeacher:
         return tokens.float().cpu().unflatten(1, (h, w)).permute(0, 3, 1, 2)
 
 
+class NoTeacher:
+    """Stands where a teacher would, in a store without features."""
+
+    name = "none"
+    weights = "none"
+    dim = 0
+    patch_size = 1
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Nothing of each pixel."""
+        return images[:, :0]
+
+
 def load_teacher(config: TeacherConfig) -> Teacher:
     """The teacher that a config names, checked against the input size.
 
@@ -86,8 +101,10 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         ConfigError: the name makes no sense, or the input size is no multiple of the patch.
         TeacherError: weights or plug-in can't be loaded.
     """
-    if config.name.startswith("random:"):
-        teacher: Teacher = _random_teacher(config)
+    if config.name == NoTeacher.name:
+        teacher: Teacher = NoTeacher()
+    elif config.name.startswith("random:"):
+        teacher = _random_teacher(config)
     elif ":" in config.name:
         teacher = _plugin(config.name)
     else:

@@ -36,7 +36,11 @@ def draw_frame(url: str, i: int, out: Path) -> None:
     if not 0 <= i < len(store):
         raise ValueError(f"no frame {i}: {url} has frames 0 to {len(store) - 1}")
     frame = store.frame(i)
-    colours = feature_colours(dequantise(frame["features"], frame["feature_scale"]))
+    if "features" in frame:
+        features = dequantise(frame["features"], frame["feature_scale"])
+    else:  # a store without a teacher: all grey
+        features = np.zeros((frame["n_voxels"], 0))
+    colours = feature_colours(features)
     figure = Figure(figsize=(24, 7.2), layout="constrained")
     FigureCanvasAgg(figure)
     cameras, bev = figure.subfigures(1, 2, width_ratios=[2.7, 1])

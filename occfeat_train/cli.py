@@ -192,22 +192,34 @@ def finetune(
     type=click.Path(path_type=Path),
     help="Finetuning run.  [default: the newest finished one in runs/]",
 )
+@click.option(
+    "--corrupted",
+    metavar="FOLDER|URL",
+    help="Also on the stores of corrupted images in there (occfeat-targets corrupt).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def evaluate(
-    store: str | None, overrides: tuple[str, ...], run: Path | None, as_json: bool
+    store: str | None,
+    overrides: tuple[str, ...],
+    run: Path | None,
+    corrupted: str | None,
+    as_json: bool,
 ) -> None:
     """IoU of a finetuned network on the validation split.
 
     At probability 0.5, by distance, and at the best of seven thresholds. Vehicles: with and
     without the cells where only those of visibility 0-40 % lie. Map: each class and their mean.
     Written to result.json in the run.
+
+    With --corrupted, IoU by corruption and severity of nuScenes-C, and the share of the clean IoU
+    that remains: RR, and mRR over the corruptions. Written to corrupted.json in the run.
     """
     with _session() as (process, say):
         from dataclasses import replace
 
         from occfeat_common.settings import from_plain, override, to_plain
         from occfeat_targets.schema import absolute
-        from occfeat_train import choices
+        from occfeat_train import choices, robustness
         from occfeat_train.config import TrainConfig
         from occfeat_train.evaluate import evaluate as evaluate_run
         from occfeat_train.evaluate import table
@@ -216,13 +228,20 @@ def evaluate(
 
         finetuned = Run(run) if run else choices.newest_finished("finetune")
         job = Job.of_run(finetuned, store and absolute(store))
-        if not as_json:
-            say(f"Store: {job.store}")
+        tell = (lambda _: None) if as_json else say
         config = from_plain(TrainConfig, override(to_plain(job.config), overrides))
-        result = evaluate_run(replace(job, config=config), finetuned, process)
-        say(json.dumps(result, indent=1) if as_json else table(result))
+        job = replace(job, config=config)
+        if corrupted:
+            folder = absolute(corrupted)
+            result = robustness.evaluate_corrupted(job, finetuned, process, folder, tell)
+            text, name = robustness.table(result), "corrupted.json"
+        else:
+            tell(f"Store: {job.store}")
+            result = evaluate_run(job, finetuned, process)
+            text, name = table(result), "result.json"
+        say(json.dumps(result, indent=1) if as_json else text)
         if process.is_main:
-            write_json(finetuned.path / "result.json", result)
+            write_json(finetuned.path / name, result)
 
 
 @main.command()

@@ -43,13 +43,21 @@ class OccFeat(nn.Module):
     """L = L_occ + λ·L_feat (paper eq. 1 to 3), either term may be off."""
 
     def __init__(self, config: TrainConfig, store: TargetStore):
+        """Raises StoreError if features are wanted of a store built without."""
         super().__init__()
         self.grid: VoxelGrid = store.grid
         self.point_step_m: float = store.attrs["point_step_m"]
         self.feature_weight = config.pretrain.feature_weight
-        self.arrays: tuple[str, ...] = ("voxel_index", "features", "feature_cameras")
-        if config.augment.rotate_bev_deg:
-            self.arrays += ("feature_scale", "points")
+        if config.pretrain.features and not store.attrs["teacher"]["dim"]:
+            raise StoreError(
+                f"{store.url} has no features, it was built with teacher.name=none: build one with "
+                "a teacher, or pretrain on occupancy alone (--set pretrain.features=false)"
+            )
+        turned = config.augment.rotate_bev_deg != 0
+        self.arrays: tuple[str, ...] = ("voxel_index", "feature_cameras")
+        self.arrays += ("points",) if turned else ()
+        if config.pretrain.features:
+            self.arrays += ("features", "feature_scale") if turned else ("features",)
         self.head = OccFeatHead(
             config.model.channels,
             self.grid.shape[0],

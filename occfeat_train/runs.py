@@ -6,6 +6,7 @@
         checkpoint-00001234.pt      weights, optimiser, schedule
         checkpoint-00001234.json    run.json and the position; written last: it marks the .pt whole
         result.json                 evaluation of a finetuned network
+        corrupted.json              the same on corrupted images
 
 Every file is written beside its place and renamed, so a kill leaves the last good one.
 """

@@ -24,20 +24,23 @@ def voxel_targets(
     """Occupied voxels and their feature targets.
 
     Args:
-        batch: collated ``voxel`` (V,), ``features`` int8 (V, C), ``feature_cameras`` (V,), and,
-            if any angle is not 0, ``feature_scale``, ``points`` and ``point_count``.
+        batch: collated ``voxel`` (V,), ``feature_cameras`` (V,), ``features`` int8 (V, C) unless
+            only occupancy is learned, and, if any angle is not 0, ``points``, ``point_count`` and,
+            with the features, ``feature_scale``.
         angle: float32 (B,), by which the BEV frame is turned.
         grid: the store's.
         point_step_m: the store's attribute.
 
     Returns:
-        ``voxel`` int64 (V',) distinct flat indices over the batch, ``features`` (V', C) whose
-        direction is the target, ``valid`` bool (V',).
+        ``voxel`` int64 (V',) distinct flat indices over the batch, ``valid`` bool (V',) that have
+        a feature target, and, if the batch has features, ``features`` (V', C) whose direction is
+        the target.
     """
     voxel = batch["voxel"].long()
     valid = batch["feature_cameras"] > 0
     if not angle.any():
-        return {"voxel": voxel, "features": batch["features"], "valid": valid}
+        targets = {"voxel": voxel, "valid": valid}
+        return targets | ({"features": batch["features"]} if "features" in batch else {})
     old, new = _moved_points(batch, angle, grid, point_step_m)
     new_voxel, row = new.unique(return_inverse=True)
     # A point's features are those of the voxel it came from. Rounding to the stored step moves a
@@ -47,8 +50,11 @@ def voxel_targets(
     n = len(voxel) + 1
     pair, count = (row[known] * n + source[known]).unique(return_counts=True)
     row, source = pair.div(n, rounding_mode="floor"), pair % n
-    features = batch["features"].float() * batch["feature_scale"].float()[:, None]
     n_sources = torch.bincount(row, minlength=len(new_voxel))
+    targets = {"voxel": new_voxel, "valid": n_sources > 0}
+    if "features" not in batch:
+        return targets
+    features = batch["features"].float() * batch["feature_scale"].float()[:, None]
     summed = F.embedding_bag(
         source,
         features,
@@ -56,7 +62,7 @@ def voxel_targets(
         mode="sum",
         per_sample_weights=count.float(),
     )
-    return {"voxel": new_voxel, "features": summed, "valid": n_sources > 0}
+    return targets | {"features": summed}
 
 
 def _moved_points(

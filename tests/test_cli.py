@@ -23,7 +23,9 @@ def built(demo_store, tmp_path):
     return shutil.copytree(demo_store, tmp_path / "targets.zarr")
 
 
-@pytest.mark.parametrize("command", ["demo-data", "build", "check", "info", "verify", "view"])
+@pytest.mark.parametrize(
+    "command", ["demo-data", "build", "check", "info", "verify", "view", "corrupt"]
+)
 def test_every_command_explains_itself(command):
     result = _run(command, "--help")
     assert result.exit_code == 0

@@ -51,15 +51,23 @@ def _make_unfinished(cwd):
 
 def test_occfeat_targets_commands_run_in_order(tmp_path):
     lines = [c for c in COMMANDS if c.startswith("occfeat-targets") and "--scheduler" not in c]
-    assert len(list(_run_lines(lines, tmp_path))) == 6
+    assert len(list(_run_lines(lines, tmp_path))) == 7
     assert (tmp_path / "view.png").exists()
+    assert {path.stem for path in (tmp_path / "corrupted").iterdir()} == {
+        "fog-easy",
+        "camera_crash-easy",
+    }
 
 
 def test_training_commands_run_in_order_on_a_tiny_store(tmp_path):
-    make_tiny_store(tmp_path / "targets.zarr", splits={"mini_train": 1, "mini_val": 1})
+    splits = {"mini_train": 1, "mini_val": 1}
+    make_tiny_store(tmp_path / "targets.zarr", splits=splits)
+    fog = tmp_path / "corrupted" / "fog-easy.zarr"
+    make_tiny_store(fog, settings=["images.corruption=fog-easy"], splits=splits, dim=0)
     lines = [c for c in COMMANDS if c.startswith(("occfeat-train ", "torchrun "))]
     printed = list(_run_lines(lines, tmp_path))
-    assert len(printed) == 8
+    assert len(printed) == 9
+    assert "mRR over 0 of 8 corruptions" in printed[-1]
     assert "vehicle IoU in per cent" in printed[2]
     namespace = {
         "images": torch.rand(1, 6, 3, 112, 200),

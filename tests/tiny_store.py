@@ -36,14 +36,14 @@ _EGO_T_LIDAR = np.array([[0, -1, 0, 0.9], [1, 0, 0, 0.3], [0, 0, 1, 1.8], [0, 0,
 
 
 def make_tiny_store(
-    path, seed=0, settings=(), splits=SPLITS, preset="demo", with_map=False
+    path, seed=0, settings=(), splits=SPLITS, preset="demo", with_map=False, dim=DIM
 ) -> Path:
-    """Write a finished store of ``SCENE_FRAMES`` frames a scene."""
+    """Write a finished store of ``SCENE_FRAMES`` frames a scene; of ``dim`` 0, without features."""
     config = load_config(None, [*SETTINGS, f"train_preset={preset}", *settings])
     rng = np.random.default_rng(seed)
     scenes = [split for split, n in splits.items() for _ in range(n)]
     n_frames = len(scenes) * SCENE_FRAMES
-    specs = schema.array_specs(config.to_dict(), DIM, with_map)
+    specs = schema.array_specs(config.to_dict(), dim, with_map)
     group = zarr.open_group(path, mode="w", zarr_format=3)
     schema.create_arrays(group, specs, n_frames, config.block_frames)
     for i in range(n_frames):
@@ -56,6 +56,8 @@ def make_tiny_store(
         if with_map:
             frame["map"] = _map(config.grid, np.random.default_rng([seed, i]))
         for name, value in frame.items():
+            if name not in group:
+                continue
             array = group[name]
             where = (i, slice(len(value))) if np.ndim(value) and array.ndim > 1 else i
             array[where] = value
@@ -73,7 +75,7 @@ def make_tiny_store(
             "splits": list(splits),
             "map_classes": list(schema.MAP_CLASSES) if with_map else [],
             "point_step_m": schema.point_step_m(config.grid),
-            "teacher": {"name": "tiny", "dim": DIM, "weights": "random(tiny)"},
+            "teacher": {"name": "tiny", "dim": dim, "weights": "random(tiny)"},
             "source": {"dataset": "tiny"},
             "software": {"occfeat": __version__},
             "failed": [],

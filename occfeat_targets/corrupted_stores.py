@@ -1,0 +1,101 @@
+"""A store's evaluation split with corrupted images: one store for each corruption and severity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from occfeat_targets.build import begin, build, read_source
+from occfeat_targets.cluster import Executor
+from occfeat_targets.config import TargetsConfig
+from occfeat_targets.nuscenes_source import SourceError
+from occfeat_targets.records import Source
+from occfeat_targets.schema import TargetStore, open_store
+from occfeat_targets.teacher import NoTeacher
+from occfeat_targets.writer import is_complete
+
+
+def read_split(dataroot: Path, url: str, split: str | None) -> tuple[TargetsConfig, Source]:
+    """Settings and frames of a split of a store, to build it again without features.
+
+    Args:
+        dataroot: what the store was built from.
+        url: the store.
+        split: default: the store's ``val`` or ``mini_val``.
+
+    Raises:
+        StoreError: the store can't be read. ValueError: it has no such split.
+        SourceError: the dataroot does not have its frames, or has faults.
+    """
+    store = open_store(url)
+    config, tokens = _settings(store, split)
+    source = read_source(dataroot, store.attrs["source"]["version"], config)
+    found = [record.token for record in source.records]
+    if found != tokens:
+        raise SourceError(
+            f"{dataroot} is not what {url} was built from: it has {len(found)} such frames, the "
+            f"store {len(tokens)}, {len({*found} & {*tokens})} of them the same"
+        )
+    return config, source
+
+
+def build_corrupted(
+    config: TargetsConfig,
+    source: Source,
+    out: str,
+    names: Sequence[str],
+    executor: Executor,
+    skip_errors: bool,
+    say: Callable[[str], None],
+) -> dict[str, str]:
+    """Build a store ``OUT/<name>.zarr`` for each name; those that are complete are left alone.
+
+    Args:
+        config, source: from :func:`read_split`.
+        out: directory or URL for the stores.
+        names: of ``config.CORRUPTED``.
+        executor: where blocks are computed.
+        skip_errors: leave failing frames out.
+        say: gets a line for each store.
+
+    Returns:
+        Frames left out (with ``skip_errors``): store and frame to message.
+
+    Raises:
+        StoreError, BuildStopped: as when building.
+    """
+    failed = {}
+    for name in names:
+        url = f"{out.rstrip('/')}/{name}.zarr"
+        corrupted = replace(config, images=replace(config.images, corruption=name))
+        begin(url, corrupted, source, overwrite=False)
+        if is_complete(url):
+            say(f"{url} is complete: {len(source.records)} frames, nothing to do")
+            continue
+        messages = build(url, corrupted, source, executor, skip_errors)
+        failed |= {f"{url}, frame {i}": message for i, message in messages.items()}
+        say(f"{url}: {len(source.records)} frames, {len(messages)} failed")
+    return failed
+
+
+def _settings(store: TargetStore, split: str | None) -> tuple[TargetsConfig, list[str]]:
+    """The store's settings for the frames of one split, no teacher; and those frames' tokens."""
+    splits = [store.split(i) for i in range(len(store))]
+    if split is None:
+        split = next((name for name in ("val", "mini_val") if name in splits), "val or mini_val")
+    if split not in splits:
+        there = ", ".join(sorted(set(splits)))
+        raise ValueError(f"{store.url} has no frames of {split}; choose with --split: {there}")
+    config = TargetsConfig.from_dict(store.attrs["config"])
+    tokens = [store.token(i) for i, name in enumerate(splits) if name == split]
+    # Frames are in table order: the first so many of all are the first so many of a split.
+    limit = None if config.frames.limit is None else len(tokens)
+    has_map = store.attrs["map_classes"] != []
+    config = replace(
+        config,
+        teacher=replace(config.teacher, name=NoTeacher.name),
+        labels=replace(config.labels, map="required" if has_map else "never"),
+        frames=replace(config.frames, splits=(split,), limit=limit),
+    )
+    return config, tokens
