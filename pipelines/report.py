@@ -24,6 +24,7 @@ class Cell:
 
     @property
     def mean(self) -> float | None:
+        """Over seeds, None as long as there is none."""
         return statistics.fmean(self.ours) if self.ours else None
 
     @property

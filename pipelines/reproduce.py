@@ -37,6 +37,7 @@ from occfeat_pipelines.recipes import HERE, TABLES, Recipe, load_preset, load_re
 from occfeat_pipelines.report import Cell
 from occfeat_targets.schema import StoreError
 from occfeat_train.config import TASKS
+from occfeat_train.robustness import headline
 
 PRESETS = sorted(path.stem.removeprefix("reproduce_") for path in HERE.glob("reproduce_*.yaml"))
 
@@ -198,9 +199,9 @@ def measured(experiment: Experiment, corrupted: str | None) -> dict[str, float]:
         return {}
     result = json.loads(path.read_text())
     if corrupted:
-        return result["mean_iou"] | {"mRR": result["mRR"]}
-    main = "visible" if experiment.task == "vehicle" else "mean"
-    iou = result[experiment.task][main]["iou"]
+        scores = {"clean": headline(result["clean"]), **result["mean"], "mRR": result["mRR"]}
+        return {column: value for column, value in scores.items() if value is not None}
+    iou = headline(result)
     return {} if iou is None else {_column(experiment): iou}
 
 
@@ -223,7 +224,12 @@ def cells(
             ours.setdefault((name, column), []).append(value)
     keys = list(dict.fromkeys([*paper, *ours]))
     return [
-        Cell(chosen[name].label, column, paper.get((name, column)), tuple(ours.get((name, column), ())))
+        Cell(
+            chosen[name].label,
+            column,
+            paper.get((name, column)),
+            tuple(ours.get((name, column), ())),
+        )
         for name, column in keys
     ]
 
@@ -274,6 +280,7 @@ def main(
     out: Path,
     report_only: bool,
 ) -> None:
+    """Run, then report; ``--help`` is the module's docstring."""
     try:
         if (table == "c") != bool(corrupted):
             raise ConfigError("--corrupted goes with --table c, and that needs it")

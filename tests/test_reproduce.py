@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,30 @@ def test_report_as_figure(tmp_path):
 # Running
 
 
+class InThisThread:
+    """An executor that needs no thread: in another one, training may not handle signals."""
+
+    def __init__(self, _jobs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except reproduce.Stopped as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **_):
+        pass
+
+
 @pytest.fixture
 def reproduction(tiny_store, tmp_path, monkeypatch):
     """``reproduce(...)`` on the tiny store with ``occfeat-train`` in this process; its commands."""
@@ -209,6 +234,7 @@ def reproduction(tiny_store, tmp_path, monkeypatch):
             raise reproduce.Stopped(result.output)
 
     monkeypatch.setattr(reproduce.Machine, "_check_call", call)
+    monkeypatch.setattr(reproduce, "ThreadPoolExecutor", InThisThread)
     settings = [text for setting in SMALL for text in ("--set", setting)]
 
     def run(*arguments, code=0):
