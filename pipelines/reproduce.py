@@ -79,7 +79,7 @@ class Machine:
         gpus, where = share = self._shares.get()
         try:
             launcher = [sys.executable, "-m"]
-            if (processes := math.gcd(gpus, batch)) > 1:
+            if (processes := math.gcd(max(gpus, 1), batch)) > 1:  # gcd(0, n) is n
                 launcher += ["torch.distributed.run", "--standalone"]
                 launcher += [f"--nproc-per-node={processes}", "-m"]
             command = [*launcher, "occfeat_train", *arguments]

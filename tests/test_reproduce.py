@@ -227,6 +227,7 @@ def reproduction(tiny_store, tmp_path, monkeypatch):
     commands = []
 
     def call(self, command, where, log):
+        assert "torch.distributed.run" not in command  # no GPU, one process
         arguments = command[command.index("occfeat_train") + 1 :]
         commands.append(arguments)
         result = CliRunner().invoke(occfeat_train, arguments)
