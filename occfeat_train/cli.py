@@ -28,8 +28,8 @@ store_option = click.option(
 config_option = click.option(
     "--config",
     metavar="FILE.yaml|PRESET",
-    help="Settings: a file, or a preset by name (paper, demo).  [default: what the store or the "
-    "pretraining run asks for, else paper]",
+    help="Settings: a file, or a preset by name (paper, demo, miniature).  [default: what the "
+    "store or the pretraining run asks for, else paper]",
 )
 set_option = click.option(
     "--set",

@@ -18,8 +18,8 @@ COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.spl
 
 
 def test_every_command_is_covered():
-    """make by CI and test_cli, dask by test_cluster, the others below."""
-    known = ("make ", "dask ", "occfeat-targets ", "occfeat-train ", "torchrun ")
+    """make by CI and test_cli, dask by test_cluster, reproduce.py by test_reproduce too."""
+    known = ("make ", "dask ", "occfeat-targets ", "occfeat-train ", "torchrun ", "python pipel")
     for line in COMMANDS:
         assert line.startswith(known), line
 
@@ -78,6 +78,15 @@ def test_training_commands_run_in_order_on_a_tiny_store(tmp_path):
     with chdir(tmp_path):
         exec(code, namespace)
     assert namespace["bev"].shape == (1, 32, 16, 16)
+
+
+def test_the_reproduction_command_is_understood(tiny_store, tmp_path):
+    """Run by ``test_reproduce`` at toy size; here as it stands, but for the training."""
+    (tmp_path / "targets.zarr").symlink_to(tiny_store)
+    (tmp_path / "pipelines").symlink_to(ROOT / "pipelines")
+    (line,) = [c for c in COMMANDS if c.startswith("python ")]
+    (printed,) = _run_lines([line + " --report-only"], tmp_path)
+    assert printed.count("SimpleBEV") == 8
 
 
 def test_make_commands_are_the_makefile_s(pytestconfig):

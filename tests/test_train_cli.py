@@ -185,7 +185,12 @@ def test_other_mistakes_are_one_sentence_too(tiny_store, workplace, tmp_path):
         ),
         "did you mean pretrain.epochs?": ("pretrain", *store, "--set", "pretrain.epoch=3"),
         "12 frames are less than one step": ("pretrain", *store, "--set", "pretrain.batch=13"),
-        "there is no preset 'x'; there are demo, paper": ("pretrain", *store, "--config", "x"),
+        "there is no preset 'x'; there are demo, miniature, p": (
+            "pretrain",
+            *store,
+            "--config",
+            "x",
+        ),
         "there is no finished pretraining in runs/": ("finetune", *store),
         "there is no finished finetune run": ("evaluate",),
         "there is no unfinished pretrain run": ("pretrain", "--resume"),
