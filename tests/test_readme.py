@@ -53,10 +53,7 @@ def test_occfeat_targets_commands_run_in_order(tmp_path):
     lines = [c for c in COMMANDS if c.startswith("occfeat-targets") and "--scheduler" not in c]
     assert len(list(_run_lines(lines, tmp_path))) == 7
     assert (tmp_path / "view.png").exists()
-    assert {path.stem for path in (tmp_path / "corrupted").iterdir()} == {
-        "fog-easy",
-        "camera_crash-easy",
-    }
+    assert (tmp_path / "corrupted" / "fog-easy.zarr").exists()
 
 
 def test_training_commands_run_in_order_on_a_tiny_store(tmp_path):
