@@ -22,7 +22,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -38,12 +38,17 @@ from occfeat_pipelines.report import Cell
 from occfeat_targets.schema import StoreError
 from occfeat_train.config import TASKS
 from occfeat_train.robustness import headline
+from occfeat_train.runs import RunError
 
 PRESETS = sorted(path.stem.removeprefix("reproduce_") for path in HERE.glob("reproduce_*.yaml"))
 
 
 class Stopped(RuntimeError):
-    """A command failed, or all were asked to stop."""
+    """All were asked to stop before they were done."""
+
+
+class Failed(Stopped):
+    """A command failed; the message names it."""
 
 
 class Machine:
@@ -58,23 +63,20 @@ class Machine:
         self._shares: SimpleQueue[tuple[int, dict[str, str]]] = SimpleQueue()
         for job in range(jobs):
             mine = range(gpus)[job::jobs]
-            threads = str(max(1, (os.cpu_count() or 1) // jobs))
-            where = (
-                {"CUDA_VISIBLE_DEVICES": _device_names(mine)}
-                if gpus
-                else {"OMP_NUM_THREADS": threads}
-                if jobs > 1
-                else {}
-            )
+            where = {}
+            if gpus:
+                where["CUDA_VISIBLE_DEVICES"] = _device_names(mine)
+            elif jobs > 1:
+                where["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
             self._shares.put((len(mine), where))
         self._running: set[subprocess.Popen] = set()
         self._stopping = threading.Event()
 
     def run(self, arguments: list[str], batch: int, log: str) -> None:
-        """Run a command to its end, on as many GPUs of a share as divide the batch.
+        """Run a command to its end, on as many GPUs of a share as divide the batch (0: all).
 
         Raises:
-            Stopped: it failed, or :meth:`stop` was called.
+            Failed: it failed. Stopped: :meth:`stop` was called.
         """
         gpus, where = share = self._shares.get()
         try:
@@ -90,10 +92,12 @@ class Machine:
 
     def _check_call(self, command: list[str], where: dict[str, str], log: Path) -> None:
         if self._stopping.is_set():
-            raise Stopped("stopped")
-        # One at a time may write to the terminal, several would only confuse.
-        with open(log, "a") if self.jobs > 1 else open(os.devnull, "w") as file:
-            output = {"stdout": file, "stderr": file} if self.jobs > 1 else {}
+            raise Stopped("stopped; start it again to go on")
+        output = {}
+        with ExitStack() as stack:
+            if self.jobs > 1:  # one at a time may write to the terminal, several would confuse
+                file = stack.enter_context(log.open("a"))
+                output = {"stdout": file, "stderr": file}
             process = subprocess.Popen(command, env=os.environ | where, **output)
             self._running.add(process)
             try:
@@ -104,7 +108,7 @@ class Machine:
             raise Stopped("stopped; start it again to go on")
         if status:
             see = f"; its output is in {log}" if self.jobs > 1 else ""
-            raise Stopped(f"this failed with status {status}{see}: {shlex.join(command)}")
+            raise Failed(f"this failed with status {status}{see}: {shlex.join(command)}")
 
     def stop(self) -> None:
         """Ask what runs to save and stop, and start nothing more."""
@@ -147,7 +151,7 @@ def run_chain(
             train(experiment.finetuning)
             arguments = ["evaluate", "--run-dir", str(experiment.finetuning.path)]
             arguments += ["--corrupted", corrupted] if corrupted else []
-            machine.run(arguments, 1, experiment.finetuning.path.name)
+            machine.run(arguments, 0, experiment.finetuning.path.name)
         advance()
 
 
@@ -168,7 +172,7 @@ def run_all(experiments: list[Experiment], machine: Machine, corrupted: str | No
     """Run what is missing; Ctrl-C and SIGTERM save and stop.
 
     Raises:
-        Stopped: a run failed or all were stopped.
+        Failed: a run failed; the others were stopped. KeyboardInterrupt: all were.
     """
 
     def on_sigterm(*_: object) -> None:
@@ -187,9 +191,10 @@ def run_all(experiments: list[Experiment], machine: Machine, corrupted: str | No
             if not all(future.done() and not future.exception() for future in futures):
                 machine.stop()
                 pool.shutdown(wait=False, cancel_futures=True)
-    for future in futures:
-        if not future.cancelled():
-            future.result()
+    errors = [e for future in futures if not future.cancelled() and (e := future.exception())]
+    # One that failed stopped the others.
+    for error in sorted(errors, key=lambda error: type(error) is Stopped):
+        raise error
 
 
 def measured(experiment: Experiment, corrupted: str | None) -> dict[str, float]:
@@ -294,7 +299,7 @@ def main(
         if not report_only:
             machine = Machine(jobs or preset.jobs, out, tqdm.write)
             run_all(experiments, machine, corrupted)
-    except (ConfigError, StoreError, Stopped) as error:
+    except (ConfigError, StoreError, RunError, Stopped) as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
         raise click.ClickException("stopped; start it again to go on") from None
