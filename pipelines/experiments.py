@@ -47,7 +47,9 @@ class Experiment:
     seed: int
     task: str
     fraction: float
-    """The paper's; a preset may use another in its place."""
+    """The paper's."""
+    used: float
+    """The one of this finetuning: a preset may use another in the paper's place."""
     pretraining: Training | None
     finetuning: Training
 
@@ -108,7 +110,7 @@ class Planner:
         }
         settings = (*common, *recipe.finetune)
         finetuning = self._training("finetune", recipe.finetune_store, settings, options)
-        return Experiment(name, seed, task, fraction, pretraining, finetuning)
+        return Experiment(name, seed, task, fraction, used, pretraining, finetuning)
 
     def _training(
         self, kind: str, store_name: str, settings: tuple[str, ...], options: dict[str, str]

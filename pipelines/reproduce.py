@@ -211,7 +211,8 @@ def measured(experiment: Experiment, corrupted: str | None) -> dict[str, float]:
 
 
 def _column(experiment: Experiment) -> str:
-    return f"{experiment.task}, {100 * experiment.fraction:g} %"
+    paper, ours = (f"{100 * share:g} %" for share in (experiment.fraction, experiment.used))
+    return f"{experiment.task}, {paper}" + (f" (here {ours})" if ours != paper else "")
 
 
 def cells(

@@ -130,7 +130,8 @@ def test_a_setting_for_all_runs_makes_others_but_how_they_run_does_not(stores):
 
 def test_the_miniature_s_fraction_stands_for_the_paper_s(stores):
     (e,) = _experiments(stores, "3", ("1",), preset="miniature", fractions=(0.01,))[:1]
-    assert e.fraction == 0.01
+    assert (e.fraction, e.used) == (0.01, 0.1)
+    assert reproduce._column(e) == "vehicle, 1 % (here 10 %)"
     assert e.finetuning.options[-3] == "0.1"
 
 
