@@ -118,14 +118,17 @@ def test_what_differs_is_another_run(stores):
     assert len({e.pretraining.path for e in everything if e.pretraining}) == 2 * (7 + 3)
 
 
-def test_a_setting_for_all_runs_makes_others_but_how_they_run_does_not(stores):
-    def path(*overrides):
+def test_a_setting_for_all_runs_makes_others_where_it_counts(stores):
+    def paths(*overrides):
         planner = Planner(load_preset("paper"), stores, Path("/runs"), overrides)
         (e,) = planner.experiments(load_recipes("4", ("1",)), 1, TASKS, ())
-        return e.finetuning.path
+        return e.pretraining.path, e.finetuning.path
 
-    assert path() == path("data.workers=1", "run.precision=float32")
-    assert path() != path("model.channels=64")
+    plain = paths()
+    assert paths("data.workers=1", "run.precision=float32") == plain
+    assert not {*paths("model.channels=64")} & {*plain}
+    pretraining, finetuning = paths("finetune.epochs=7")
+    assert pretraining == plain[0] and finetuning != plain[1]
 
 
 def test_the_miniature_s_fraction_stands_for_the_paper_s(stores):
