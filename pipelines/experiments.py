@@ -12,6 +12,7 @@ from occfeat_pipelines.recipes import HERE, Preset, Recipe, store_settings
 from occfeat_targets.schema import absolute, open_store
 from occfeat_train.choices import HOW
 from occfeat_train.config import TrainConfig
+from occfeat_train.models.encoder_weights import names_file
 from occfeat_train.runs import Run, identity
 
 
@@ -27,12 +28,26 @@ class Training:
     """Samples of a forward pass, which its processes share evenly."""
     path: Path
     """Its directory."""
+    weights: str = "random"
+    """What its image encoder starts from: ``model.encoder_weights``."""
+    how: tuple[str, ...] = ()
+    """Of its settings those that a resumed run may change."""
 
     def command(self) -> list[str]:
         """Arguments of ``occfeat-train`` to start it, or to go on with it."""
         if (self.path / "run.json").exists():
-            return [self.kind, "--resume", "--store", self.store, "--run-dir", str(self.path)]
+            return [self.kind, "--resume", *self._on_this_machine()]
         return [self.kind, *self.options, "--run-dir", str(self.path)]
+
+    def evaluation(self, corrupted: str | None) -> list[str]:
+        """Arguments of ``occfeat-train`` to evaluate it, also on corrupted images if they are
+        named."""
+        images = ["--corrupted", corrupted] if corrupted else []
+        return ["evaluate", *self._on_this_machine(), *images]
+
+    def _on_this_machine(self) -> list[str]:
+        settings = [word for text in self.how for word in ("--set", text)]
+        return ["--store", self.store, "--run-dir", str(self.path), *settings]
 
     def is_finished(self) -> bool:
         """Whether it came to its end."""
@@ -84,7 +99,7 @@ class Planner:
         Raises:
             ConfigError, StoreError: naming the first thing that can't be, before any work.
         """
-        return [
+        found = [
             self._experiment(name, recipe, seed, task, fraction)
             for seed in range(seeds)
             for name, recipe in chosen.items()
@@ -93,6 +108,12 @@ class Planner:
             for fraction in recipe.paper[task]
             if not fractions or fraction in fractions
         ]
+        if not found:
+            papers = [recipe.paper for recipe in chosen.values()]
+            offered = {(task, f) for paper in papers for task in paper for f in paper[task]}
+            has = ", ".join(f"{task} at {fraction:g}" for task, fraction in sorted(offered))
+            raise ConfigError(f"nothing chosen: these rows have {has}")
+        return found
 
     def _experiment(
         self, name: str, recipe: Recipe, seed: int, task: str, fraction: float
@@ -130,7 +151,26 @@ class Planner:
         decides = [kind, _what_it_computes(config, kind), named, _identity(store, store_name)]
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
         path = self.out / f"{kind}-{digest[:12]}-seed{config.run.seed}"
-        return Training(kind, tuple(arguments), store, getattr(config, kind).batch, path)
+        how = tuple(text for text in self.overrides if text.partition("=")[0] in HOW)
+        batch, weights = getattr(config, kind).batch, config.model.encoder_weights
+        return Training(kind, tuple(arguments), store, batch, path, weights, how)
+
+
+def require_weights(experiments: list[Experiment]) -> None:
+    """Find out now that a file is missing, not after weeks when its row begins.
+
+    Raises:
+        ConfigError: naming it and the recipe.
+    """
+    for experiment in experiments:
+        for training in (experiment.pretraining, experiment.finetuning):
+            if training is None or training.is_finished() or not names_file(training.weights):
+                continue
+            if not Path(training.weights).expanduser().is_file():
+                raise ConfigError(
+                    f"there is no file {training.weights}, which {experiment.recipe} starts from: "
+                    "put it there, or leave that row out with --rows"
+                )
 
 
 def beside(store: str, name: str) -> str:

@@ -71,8 +71,10 @@ def draw(cells: list[Cell], title: str, path: Path) -> None:
     """Bars like the paper's Figure 1: a panel per column, a bar per row.
 
     Bars are means over seeds with their standard deviation, dots the seeds; diamonds are the
-    paper's numbers.
+    paper's numbers. Nothing is drawn without any cell.
     """
+    if not cells:
+        return
     import matplotlib
 
     matplotlib.use("Agg")

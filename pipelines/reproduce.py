@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import shlex
 import signal
@@ -25,6 +24,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from queue import SimpleQueue
+from typing import IO, Any
 
 import click
 import torch
@@ -32,14 +32,16 @@ from tqdm import tqdm
 
 from occfeat_common.settings import ConfigError
 from occfeat_pipelines import report
-from occfeat_pipelines.experiments import Experiment, Planner, Training
+from occfeat_pipelines.experiments import Experiment, Planner, Training, require_weights
 from occfeat_pipelines.recipes import HERE, TABLES, Recipe, load_preset, load_recipes
 from occfeat_pipelines.report import Cell
-from occfeat_targets.schema import StoreError
+from occfeat_targets.schema import StoreError, absolute
 from occfeat_train.config import TASKS
 from occfeat_train.robustness import headline
 from occfeat_train.runs import RunError
 
+LOOK_AGAIN_S = 2.0
+"""Between looks at a run that another reproduction is at."""
 PRESETS = sorted(path.stem.removeprefix("reproduce_") for path in HERE.glob("reproduce_*.yaml"))
 
 
@@ -81,7 +83,7 @@ class Machine:
         gpus, where = share = self._shares.get()
         try:
             launcher = [sys.executable, "-m"]
-            if (processes := math.gcd(max(gpus, 1), batch)) > 1:  # gcd(0, n) is n
+            if (processes := processes_for(batch, gpus)) > 1:
                 launcher += ["torch.distributed.run", "--standalone"]
                 launcher += [f"--nproc-per-node={processes}", "-m"]
             command = [*launcher, "occfeat_train", *arguments]
@@ -110,11 +112,41 @@ class Machine:
             see = f"; its output is in {log}" if self.jobs > 1 else ""
             raise Failed(f"this failed with status {status}{see}: {shlex.join(command)}")
 
+    @contextmanager
+    def alone_with(self, path: Path) -> Iterator[None]:
+        """Wait until no other reproduction is at this run: tables and rows share some.
+
+        Raises:
+            Stopped: :meth:`stop` was called meanwhile.
+        """
+        with path.with_suffix(".lock").open("w") as file:
+            waiting = False
+            while not _try_lock(file):
+                if not waiting:
+                    self.say(f"waiting for another reproduction, which is at {path.name}")
+                waiting = True
+                if self._stopping.wait(LOOK_AGAIN_S):
+                    raise Stopped("stopped; start it again to go on")
+            yield
+
     def stop(self) -> None:
         """Ask what runs to save and stop, and start nothing more."""
         self._stopping.set()
         for process in list(self._running):
             process.terminate()
+
+
+def processes_for(batch: int, gpus: int) -> int:
+    """The most of ``gpus`` that share a batch evenly, 1 without a GPU; batch 0: all."""
+    return max((n for n in range(1, gpus + 1) if batch % n == 0), default=1)
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _device_names(mine: range) -> str:
@@ -139,33 +171,35 @@ def run_chain(
     """Pretrain, then finetune and evaluate each experiment; skip what is done."""
 
     def train(training: Training) -> None:
-        with _alone_with(training.path):
-            if not training.is_finished():
-                machine.run(training.command(), training.batch, training.path.name)
+        if not training.is_finished():
+            machine.run(training.command(), training.batch, training.path.name)
 
     for experiment in chain:
-        result = result_file(experiment, corrupted)
-        if not result.exists():
-            if experiment.pretraining:
-                train(experiment.pretraining)
-            train(experiment.finetuning)
-            arguments = ["evaluate", "--run-dir", str(experiment.finetuning.path)]
-            arguments += ["--corrupted", corrupted] if corrupted else []
-            machine.run(arguments, 0, experiment.finetuning.path.name)
+        finetuning = experiment.finetuning
+        with machine.alone_with(finetuning.path):
+            result = result_of(experiment, corrupted)
+            if result is None or result.get("missing"):
+                if experiment.pretraining:
+                    with machine.alone_with(experiment.pretraining.path):
+                        train(experiment.pretraining)
+                train(finetuning)
+                machine.run(finetuning.evaluation(corrupted), 0, finetuning.path.name)
         advance()
 
 
-@contextmanager
-def _alone_with(path: Path) -> Iterator[None]:
-    """Wait until no other reproduction is at this run: tables and rows share some."""
-    with path.with_suffix(".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def result_of(experiment: Experiment, corrupted: str | None) -> dict[str, Any] | None:
+    """What ``evaluate`` wrote; None if it did not, or for half a training or other images.
 
-
-def result_file(experiment: Experiment, corrupted: str | None) -> Path:
-    """What ``evaluate`` writes."""
-    return experiment.finetuning.path / ("corrupted.json" if corrupted else "result.json")
+    The result on corrupted images may lack some that were not made then: its ``missing``.
+    """
+    name = "corrupted.json" if corrupted else "result.json"
+    path = experiment.finetuning.path / name
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    if corrupted and result["corrupted"] != absolute(corrupted):
+        return None
+    return result if result.get("clean", result)["finished"] else None
 
 
 def run_all(experiments: list[Experiment], machine: Machine, corrupted: str | None) -> None:
@@ -199,10 +233,9 @@ def run_all(experiments: list[Experiment], machine: Machine, corrupted: str | No
 
 def measured(experiment: Experiment, corrupted: str | None) -> dict[str, float]:
     """Column -> IoU of an experiment, empty as long as it has not been evaluated."""
-    path = result_file(experiment, corrupted)
-    if not path.exists():
+    result = result_of(experiment, corrupted)
+    if result is None:
         return {}
-    result = json.loads(path.read_text())
     if corrupted:
         scores = {"clean": headline(result["clean"]), **result["mean"], "mRR": result["mRR"]}
         return {column: value for column, value in scores.items() if value is not None}
@@ -297,19 +330,27 @@ def main(
             chosen, seeds or preset.seeds, tasks or preset.tasks, fractions
         )
         out.mkdir(parents=True, exist_ok=True)
-        if not report_only:
-            machine = Machine(jobs or preset.jobs, out, tqdm.write)
-            run_all(experiments, machine, corrupted)
+        try:
+            if not report_only:
+                require_weights(experiments)
+                fewer = min(preset.jobs, torch.cuda.device_count() or preset.jobs)
+                run_all(experiments, Machine(jobs or fewer, out, tqdm.write), corrupted)
+        finally:  # also what is there when it stops half-way
+            found = cells(chosen, experiments, corrupted)
+            write_report(found, table, preset_name, out)
     except (ConfigError, StoreError, RunError, Stopped) as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
         raise click.ClickException("stopped; start it again to go on") from None
-    name = f"table-{table}-{preset_name}"
-    found = cells(chosen, experiments, corrupted)
+
+
+def write_report(found: list[Cell], table: str, preset: str, out: Path) -> None:
+    """Print the table, and put it beside the runs as CSV and figure."""
     click.echo(report.as_text(found))
-    (out / f"{name}.csv").write_text(report.as_csv(found))
-    report.draw(found, f"Table {table}, preset {preset_name}", out / f"{name}.png")
-    click.echo(f"\n{out / name}.csv and .png")
+    path = out / f"table-{table}-{preset}"
+    path.with_suffix(".csv").write_text(report.as_csv(found))
+    report.draw(found, f"Table {table}, preset {preset}", path.with_suffix(".png"))
+    click.echo(f"\n{path}.csv and .png")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 #
 #   sbatch --array=1-10 pipelines/slurm.sh --table 1 --store /fast/targets.zarr
 #
+# Rows that share a pretraining (3 and 6 of table 2, tables side by side) wait for it on their node:
+# --array=1-6%1 takes one row after the other.
+#
 # Shortly before the time limit it saves, and queues itself again to go on. When all are done,
 # pipelines/reproduce.py with the same options and --report-only prints the whole table.
 # Partition, account and the like go on the sbatch line; activate the environment before it.

@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import Future
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 from click.testing import CliRunner
+from tiny_store import make_tiny_store
 from train_runs import SMALL
 
 from occfeat_common.settings import ConfigError
@@ -18,6 +20,7 @@ from occfeat_pipelines import recipes, report, reproduce
 from occfeat_pipelines.experiments import Planner, beside
 from occfeat_pipelines.recipes import HERE, TABLES, load_preset, load_recipes
 from occfeat_pipelines.report import Cell
+from occfeat_targets.schema import SEVERITIES
 from occfeat_train.cli import main as occfeat_train
 from occfeat_train.runs import Run
 
@@ -131,6 +134,18 @@ def test_a_setting_for_all_runs_makes_others_where_it_counts(stores):
     assert pretraining == plain[0] and finetuning != plain[1]
 
 
+def test_a_run_goes_on_with_the_settings_of_now_that_change_no_result(stores, tmp_path):
+    overrides = ("data.workers=1", "model.channels=64")
+    planner = Planner(load_preset("paper"), stores, tmp_path, overrides)
+    (e,) = planner.experiments(load_recipes("4", ("1",)), 1, TASKS, ())
+    here = ["--store", stores, "--run-dir", str(e.pretraining.path), "--set", "data.workers=1"]
+    assert "model.channels=64" in e.pretraining.command()
+    e.pretraining.path.mkdir()
+    (e.pretraining.path / "run.json").write_text("{}")
+    assert e.pretraining.command() == ["pretrain", "--resume", *here]
+    assert e.pretraining.evaluation("x") == ["evaluate", *here, "--corrupted", "x"]
+
+
 def test_the_miniature_s_fraction_stands_for_the_paper_s(stores):
     (e,) = _experiments(stores, "3", ("1",), preset="miniature", fractions=(0.01,))[:1]
     assert (e.fraction, e.used) == (0.01, 0.1)
@@ -196,9 +211,42 @@ def test_report_as_csv():
 def test_report_as_figure(tmp_path):
     report.draw(CELLS, "title", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
+    report.draw([], "title", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 # Running
+
+
+@pytest.mark.parametrize(
+    ("batch", "gpus", "processes"),
+    [(16, 0, 1), (16, 1, 1), (16, 3, 2), (16, 6, 4), (6, 8, 6), (6, 4, 3), (0, 5, 5), (0, 0, 1)],
+)
+def test_as_many_gpus_as_divide_the_batch(batch, gpus, processes):
+    assert reproduce.processes_for(batch, gpus) == processes
+
+
+def test_a_run_at_which_another_is_can_be_waited_for_and_the_waiting_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "LOOK_AGAIN_S", 0.01)
+    said = []
+    other, ours = (reproduce.Machine(1, tmp_path, said.append) for _ in range(2))
+    entered = threading.Event()
+
+    def enter():
+        with ours.alone_with(tmp_path / "run"):
+            entered.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        with other.alone_with(tmp_path / "run"):
+            waiting = pool.submit(enter)
+            assert not entered.wait(0.2)
+        waiting.result(timeout=10)
+        assert entered.is_set() and len(said) == 1 and "waiting" in said[0]
+        with other.alone_with(tmp_path / "run"):
+            waiting = pool.submit(enter)
+            ours.stop()
+            with pytest.raises(reproduce.Stopped):
+                waiting.result(timeout=10)
 
 
 class InThisThread:
@@ -298,11 +346,63 @@ def test_a_failure_stops_with_its_message(reproduction):
     output, commands = reproduction(*options, "--set", "pretrain.batch=1000", code=1)
     assert "do not fill one step" in output or "1000" in output
     assert commands == ["pretrain"]
+    assert "SimpleBEV, L_occ + L_feat" in output  # the table, as far as it is
+
+
+def test_the_result_of_half_a_training_is_not_taken(reproduction, tmp_path):
+    options = ("--table", "3", "--rows", "simplebev-none", "--task", "vehicle")
+    reproduction(*options)
+    (path,) = (tmp_path / "out").glob("finetune-*/result.json")
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"finished": False}))
+    assert (
+        reproduction(*options, "--report-only")[0]
+        .splitlines()[1]
+        .endswith("13.7     -           -")
+    )
+    assert reproduction(*options)[1] == ["evaluate"]
+
+
+def test_corrupted_images_that_come_later_are_evaluated_too(reproduction, tmp_path):
+    folder = tmp_path / "corrupted"
+    options = ("--table", "c", "--rows", "none", "--corrupted", str(folder))
+    for severity in SEVERITIES:
+        fog = f"fog-{severity}"
+        make_tiny_store(folder / f"{fog}.zarr", settings=[f"images.corruption={fog}"], dim=0)
+        output, commands = reproduction(*options)
+        assert commands == ["evaluate"] if severity != "easy" else ["finetune", "evaluate"]
+        assert ("fog" in output.partition("clean")[2]) == (severity == "hard")
+    (path,) = (tmp_path / "out").glob("finetune-*/corrupted.json")
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"missing": []}))
+    assert reproduction(*options)[1] == []
+    folder.rename(tmp_path / "others")
+    options = (*options[:-1], str(tmp_path / "others"))
+    assert "-" in reproduction(*options, "--report-only")[0]
+    assert reproduction(*options)[1] == ["evaluate"]
+
+
+def test_a_missing_weights_file_is_found_before_any_work(reproduction):
+    options = ("--table", "1", "--rows", "*-none", "--fraction", "0.01", "--task", "vehicle")
+    missing = ("--set", "model.encoder_weights=moco_v2_800ep_pretrain.pth.tar")
+    output, commands = reproduction(*options, *missing, code=1)
+    assert commands == []
+    assert "no file moco_v2_800ep_pretrain.pth.tar, which simplebev-enb0-none starts" in output
+    reproduction(*options, *missing, "--report-only")
+
+
+def test_the_miniature_runs_on_a_single_gpu(reproduction, monkeypatch):
+    monkeypatch.setattr(reproduce.torch.cuda, "device_count", lambda: 1)
+    options = ("--table", "3", "--preset", "miniature", "--rows", "simplebev-none", "--seeds", "1")
+    assert reproduction(*options)[1] == ["finetune", "evaluate"]
+    assert "--jobs 2 is more" in reproduction(*options, "--jobs", "2", code=1)[0]
 
 
 def test_options_that_do_not_go_together(reproduction):
     assert "--table c" in reproduction("--table", "c", code=1)[0]
     assert "--table c" in reproduction("--table", "3", "--corrupted", "x", code=1)[0]
+    nothing = reproduction("--table", "4", "--task", "map", code=1)[0]
+    assert "these rows have vehicle at 0.01" in nothing
 
 
 def test_reporting_alone_runs_nothing(reproduction):

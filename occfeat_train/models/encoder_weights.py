@@ -74,13 +74,18 @@ def load_encoder_weights(encoder: ImageEncoder, source: str) -> str:
     path = Path(place).expanduser()
     if path.is_dir():
         origin = _load_transformers(encoder, path / "config.json", path / "model.safetensors")
-    elif path.is_file() or path.suffix in (".safetensors", *_PICKLED):
+    elif path.is_file() or names_file(place):
         origin = _load_file(encoder, path)
     elif _HUB_ID.fullmatch(place):
         origin = _load_transformers(encoder, *_download(encoder, place))
     else:
         raise WeightsError(f"there is no file or directory {place}.\n{_advice(spec)}")
     return f"{encoder.name}: loaded {origin} of {place}."
+
+
+def names_file(source: str) -> bool:
+    """Whether ``source`` of :func:`load_encoder_weights` is a file's name, by its ending."""
+    return Path(source).suffix in (".safetensors", *_PICKLED)
 
 
 def _load_transformers(encoder: ImageEncoder, config: Path, weights: Path) -> str:
