@@ -28,7 +28,7 @@ import torch
 import zarr
 
 from occfeat_common.settings import differences
-from occfeat_targets.schema import FAILED, TargetStore
+from occfeat_targets.schema import TargetStore
 from occfeat_train import __version__
 
 FORMAT = "occfeat-run"
@@ -172,9 +172,9 @@ def identity(store: TargetStore) -> dict:
     """What makes a store this store: its frames, which of them failed, grid, teacher, settings."""
     keys = ("format_version", "records_sha256", "n_frames", "grid", "teacher", "map_classes")
     sections = ("images", "lidar", "labels")
-    failed = np.flatnonzero(store.array("n_voxels")[:] == FAILED).tolist()
     attributes = {k: store.attrs.get(k) for k in keys}
-    return attributes | {k: store.attrs["config"][k] for k in sections} | {"failed": failed}
+    settings = {k: store.attrs["config"][k] for k in sections}
+    return attributes | settings | {"failed": sorted(map(int, store.attrs["failed"]))}
 
 
 def check_same_store(stored: dict, store: TargetStore) -> None:

@@ -102,7 +102,9 @@ def draw(cells: list[Cell], title: str, path: Path) -> None:
     axes[0, 0].set_yticks(range(len(rows)), rows)
     axes[0, 0].invert_yaxis()
     figure.suptitle(title, fontsize=11)
-    figure.supxlabel("bars: mean ± standard deviation; dots: seeds; diamonds: the paper", fontsize=8)
+    figure.supxlabel(
+        "bars: mean ± standard deviation; dots: seeds; diamonds: the paper", fontsize=8
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

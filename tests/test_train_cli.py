@@ -168,6 +168,22 @@ def test_resuming_on_other_targets_is_refused(workplace, tmp_path):
     assert "is not the store this run was started on; records_sha256: 0 -> 1" in output
 
 
+@pytest.mark.parametrize("setting", ["lidar.near_m=1", "labels.divider_width_m=1"])
+def test_resuming_on_targets_made_otherwise_is_refused(workplace, tmp_path, setting):
+    cwd, _ = workplace
+    other = make_tiny_store(tmp_path / "other.zarr", settings=[setting])
+    arguments = ("pretrain", "--resume", "--run-dir", _only(cwd, "pretrain"), "--store", other)
+    assert setting.partition("=")[0] in _refused(*arguments, cwd=tmp_path)
+
+
+def test_resuming_with_frames_that_had_failed_is_refused(workplace, tiny_store, tmp_path):
+    cwd, _ = workplace
+    shutil.copytree(tiny_store, tmp_path / "other.zarr")
+    zarr.open_group(tmp_path / "other.zarr", mode="r+").attrs["failed"] = {"3": "a sentence"}
+    arguments = ("pretrain", "--resume", "--run-dir", _only(cwd, "pretrain"), "--store")
+    assert "failed" in _refused(*arguments, tmp_path / "other.zarr", cwd=tmp_path)
+
+
 def test_other_mistakes_are_one_sentence_too(tiny_store, workplace, tmp_path):
     cwd, _ = workplace
     store = ("--store", tiny_store)

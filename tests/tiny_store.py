@@ -78,7 +78,7 @@ def make_tiny_store(
             "teacher": {"name": "tiny", "dim": dim, "weights": "random(tiny)"},
             "source": {"dataset": "tiny"},
             "software": {"occfeat": __version__},
-            "failed": [],
+            "failed": {},
         }
     )
     return Path(path)
