@@ -80,7 +80,10 @@ def resumed(
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise RunError(f"a resumed run keeps its --{name.replace('_', '-')}: leave it out")
     if fixed := [text for text in overrides if text.partition("=")[0] not in HOW]:
-        raise RunError(f"a resumed run keeps {fixed[0]}; it can change {', '.join(HOW)}")
+        raise RunError(
+            f"a resumed run keeps its {fixed[0].partition('=')[0]}: leave --set {fixed[0]} out; "
+            f"it can change {', '.join(HOW)}"
+        )
     found = Run(run) if run else newest(RUNS, kind, finished=False)
     if found is None:
         raise RunError(f"there is no unfinished {kind} run in {RUNS}/: name it, --run-dir")
@@ -105,7 +108,8 @@ def pretraining(init: str | None, say: Callable[[str], None]) -> Run | None:
             f"there is no finished pretraining in {RUNS}/: occfeat-train pretrain makes one, "
             "--init RUN names one elsewhere, --init none does without"
         )
-    say(f"Starting from: {run.path}")
+    objective = run.description()["config"]["pretrain"]["objective"]
+    say(f"Starting from: {run.path} ({objective})")
     return run
 
 

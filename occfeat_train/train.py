@@ -7,6 +7,7 @@ was killed and resumed ends with the same weights as one that was not (on a CPU,
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -124,7 +125,7 @@ def train(job: Job, run: Run, process: Process, resume: bool) -> bool:
             f"steps, lr {plan.lr:g}; {process.describe()}; "
             f"{str(dtype).removeprefix('torch.')} ({why})\n{report}"
         )
-        with stop_signals() as stop, closing(log):
+        with stop_signals(process.is_main) as stop, closing(log):
             return _fit(job, run, process, learner, position, frames, steps_per_epoch, log, stop)
 
 
@@ -313,16 +314,18 @@ def _blame(step: int, micro: list[dict[str, torch.Tensor]], losses: list[torch.T
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
+def stop_signals(tell: bool) -> Iterator[Callable[[], bool]]:
     """Note Ctrl-C and SIGTERM instead of dying: yields a function that says whether one came.
 
-    A second Ctrl-C is obeyed at once.
+    A second Ctrl-C is obeyed at once. With ``tell``, the first signal is answered on the terminal.
     """
     received = []
 
     def note(number: int, _frame: object) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if tell and not received:  # not by print, which the signal may have interrupted
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, unsaved\n")
         received.append(number)
 
     previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from occfeat_common.settings import ConfigError, from_plain, override, read_yaml, to_plain
 from occfeat_pipelines.recipes import HERE, Preset, Recipe, store_settings
-from occfeat_targets.schema import absolute, open_store
+from occfeat_targets.schema import TargetStore, absolute, open_store
 from occfeat_train.choices import HOW
 from occfeat_train.config import TrainConfig
 from occfeat_train.models.encoder_weights import names_file
@@ -148,12 +148,36 @@ class Planner:
             arguments += [f"--{key}", value]
         # Moving the directory of runs, or the store, changes no name.
         named = options | {"init": Path(options.get("init", "")).name}
-        decides = [kind, _what_it_computes(config, kind), named, _identity(store, store_name)]
+        targets = identity(self._open(store, store_name))
+        decides = [kind, _what_it_computes(config, kind), named, targets]
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
         path = self.out / f"{kind}-{digest[:12]}-seed{config.run.seed}"
         how = tuple(text for text in self.overrides if text.partition("=")[0] in HOW)
         batch, weights = getattr(config, kind).batch, config.model.encoder_weights
         return Training(kind, tuple(arguments), store, batch, path, weights, how)
+
+    def _open(self, url: str, name: str) -> TargetStore:
+        """A store, ``name`` in ``stores.yaml``.
+
+        Raises:
+            ConfigError: saying how to build it, when it is not there; or it is for another preset.
+            StoreError: it can't be used.
+        """
+        if "://" not in url and not Path(url).exists():
+            settings = store_settings(name) if name else ()
+            raise ConfigError(
+                f"there is no store {url}; build it: occfeat-targets build DATAROOT {url} --config "
+                f"pipelines/{self.preset.targets}.yaml "
+                + " ".join(f"--set '{text}'" for text in settings)
+            )
+        store = open_store(url)
+        meant = store.attrs["config"].get("train_preset") or "paper"
+        if meant != self.preset.train:
+            raise ConfigError(
+                f"{url} was built to train with pipelines/train_{meant}.yaml, this preset trains "
+                f"with train_{self.preset.train}.yaml: name a store of its kind, --store"
+            )
+        return store
 
 
 def require_weights(experiments: list[Experiment]) -> None:
@@ -176,22 +200,6 @@ def require_weights(experiments: list[Experiment]) -> None:
 def beside(store: str, name: str) -> str:
     """Path or URL of the store ``name`` of ``stores.yaml`` beside a main one, ``""`` being that."""
     return f"{store.rstrip('/').removesuffix('.zarr')}-{name}.zarr" if name else store
-
-
-def _identity(store: str, name: str) -> dict:
-    """What makes the store this one.
-
-    Raises:
-        ConfigError: saying how to build it, when it is not there.
-        StoreError: it can't be used.
-    """
-    if "://" not in store and not Path(store).exists():
-        settings = " ".join(f"--set '{text}'" for text in (store_settings(name) if name else ()))
-        raise ConfigError(
-            f"there is no store {store}; build it: occfeat-targets build DATAROOT {store} "
-            f"--config pipelines/nuscenes.yaml {settings}".rstrip()
-        )
-    return identity(open_store(store))
 
 
 def _what_it_computes(config: TrainConfig, kind: str) -> dict:

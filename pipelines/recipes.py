@@ -47,6 +47,8 @@ class Recipe:
 class Preset:
     """What all rows have in common, and which of them there are."""
 
+    targets: str = "nuscenes"
+    """Settings that its store is built with: ``NAME.yaml``."""
     train: str = "paper"
     """Settings that rows start from: ``train_NAME.yaml``."""
     store: str = "targets.zarr"

@@ -94,7 +94,7 @@ def draw(cells: list[Cell], title: str, path: Path) -> None:
                 axis.barh(y, cell.mean, color=colours[y], alpha=0.6, xerr=cell.spread, capsize=3)
                 axis.plot(cell.ours, [y] * len(cell.ours), "k.", markersize=4)
             if cell.paper is not None:
-                axis.plot(cell.paper, y, "D", color="white", markeredgecolor="black")
+                axis.plot(cell.paper, y, "wD", markeredgecolor="black", clip_on=False)
         axis.set_title(column, fontsize=10)
         axis.set_xlabel("IoU, %")
         axis.set_xlim(left=0)

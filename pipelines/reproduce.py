@@ -296,7 +296,9 @@ def cells(
 @click.option("--fraction", "fractions", multiple=True, type=float, help="Only this fraction.")
 @click.option("--seeds", type=click.IntRange(min=1), help="Runs of each row.  [default: preset's]")
 @click.option("--jobs", type=click.IntRange(min=1), help="At the same time, sharing GPUs or cores.")
-@click.option("--corrupted", metavar="DIR", help="For table c: what occfeat-targets corrupt made.")
+@click.option(
+    "--corrupted", metavar="DIR", help="Table c needs it: what occfeat-targets corrupt made."
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -304,7 +306,7 @@ def cells(
     show_default=True,
     help="Directory of all runs and of the reports.",
 )
-@click.option("--report-only", is_flag=True, help="Run nothing, report what is there.")
+@click.option("--report-only", is_flag=True, help="Run nothing; report what the same options ran.")
 def main(
     table: str,
     preset_name: str,
@@ -322,7 +324,9 @@ def main(
     """Run, then report; ``--help`` is the module's docstring."""
     try:
         if (table == "c") != bool(corrupted):
-            raise ConfigError("--corrupted goes with --table c, and that needs it")
+            raise ConfigError(
+                "--table c needs --corrupted DIR (what occfeat-targets corrupt made), no other does"
+            )
         preset = load_preset(preset_name)
         chosen = load_recipes(table, rows or preset.rows)
         planner = Planner(preset, store or preset.store, out.resolve(), overrides)

@@ -27,11 +27,21 @@ from occfeat_train.runs import Run
 TASKS = ("vehicle", "map")
 
 
+@pytest.fixture(scope="module")
+def store_for(tmp_path_factory):
+    """A tiny store by the training preset that it is meant for."""
+    folder = tmp_path_factory.mktemp("stores")
+    return {
+        preset: make_tiny_store(folder / f"{preset}.zarr", preset=preset)
+        for preset in ("paper", "miniature")
+    }
+
+
 @pytest.fixture
-def stores(tiny_store, tmp_path):
+def stores(store_for, tmp_path):
     """The main store, with all others that recipes name beside it."""
     for name in ("", *yaml.safe_load((HERE / "stores.yaml").read_text())):
-        (tmp_path / beside("targets.zarr", name)).symlink_to(tiny_store)
+        (tmp_path / beside("targets.zarr", name)).symlink_to(store_for["paper"])
     return str(tmp_path / "targets.zarr")
 
 
@@ -146,15 +156,24 @@ def test_a_run_goes_on_with_the_settings_of_now_that_change_no_result(stores, tm
     assert e.pretraining.evaluation("x") == ["evaluate", *here, "--corrupted", "x"]
 
 
-def test_the_miniature_s_fraction_stands_for_the_paper_s(stores):
-    (e,) = _experiments(stores, "3", ("1",), preset="miniature", fractions=(0.01,))[:1]
+def test_the_miniature_s_fraction_stands_for_the_paper_s(store_for):
+    store = str(store_for["miniature"])
+    (e,) = _experiments(store, "3", ("1",), preset="miniature", fractions=(0.01,))[:1]
     assert (e.fraction, e.used) == (0.01, 0.1)
     assert reproduce._column(e) == "vehicle, 1 % (here 10 %)"
     assert e.finetuning.options[-3] == "0.1"
 
 
-def test_a_missing_store_says_how_to_build_it(tiny_store, tmp_path):
-    (tmp_path / "t.zarr").symlink_to(tiny_store)
+def test_a_store_of_another_preset_is_refused(tiny_store, store_for):
+    for store, preset in ((tiny_store, "paper"), (store_for["paper"], "miniature")):
+        with pytest.raises(ConfigError, match=f"this preset trains with train_{preset}.yaml"):
+            _experiments(str(store), "3", preset=preset)
+
+
+def test_a_missing_store_says_how_to_build_it(store_for, tmp_path):
+    with pytest.raises(ConfigError, match=r"m\.zarr --config pipelines/miniature\.yaml"):
+        _experiments(str(tmp_path / "m.zarr"), "3", preset="miniature")
+    (tmp_path / "t.zarr").symlink_to(store_for["paper"])
     with pytest.raises(ConfigError, match=r"build .*t-sweeps-10\.zarr .*--set 'lidar.sweeps=10'"):
         _experiments(str(tmp_path / "t.zarr"), "variants", ("sweeps-10",))
 
@@ -274,7 +293,7 @@ class InThisThread:
 
 
 @pytest.fixture
-def reproduction(tiny_store, tmp_path, monkeypatch):
+def reproduction(store_for, tmp_path, monkeypatch):
     """``reproduce(...)`` on the tiny store with ``occfeat-train`` in this process; its commands."""
     commands = []
 
@@ -292,7 +311,8 @@ def reproduction(tiny_store, tmp_path, monkeypatch):
 
     def run(*arguments, code=0):
         commands.clear()
-        fixed = ["--store", str(tiny_store), "--out", str(tmp_path / "out"), *settings]
+        store = store_for["miniature" if "miniature" in arguments else "paper"]
+        fixed = ["--store", str(store), "--out", str(tmp_path / "out"), *settings]
         result = CliRunner().invoke(reproduce.main, [*fixed, *arguments])
         assert result.exit_code == code, result.output
         return result.output, [c[0] for c in commands]
@@ -411,14 +431,15 @@ def test_reporting_alone_runs_nothing(reproduction):
     assert "lambda = 0.0001" in output and "22.9" in output
 
 
-def test_real_processes_two_at_a_time_under_slurm(tiny_store, tmp_path):
+def test_real_processes_two_at_a_time_under_slurm(store_for, tmp_path):
     """The Slurm script's row of the table, with commands as they are, and a failure's log."""
     settings = [text for setting in SMALL for text in ("--set", setting)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {"PATH": path, "SLURM_ARRAY_TASK_ID": "1", "SLURM_SUBMIT_DIR": str(HERE.parent)}
 
     def run(*more):
-        command = ["bash", HERE / "slurm.sh", "--table", "3", "--store", tiny_store, *settings]
+        command = ["bash", HERE / "slurm.sh", "--table", "3", *settings]
+        command += ["--store", store_for["paper"]]
         command += ["--out", tmp_path, "--task", "vehicle", *more]
         return subprocess.run(
             command, env=os.environ | environment, capture_output=True, text=True, timeout=240

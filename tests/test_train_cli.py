@@ -102,7 +102,8 @@ def test_bevformer_pretrains_resumes_and_finetunes(tiny_store, tmp_path):
     whole = ("pretrain", "--store", tiny_store, "--run-dir", "whole", *settings)
     run(*whole, cwd=tmp_path)
     process = start(*whole[:4], "parts", *settings, cwd=tmp_path)
-    stop_at_step(process, tmp_path / "parts", 2, signal.SIGTERM)
+    output = stop_at_step(process, tmp_path / "parts", 2, signal.SIGTERM)
+    assert output.count("stopping after this step") == 1
     resumed = run("pretrain", "--resume", "--run-dir", "parts", cwd=tmp_path)
     assert "resumed after step" in resumed
     assert_same_state(tmp_path / "whole", tmp_path / "parts")  # dropout included
@@ -195,7 +196,7 @@ def test_other_mistakes_are_one_sentence_too(tiny_store, workplace, tmp_path):
             *("finetune", "--resume", "--run-dir", _only(cwd, "finetune")),
             *("--fraction", "0.5"),
         ),
-        "a resumed run keeps pretrain.lr=1; it can change run.precision": (
+        "a resumed run keeps its pretrain.lr: leave --set pretrain.lr=1 out": (
             *("pretrain", "--resume", "--run-dir", _only(cwd, "pretrain")),
             *("--set", "pretrain.lr=1"),
         ),
