@@ -32,7 +32,7 @@ def _run_lines(lines, cwd):
             line,
             shell=True,
             cwd=cwd,
-            env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PATH": path},  # torchrun itself gives each process one thread
             capture_output=True,
             text=True,
         )
