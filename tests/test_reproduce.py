@@ -400,6 +400,7 @@ def test_corrupted_images_that_come_later_are_evaluated_too(reproduction, tmp_pa
     folder.rename(tmp_path / "others")
     options = (*options[:-1], str(tmp_path / "others"))
     assert "fog" not in reproduction(*options, "--report-only")[0].partition("clean")[2]
+    assert reproduction(*options)[1] == ["evaluate"]
 
 
 def test_a_missing_weights_file_is_found_before_any_work(reproduction):
