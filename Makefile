@@ -42,8 +42,9 @@ miniature: $(installed)
 	$(bin)/occfeat-targets build miniature-world miniature.zarr --config pipelines/miniature.yaml
 	$(bin)/python pipelines/reproduce.py --table 3 --preset miniature
 
+# One thread each: threads of one test would only get in the way of another's.
 test: $(installed)
-	$(bin)/python -m pytest
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 lint: $(installed)
 	$(bin)/ruff check .

@@ -206,7 +206,9 @@ def _local_cluster(workers: int | None, threads: int | None) -> Any:
         for i in range(workers)
     }
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
-    scheduler = {"cls": Scheduler, "options": {"dashboard_address": None, "dashboard": False}}
+    # No dashboard; its server takes any free port, else it warns of other clusters on the machine.
+    http = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}
+    scheduler = {"cls": Scheduler, "options": http}
     with dask.config.set(_WORKER_SETTINGS):
         return SpecCluster(workers=specs, scheduler=scheduler, silence_logs=logging.CRITICAL)
 

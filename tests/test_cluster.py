@@ -45,6 +45,12 @@ def test_the_number_of_workers_changes_nothing(demo_root, reference, tmp_path, w
     assert tree_bytes(tmp_path / "targets.zarr") == reference
 
 
+def test_a_second_cluster_on_a_machine_says_nothing(recwarn):
+    with executor(workers=1), executor(workers=1) as second:
+        assert dict(second.run(_square, [3])) == {3: 9}
+    assert not recwarn.list
+
+
 def test_errors_come_back_as_results_and_jobs_may_end_early():
     drawn = []
 
