@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from occfeat_common.colours import feature_colours
 from occfeat_targets.geometry import project
 from occfeat_targets.labels import footprint
 from occfeat_targets.schema import CAMERAS, TargetStore, dequantise, open_store
@@ -53,21 +54,6 @@ def draw_frame(url: str, i: int, out: Path) -> None:
         f"coloured by feature (PCA)  teacher {teacher['name']}, weights {teacher['weights'][:16]}"
     )
     figure.savefig(out, dpi=75)
-
-
-def feature_colours(features: np.ndarray) -> np.ndarray:
-    """RGB (V, 3) in 0..1 of features (V, C): directions' first three principal components."""
-    seen = np.abs(features).max(axis=1, initial=0) > 0
-    colours = np.full((len(features), 3), 0.5)
-    if seen.sum() < 3:
-        return colours
-    unit = features[seen] / np.linalg.norm(features[seen], axis=1, keepdims=True)
-    unit = unit - unit.mean(axis=0)
-    components = np.linalg.eigh(unit.T @ unit)[1][:, :-4:-1]
-    projected = unit @ components
-    low, high = np.percentile(projected, [2, 98], axis=0)
-    colours[seen] = np.clip((projected - low) / np.maximum(high - low, 1e-9), 0, 1)
-    return colours
 
 
 def _draw_camera(axis: Any, store: TargetStore, frame: dict, c: int, colours: np.ndarray) -> None:

@@ -84,7 +84,7 @@ def resumed(
             f"a resumed run keeps its {fixed[0].partition('=')[0]}: leave --set {fixed[0]} out; "
             f"it can change {', '.join(HOW)}"
         )
-    found = Run(run) if run else newest(RUNS, kind, finished=False)
+    found = Run(run) if run else newest(RUNS, (kind,), finished=False)
     if found is None:
         raise RunError(f"there is no unfinished {kind} run in {RUNS}/: name it, --run-dir")
     job = Job.of_run(found, store and absolute(store))
@@ -102,7 +102,7 @@ def pretraining(init: str | None, say: Callable[[str], None]) -> Run | None:
     """
     if init == "none":
         return None
-    run = Run(Path(init)) if init else newest(RUNS, "pretrain", finished=True)
+    run = Run(Path(init)) if init else newest(RUNS, ("pretrain",), finished=True)
     if run is None:
         raise RunError(
             f"there is no finished pretraining in {RUNS}/: occfeat-train pretrain makes one, "
@@ -113,17 +113,17 @@ def pretraining(init: str | None, say: Callable[[str], None]) -> Run | None:
     return run
 
 
-def newest_finished(kind: str) -> Run:
-    """The newest finished run of a kind, ``pretrain`` or ``finetune``.
+def newest_finished(*kinds: str) -> Run:
+    """The newest finished run of one of some kinds, ``pretrain`` and ``finetune``.
 
     Raises:
         RunError: there is none.
     """
-    run = newest(RUNS, kind, finished=True)
+    run = newest(RUNS, kinds, finished=True)
     if run is None:
         raise RunError(
-            f"there is no finished {kind} run in {RUNS}/: run occfeat-train {kind}, or name "
-            "--run-dir"
+            f"there is no finished {' or '.join(kinds)} run in {RUNS}/: run occfeat-train "
+            f"{kinds[0]}, or name --run-dir"
         )
     return run
 

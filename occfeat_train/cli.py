@@ -1,4 +1,4 @@
-"""The ``occfeat-train`` command: thin shells over ``train``, ``evaluate`` and ``export``."""
+"""The ``occfeat-train`` command: thin shells over ``train``, ``evaluate``, ``export``, ``view``."""
 
 from __future__ import annotations
 
@@ -270,6 +270,37 @@ def export(run: Path | None, out: Path) -> None:
         chosen = Run(run) if run else choices.newest_finished("pretrain")
         export_run(chosen, out)
         say(f"{out}: the BEV network of {chosen.path}")
+
+
+@main.command()
+@store_option
+@click.option(
+    "--run-dir",
+    "run",
+    type=click.Path(path_type=Path),
+    help="A finetuning, or a pretraining by occfeat.  [default: the newest finished one in runs/]",
+)
+@click.option(
+    "--frame", type=int, help="Frame number in the store.  [default: the first of validation]"
+)
+@click.option("--out", type=click.Path(path_type=Path), default="prediction.png", show_default=True)
+def view(store: str | None, run: Path | None, frame: int | None, out: Path) -> None:
+    """Draw what a network predicts for one frame, and what it should, to a PNG.
+
+    Of a finetuning: the masks. Of a pretraining: occupancy and features, seen from above.
+    """
+    with _session() as (process, say):
+        from occfeat_targets.schema import absolute
+        from occfeat_train import choices
+        from occfeat_train.jobs import Job
+        from occfeat_train.runs import Run
+        from occfeat_train.view import draw_frame
+
+        chosen = Run(run) if run else choices.newest_finished("finetune", "pretrain")
+        job = Job.of_run(chosen, store and absolute(store))
+        if process.is_main:
+            draw_frame(job, chosen, frame, process.device, out)
+        say(f"{out}: frame of {job.store} as {chosen.path} ({job.title}) sees it")
 
 
 def _train(

@@ -9,12 +9,11 @@ import torch
 from tqdm import tqdm
 
 from occfeat_targets.schema import open_store
-from occfeat_train import runs
 from occfeat_train.augment import draw, network_inputs
 from occfeat_train.config import NO_AUGMENT
 from occfeat_train.data import EvalSampler, FrameDataset, make_loader, select_frames
 from occfeat_train.distributed import Process, pick_precision
-from occfeat_train.jobs import Job, build_network, require_same_tensors, split_names
+from occfeat_train.jobs import Job, split_names, trained_network
 from occfeat_train.metrics import HEADLINE, RANGES_M, THRESHOLDS, IoUCounter, iou
 from occfeat_train.objectives import Network
 from occfeat_train.runs import Run, RunError
@@ -34,13 +33,10 @@ def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
     if job.kind != "finetune":
         raise RunError(f"{run.path} is a pretraining: finetune it first, then evaluate that run")
     store = open_store(job.store)
-    runs.check_same_grid(run, store)
     splits = split_names(job.config.data.eval_split, "val")
     frames = select_frames(store, splits, 1.0, "frame")
-    network = build_network(job, store, load_weights=False)[0].to(process.device)
-    state, position = run.load()
-    require_same_tensors(network.state_dict(), state["network"], str(run.path))
-    network.load_state_dict(state["network"])
+    network, position = trained_network(job, run, store)
+    network.to(process.device)
     objective = network.objective
     loader = make_loader(
         FrameDataset(job.store, frames, ("images", *objective.eval_arrays)),
@@ -52,7 +48,7 @@ def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
     counter = IoUCounter(store.grid, process.device, len(objective.classes))
     for batch in tqdm(loader, unit="batch", desc="evaluate", disable=not process.is_main):
         batch = {name: values.to(process.device) for name, values in batch.items()}
-        probability = predict(network, batch, job, process.device)
+        probability = predict(network, batch, job, process.device)["mask"].float().sigmoid()
         target, visible = objective.truth(batch)
         counter.add(probability.view_as(target), target, visible)
     return {
@@ -70,9 +66,17 @@ def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
 
 
 def predict(
-    network: Network, batch: dict[str, torch.Tensor], job: Job, device: torch.device
-) -> torch.Tensor:
-    """Probabilities of a collated batch, nothing augmented: float32, in the mask's shape."""
+    network: Network,
+    batch: dict[str, torch.Tensor],
+    job: Job,
+    device: torch.device,
+    *wanted: torch.Tensor,
+) -> Any:
+    """What the network's head predicts of a collated batch, nothing augmented; logits.
+
+    ``wanted`` goes to the head after the BEV features: OccFeat's takes the voxels whose features
+    to predict.
+    """
     network.eval()
     draws = draw(NO_AUGMENT, 0, 0, batch["frame"], batch["K"].shape[1])
     dtype, _ = pick_precision(job.config.run.precision, device)
@@ -81,8 +85,7 @@ def predict(
         inputs = network_inputs(batch, draws, job.config.model.image_size, 0.0)
         seen = {name: inputs[name] for name in ("images", "K", "cam_T_bev")}  # nothing is mirrored
         with torch.autocast(device.type, dtype, dtype != torch.float32):
-            predicted = network.objective.head(network.bev_net(**seen))
-    return predicted["mask"].float().sigmoid()
+            return network.objective.head(network.bev_net(**seen), *wanted)
 
 
 def summary(counts: torch.Tensor, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -99,6 +99,21 @@ def build_network(job: Job, store: TargetStore, load_weights: bool) -> tuple[Net
     return network, "encoder: " + load_encoder_weights(encoder, job.config.model.encoder_weights)
 
 
+def trained_network(job: Job, run: Run, store: TargetStore) -> tuple[Network, dict]:
+    """The network of a run's newest checkpoint, on the CPU, and its position.
+
+    Raises:
+        RunError: the run is of another grid, has no checkpoint, or one of another network.
+        StoreError: the store lacks what the task needs.
+    """
+    runs.check_same_grid(run, store)
+    network = build_network(job, store, load_weights=False)[0]
+    state, position = run.load()
+    require_same_tensors(network.state_dict(), state["network"], str(run.path))
+    network.load_state_dict(state["network"])
+    return network, position
+
+
 def copy_bev_net(network: Network, run: Run, store: TargetStore) -> str:
     """Copy encoder, lifting and decoder from a run; the objective stays fresh.
 

@@ -141,10 +141,10 @@ class Run:
         return state, _position(found[0])
 
 
-def newest(parent: Path, kind: str, finished: bool) -> Run | None:
-    """The newest run of a kind (``pretrain`` or ``finetune``) below ``parent`` that came to its
+def newest(parent: Path, kinds: tuple[str, ...], finished: bool) -> Run | None:
+    """The newest run of some kinds (``pretrain``, ``finetune``) below ``parent`` that came to its
     end, or that did not; one without a checkpoint only if there is no other."""
-    runs = [run for run in _runs(parent) if run.description().get("kind") == kind]
+    runs = [run for run in _runs(parent) if run.description().get("kind") in kinds]
     runs = [run for run in runs if run.is_finished() == finished]
 
     def order(run: Run) -> tuple:

@@ -68,7 +68,8 @@ def test_evaluation_equals_naive_counting(workplace):
     frames = [i for i in range(len(store)) if store.split(i) == "mini_val"]
     data = FrameDataset(job.store, frames, ("images", "map"))
     batch = collate([data[i] for i in range(len(frames))])
-    probability = predict(network, batch, job, torch.device("cpu")).numpy()
+    mask = predict(network, batch, job, torch.device("cpu"))["mask"]
+    probability = mask.float().sigmoid().numpy()
     truth = np.stack([store.frame(i)["map"] for i in frames])
     assert probability.shape == truth.shape == (4, 5, 16, 16)
     bounds, thresholds = reference.bounds_of(store.grid), [np.float32(t) for t in THRESHOLDS]

@@ -65,9 +65,10 @@ def test_training_commands_run_in_order_on_a_tiny_store(tmp_path):
     make_tiny_store(fog, settings=["images.corruption=fog-easy"], splits=splits, dim=0)
     lines = [c for c in COMMANDS if c.startswith(("occfeat-train ", "torchrun "))]
     printed = list(_run_lines(lines, tmp_path))
-    assert len(printed) == 9
+    assert len(printed) == 10
     assert "mRR over 0 of 8 corruptions" in printed[-1]
     assert "vehicle IoU in per cent" in printed[2]
+    assert (tmp_path / "prediction.png").exists()
     codes = [text for kind, text in BLOCKS if kind == "python"]
     (code,) = [text for text in codes if "bev_net" in text]
     (preparing,) = [text for text in codes if "jpeg" in text]

@@ -1,0 +1,190 @@
+"""``occfeat-train view``: pictures of what a network should predict, and does."""
+
+from contextlib import chdir
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from tiny_store import make_tiny_store
+from train_runs import SMALL, options
+
+from occfeat_common.colours import feature_colours
+from occfeat_common.settings import load_settings
+from occfeat_targets.schema import dequantise, open_store
+from occfeat_train import view
+from occfeat_train.cli import main
+from occfeat_train.config import TrainConfig
+from occfeat_train.jobs import Job, build_network
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store with a map."""
+    path = tmp_path_factory.mktemp("view") / "targets.zarr"
+    return open_store(str(make_tiny_store(path, with_map=True)))
+
+
+def _job(store, kind, *settings, task=None):
+    return Job(kind, store.url, load_settings(TrainConfig, None, [*SMALL, *settings]), task=task)
+
+
+def _panels(job, store, i, head):
+    """Panels of frame i where the network's head predicts what ``head`` returns."""
+    network = build_network(job, store, load_weights=False)[0]
+    network.objective.head.forward = head
+    images, panels = view._predict(network, job, i, CPU)
+    assert images.shape == (6, 64, 96, 3)
+    return panels
+
+
+@pytest.mark.parametrize("task", ["vehicle", "map"])
+def test_masks_are_the_store_s_and_the_head_s(store, task):
+    frames = map(store.frame, range(len(store)))
+    i, frame = next((i, f) for i, f in enumerate(frames) if f["vehicle_visible"].min() == 0)
+    rng = np.random.default_rng(0)
+    n = 5 if task == "map" else 1
+    probability = rng.random((n, 16, 16))
+    mask = torch.logit(torch.from_numpy(probability))[None]
+    if task == "vehicle":
+        mask = mask[:, 0]
+    panels = _panels(_job(store, "finetune", task=task), store, i, lambda _: {"mask": mask})
+    wanted = frame["map"] if task == "map" else frame["vehicle"][None] * 1.0
+    if task == "vehicle":
+        wanted[0][frame["vehicle_visible"] == 0] = 0.4
+    titles = store.attrs["map_classes"] if task == "map" else ["vehicle"]
+    assert [panel.title for panel in panels] == titles
+    for k, panel in enumerate(panels):
+        np.testing.assert_allclose(panel.target, wanted[k], atol=1e-6)
+        np.testing.assert_allclose(panel.predicted, probability[k], atol=1e-6)
+
+
+def test_a_perfect_pretraining_looks_like_its_targets(store):
+    """Also though the features it predicts have other lengths: only directions are learned."""
+    frame, asked = store.frame(14), []
+    features = dequantise(frame["features"], frame["feature_scale"])
+    voxel = frame["voxel_index"].astype(int)
+
+    def head(bev, voxels):
+        asked.append(voxels.numpy())
+        logits = torch.full((1, *store.grid.shape), -20.0)
+        logits.view(-1)[voxels] = 20
+        lengths = np.random.default_rng(0).uniform(0.1, 9, (len(features), 1))
+        return logits, torch.from_numpy(features * lengths)
+
+    occupancy, colours = _panels(_job(store, "pretrain"), store, 14, head)
+    assert np.array_equal(asked[0], voxel)
+    above = np.zeros((16, 16))
+    picture = np.zeros((16, 16, 3))
+    valid = frame["feature_cameras"] > 0
+    expected = iter(feature_colours(features[valid]))
+    for v, has_feature in zip(voxel, valid, strict=True):
+        _, x, y = np.unravel_index(v, (2, 16, 16))
+        above[x, y] = 1
+        if has_feature:  # ascending, so that the highest voxel of a column comes last
+            picture[x, y] = next(expected)
+    assert np.array_equal(occupancy.target, above) and 0 < above.mean() < 1
+    np.testing.assert_allclose(occupancy.predicted, above, atol=1e-6)
+    np.testing.assert_allclose(colours.target, picture, atol=1e-5)
+    np.testing.assert_allclose(colours.predicted, picture, atol=1e-4)
+
+
+def test_predicted_features_have_the_colours_of_the_targets_axes(store):
+    frame = store.frame(14)
+    valid = frame["feature_cameras"] > 0
+    predicted = np.random.default_rng(0).normal(size=frame["features"].shape)
+    expected = feature_colours(predicted[valid], frame["features"][valid])
+    job = _job(store, "pretrain", "pretrain.occupancy=false")
+    (panel,) = _panels(job, store, 14, lambda *_: (None, torch.from_numpy(predicted)))
+    x, y = np.unravel_index(frame["voxel_index"][valid][-1], (2, 16, 16))[1:]
+    np.testing.assert_allclose(panel.predicted[x, y], expected[-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", ["occupancy", "features"])
+def test_a_term_that_was_off_has_no_picture(store, kept):
+    off = {"occupancy": "features", "features": "occupancy"}[kept]
+    job = _job(store, "pretrain", f"pretrain.{off}=false")
+    network = build_network(job, store, load_weights=False)[0]
+    (panel,) = view._predict(network, job, 0, CPU)[1]
+    assert panel.title.startswith(kept)
+
+
+def test_forward_is_up_and_left_is_left(store):
+    """A bright cell ahead and a little to the left of ego is seen above and a little left of it."""
+    figure = Figure(figsize=(4, 4), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    picture = np.zeros((16, 16, 3))
+    picture[14, 10] = 1  # x 6.5 m, y 2.5 m
+    axis = figure.subplots()
+    view._draw_bev(axis, store.grid, picture, "")
+    axis.lines[0].remove()  # ego
+    canvas.draw()
+    (left, bottom), (right, top) = axis.get_window_extent().get_points().round().astype(int)
+    pixels = np.asarray(canvas.buffer_rgba())[400 - top : 400 - bottom, left:right, 0]
+    rows, columns = np.nonzero(pixels[3:-3, 3:-3] > 200)
+    assert columns.mean() / pixels.shape[1] == pytest.approx((8 - 2.5) / 16, abs=0.02)
+    assert rows.mean() / pixels.shape[0] == pytest.approx((8 - 6.5) / 16, abs=0.02)
+
+
+def test_the_command_draws_the_newest_run_s_first_validation_frame(store, tmp_path):
+    def invoke(*arguments, code=0):
+        with chdir(tmp_path):
+            result = CliRunner().invoke(main, list(map(str, arguments)))
+        assert result.exit_code == code, result.output
+        return result.output
+
+    assert "no finished finetune or pretrain run" in invoke("view", code=1)
+    settings = options("pretrain.epochs=1", "finetune.epochs=1")
+    invoke("pretrain", "--store", store.url, *settings)
+    printed = invoke("view")
+    assert "(occfeat pretraining)" in printed
+    invoke("finetune", "--fraction", "0.01")
+    assert "(vehicle segmentation)" in invoke("view", "--out", "mask.png", "--frame", 3)
+    sizes = [Image.open(tmp_path / name).size for name in ("prediction.png", "mask.png")]
+    assert sizes == [(75 * 204 // 10, 540), (75 * 167 // 10, 540)]  # two panels are wider than one
+    assert "has frames 0 to 15" in invoke("view", "--frame", 16, code=1)
+    settings = options("pretrain.epochs=1", "pretrain.objective=img-also")
+    invoke("pretrain", "--store", store.url, "--run-dir", "runs/also", *settings)
+    assert "of which there is no picture" in invoke("view", "--run-dir", "runs/also", code=1)
+
+
+# --- colours --------------------------------------------------------------------------------------
+
+
+def test_colours_depend_on_direction_alone_and_spread_over_the_range():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(200, 8))
+    colours = feature_colours(features)
+    assert colours.shape == (200, 3) and colours.min() == 0 and colours.max() == 1
+    longer = features * rng.uniform(0.1, 9, (200, 1))
+    np.testing.assert_allclose(feature_colours(longer), colours, atol=1e-9)
+    # By another way: singular vectors, whose sign is free, so a channel may be mirrored.
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    u, s, _ = np.linalg.svd(unit - unit.mean(axis=0), full_matrices=False)
+    for channel, component in zip(colours.T, (u * s).T, strict=False):
+        low, high = np.percentile(component, [2, 98])
+        scaled = np.clip((component - low) / (high - low), 0, 1)
+        assert np.allclose(channel, scaled) or np.allclose(channel, 1 - scaled)
+
+
+def test_colours_by_the_axes_of_others():
+    rng = np.random.default_rng(1)
+    features = rng.normal(size=(50, 8))
+    some = feature_colours(features[:7], axes_of=features)
+    np.testing.assert_allclose(some, feature_colours(features)[:7])
+    assert not np.allclose(some, feature_colours(features[:7]))
+
+
+def test_what_has_no_feature_is_grey():
+    features = np.random.default_rng(2).normal(size=(9, 8))
+    features[4] = 0
+    grey = (feature_colours(features) == 0.5).all(axis=1)
+    assert np.flatnonzero(grey).tolist() == [4]
+    assert (feature_colours(features[:2]) == 0.5).all()
+    assert feature_colours(np.zeros((0, 8))).shape == (0, 3)
+    assert (feature_colours(np.zeros((3, 0))) == 0.5).all()
