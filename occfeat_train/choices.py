@@ -98,7 +98,7 @@ def pretraining(init: str | None, say: Callable[[str], None]) -> Run | None:
     """The run that --init names, by default the newest finished one; None for ``none``.
 
     Raises:
-        RunError: there is no finished pretraining.
+        RunError: there is no finished pretraining, or the named run has no checkpoint.
     """
     if init == "none":
         return None
@@ -108,8 +108,9 @@ def pretraining(init: str | None, say: Callable[[str], None]) -> Run | None:
             f"there is no finished pretraining in {RUNS}/: occfeat-train pretrain makes one, "
             "--init RUN names one elsewhere, --init none does without"
         )
-    objective = run.description()["config"]["pretrain"]["objective"]
-    say(f"Starting from: {run.path} ({objective})")
+    position = run.position()
+    unfinished = "" if position["finished"] else f", NOT FINISHED: step {position['step']}"
+    say(f"Starting from: {run.path} ({Job.of_run(run).title}{unfinished})")
     return run
 
 

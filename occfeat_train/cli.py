@@ -239,6 +239,7 @@ def evaluate(
             tell(f"Store: {job.store}")
             result = evaluate_run(job, finetuned, process)
             text, name = table(result), "result.json"
+        result["set"] = list(overrides)
         say(json.dumps(result, indent=1) if as_json else text)
         if process.is_main:
             write_json(finetuned.path / name, result)
@@ -316,7 +317,7 @@ def _train(
     run = Run(Path(from_main(str(directory))))
     if resume:
         check_same_store(run.description()["store_identity"], store)
-    else:
+    elif process.is_main:  # which makes it soon after
         run.require_new()
     say(f"Store: {job.store}")
     if store.attrs["teacher"]["weights"].startswith("random"):

@@ -6,7 +6,6 @@ where it is silent, those of Simple-BEV's code.
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field, replace
 
 from occfeat_common.settings import require
@@ -193,8 +192,6 @@ class RunConfig:
         require(self.clip_norm > 0, "run.clip_norm", "must be > 0", self.clip_norm)
         require(self.log_every >= 1, "run.log_every", "must be >= 1", self.log_every)
         require(self.save_minutes >= 0, "run.save_minutes", "must be >= 0", self.save_minutes)
-        has_board = not self.tensorboard or importlib.util.find_spec("tensorboard") is not None
-        require(has_board, "run.tensorboard", "needs: pip install tensorboard", self.tensorboard)
 
 
 @dataclass(frozen=True)

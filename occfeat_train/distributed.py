@@ -51,11 +51,18 @@ def process_group() -> Iterator[Process]:
             raise ConfigError(f"{local_rank + 1} processes, but {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if has_gpu else "gloo")
-    yield Process(rank, world, device)
+        backend, device_id = ("nccl", device) if has_gpu else ("gloo", None)
+        dist.init_process_group(backend, device_id=device_id)
+    stopped = None
+    try:
+        yield Process(rank, world, device)
+    except SystemExit as error:  # after Ctrl-C, in all processes
+        stopped = error
     # Not after an error: the others may be waiting in a collective, and this would wait for them.
     if world > 1:
         dist.destroy_process_group()
+    if stopped:
+        raise stopped
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:

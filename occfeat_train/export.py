@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from occfeat_common.settings import from_plain
@@ -59,7 +60,7 @@ def load_bev_net(directory: str | Path) -> BEVNet:
     try:
         description = json.loads((directory / "model.json").read_text())
         weights = load_file(directory / "model.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise RunError(f"{directory} holds no exported network: {error}") from error
     if description.get("format") != FORMAT:
         raise RunError(f"{directory}/model.json was not written by occfeat-train export")

@@ -1,4 +1,4 @@
-"""Loss terms, each as a sum over what counts and the number of what counts.
+"""Loss terms, each as a sum over what counts; ``objectives`` says how many that are.
 
 A step may be split over micro-batches and processes. Sums add up and so do counts, so every term
 is the mean over the whole batch however it was split (a mean of means would not be).

@@ -7,8 +7,10 @@ An objective is a module with
   ``batch["seed"]``, int64 (B,) on the host, of the frame and epoch;
 - ``counts(targets)``: float64 (T,), how many items each loss term is a mean over;
 - ``forward(bev, targets, counts, share)``: the loss and the value of each term. ``counts`` are
-  those of the whole optimiser step, summed over micro-batches and processes, and ``share`` is
-  this micro-batch's part of the step: the losses of all of them add up to the step's loss.
+  those of the whole optimiser step, summed over micro-batches and processes, as plain numbers
+  (DDP would copy a tensor to the GPU, and reading it there would wait for the encoder), and
+  ``share`` is this micro-batch's part of the step: the losses of all of them add up to the
+  step's loss.
 
 One that is evaluated also has
 
@@ -20,6 +22,7 @@ One that is evaluated also has
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -37,6 +40,11 @@ from occfeat_train.query_targets import RADIUS_M, query_targets
 from occfeat_train.targets import vehicle_targets, voxel_targets
 
 Targets = dict[str, torch.Tensor]
+
+
+def _divisors(counts: Sequence[float]) -> list[float]:
+    """Counts to divide sums by: where there is nothing the sum is 0, and so is the mean."""
+    return [max(1.0, float(count)) for count in counts]
 
 
 class OccFeat(nn.Module):
@@ -77,11 +85,11 @@ class OccFeat(nn.Module):
         return torch.tensor([n_voxels, targets["valid"].sum().item()], dtype=torch.float64)
 
     def forward(
-        self, bev: torch.Tensor, targets: Targets, counts: torch.Tensor, share: float
+        self, bev: torch.Tensor, targets: Targets, counts: Sequence[float], share: float
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and its terms ``occupancy`` and ``features`` for BEV features (B, C, X, Y)."""
         logits, features = self.head(bev, targets["voxel"])
-        n_voxels, n_valid = counts.clamp(min=1).tolist()
+        n_voxels, n_valid = _divisors(counts)
         terms = {}
         loss = bev.new_zeros(())
         if logits is not None:
@@ -129,13 +137,13 @@ class ImgAlso(nn.Module):
         return torch.tensor([len(targets["cell"]), n_known], dtype=torch.float64)
 
     def forward(
-        self, bev: torch.Tensor, targets: Targets, counts: torch.Tensor, share: float
+        self, bev: torch.Tensor, targets: Targets, counts: Sequence[float], share: float
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and its terms ``occupancy`` and ``intensity`` for BEV features (B, C, X, Y)."""
         predicted = self.head(bev, targets["cell"], targets["relative"])
         wanted = (targets[name] for name in ("occupied", "intensity", "has_intensity"))
         occupancy, intensity = losses.query_sums(predicted, *wanted)
-        n_pairs, n_known = counts.clamp(min=1).tolist()
+        n_pairs, n_known = _divisors(counts)
         terms = {"occupancy": occupancy / n_pairs, "intensity": intensity / n_known}
         return terms["occupancy"] + terms["intensity"], terms
 
@@ -172,11 +180,11 @@ class Segmentation(nn.Module):
         return torch.stack([mask.sum() for mask in masks]).double().cpu()
 
     def forward(
-        self, bev: torch.Tensor, targets: Targets, counts: torch.Tensor, share: float
+        self, bev: torch.Tensor, targets: Targets, counts: Sequence[float], share: float
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and its terms ``mask``, ``centre`` and ``offset`` for BEV features (B, C, X, Y)."""
         predicted = self.head(bev)
-        n_visible, n_near, n_far, n_offset = counts.clamp(min=1).tolist()
+        n_visible, n_near, n_far, n_offset = _divisors(counts)
         near, far = losses.centre_sums(predicted["centre"], targets["centre"])
         terms = {
             "mask": losses.segmentation_sum(
@@ -227,11 +235,11 @@ class MapSegmentation(nn.Module):
         return targets["known"].sum().double().cpu()[None]
 
     def forward(
-        self, bev: torch.Tensor, targets: Targets, counts: torch.Tensor, share: float
+        self, bev: torch.Tensor, targets: Targets, counts: Sequence[float], share: float
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and its terms, one for each class, for BEV features (B, C, X, Y)."""
         logits = self.head(bev)["mask"]
-        n_known = counts.clamp(min=1).item()
+        (n_known,) = _divisors(counts)
         terms = {}
         for k, name in enumerate(self.classes):
             summed = losses.segmentation_sum(
@@ -264,7 +272,7 @@ class Network(nn.Module):
         self,
         inputs: dict[str, torch.Tensor],
         targets: Targets,
-        counts: torch.Tensor,
+        counts: Sequence[float],
         share: float,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and terms of a micro-batch, see the module's docstring."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
 
 from tqdm import tqdm
 
+from occfeat_common.settings import require
 from occfeat_train.config import TrainConfig
 from occfeat_train.runs import replace
 
@@ -63,6 +65,18 @@ class RunLog:
         self.bar.close()
         if self.board:
             self.board.close()
+
+
+def require_board(config: TrainConfig) -> None:
+    """Refuse to begin without the package that TensorBoard events need.
+
+    Not a check of the settings themselves: a run that wrote events can be evaluated anywhere.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    has_board = not config.run.tensorboard or importlib.util.find_spec("tensorboard") is not None
+    require(has_board, "run.tensorboard", "needs: pip install tensorboard", True)
 
 
 def _step(line: str) -> float:

@@ -88,10 +88,23 @@ class Run:
         """JSON files of whole checkpoints, newest first."""
         return sorted(self.path.glob("checkpoint-*.json"), reverse=True)
 
+    def position(self) -> dict:
+        """How far the newest checkpoint is, see ``train.Position``.
+
+        Raises:
+            RunError: there is none, or it is damaged.
+        """
+        found = self.checkpoints()
+        if not found:
+            raise RunError(f"{self.path} has no checkpoint: --resume it, or train anew")
+        try:
+            return json.loads(found[0].read_text())["position"]
+        except (ValueError, KeyError) as error:
+            raise RunError(f"{found[0]} is damaged: delete it and {found[0].stem}.pt") from error
+
     def is_finished(self) -> bool:
         """Whether training came to its end."""
-        found = self.checkpoints()
-        return bool(found) and _position(found[0])["finished"]
+        return bool(self.checkpoints()) and self.position()["finished"]
 
     def save(self, state: dict[str, Any], position: dict) -> None:
         """Write a checkpoint, then remove all but the newest :data:`KEEP`."""
@@ -111,13 +124,15 @@ class Run:
         """Keep others from training the same run at the same time; a kill lets go of it.
 
         Raises:
-            RunError: another process is at it.
+            RunError: another process is at it, or the filesystem knows no locks.
         """
         with (self.path / "lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(f"another process is training {self.path}") from None
+            except OSError as error:
+                raise RunError(f"cannot lock {file.name}: {error}; put runs elsewhere") from error
             yield
 
     def load(self) -> tuple[dict[str, Any], dict]:
@@ -126,19 +141,17 @@ class Run:
         Raises:
             RunError: there is none, or its file can't be read.
         """
-        found = self.checkpoints()
-        if not found:
-            raise RunError(f"{self.path} has no checkpoint: --resume it, or train anew")
-        path = found[0].with_suffix(".pt")
+        position, marker = self.position(), self.checkpoints()[0]
+        path = marker.with_suffix(".pt")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
             reason = (str(error).splitlines() or [repr(error)])[0]
             raise RunError(
-                f"{path} is damaged ({reason}): delete it and {found[0].name} to use the "
+                f"{path} is damaged ({reason}): delete it and {marker.name} to use the "
                 "checkpoint before"
             ) from error
-        return state, _position(found[0])
+        return state, position
 
 
 def newest(parent: Path, kinds: tuple[str, ...], finished: bool) -> Run | None:
@@ -151,14 +164,6 @@ def newest(parent: Path, kinds: tuple[str, ...], finished: bool) -> Run | None:
         return bool(run.checkpoints()), run.description()["created"], run.path.name
 
     return max(runs, key=order, default=None)
-
-
-def _position(path: Path) -> dict:
-    """Of a checkpoint's JSON file."""
-    try:
-        return json.loads(path.read_text())["position"]
-    except (ValueError, KeyError) as error:
-        raise RunError(f"{path} is damaged: delete it and {path.stem}.pt") from error
 
 
 def _runs(parent: Path) -> Iterator[Run]:

@@ -26,8 +26,12 @@ from occfeat_train.data import FrameDataset, ShardSampler, make_loader, select_f
 from occfeat_train.distributed import Process, all_reduce_sum, barrier, pick_precision
 from occfeat_train.jobs import Job, build_network, split_names
 from occfeat_train.objectives import Network
-from occfeat_train.runlog import RunLog
+from occfeat_train.runlog import RunLog, require_board
 from occfeat_train.runs import Run, RunError
+
+LEAST_SCALE = 2.0**-10
+"""Of losses in float16. The scale begins at 2^16, and a gradient that is not finite halves it: here
+26 steps did nothing."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -86,11 +90,13 @@ def train(job: Job, run: Run, process: Process, resume: bool) -> bool:
         Whether it came to its end; False after Ctrl-C or SIGTERM.
 
     Raises:
-        StoreError, RunError, ConfigError, WeightsError: before any work.
+        StoreError, RunError, ConfigError, WeightsError: before any work; StoreError also for a
+            frame that turns out to be damaged.
         NonFiniteLoss: in all processes, before the step that would have spread it.
     """
     store = open_store(job.store)
     config, plan = job.config, job.plan
+    require_board(config)
     frames = select_frames(
         store, split_names(config.data.train_split, "train"), job.fraction, job.fraction_unit
     )
@@ -206,7 +212,7 @@ def train_step(
     # Every loss term is a mean over the whole step: count first, over micro-batches and processes.
     counts = sum(network.objective.counts(t) for t in targets)
     shared = all_reduce_sum(torch.cat([counts, counts.new_tensor(flags)]).to(device)).cpu()
-    counts, flagged = shared[: len(counts)], shared[len(counts) :].bool().tolist()
+    counts, flagged = shared[: len(counts)].tolist(), shared[len(counts) :].bool().tolist()
     share = 1 / (len(micro) * process.world)
 
     learner.optimiser.zero_grad(set_to_none=True)
@@ -223,17 +229,32 @@ def train_step(
     if not math.isfinite(total[0]):
         raise NonFiniteLoss(_blame(position.step, micro, losses))
 
-    learner.scaler.unscale_(learner.optimiser)
-    norm = nn.utils.clip_grad_norm_(network.parameters(), job.config.run.clip_norm)
-    if not learner.scaler.is_enabled() and not norm.isfinite():  # the scaler skips such steps
-        raise NonFiniteLoss(_blame(position.step, micro, losses))
     lr = learner.optimiser.param_groups[0]["lr"]
-    learner.scaler.step(learner.optimiser)
-    learner.scaler.update()
-    if learner.scheduler:
-        learner.scheduler.step()
+    norm, is_sound = _update(learner, job.config.run.clip_norm)
+    if not is_sound:
+        raise NonFiniteLoss(_blame(position.step, micro, losses))
     values = dict(zip(["loss", *terms], total, strict=True))
-    return values | {"gradient_norm": norm.item(), "lr": lr}, flagged
+    return values | {"gradient_norm": norm, "lr": lr}, flagged
+
+
+def _update(learner: Learner, clip_norm: float) -> tuple[float, bool]:
+    """Clip and step; returns the gradient's norm and whether training can go on.
+
+    A gradient that is not finite changes no weights. In float16 that may happen now and then: the
+    scaler lowers its scale, and gives up on gradients too large for any.
+    """
+    scaler, scale = learner.scaler, learner.scaler.get_scale()
+    scaler.unscale_(learner.optimiser)
+    # Read before the optimiser steps, so that a GPU does that while the next batch is prepared.
+    norm = nn.utils.clip_grad_norm_(learner.network.parameters(), clip_norm).item()
+    if not scaler.is_enabled() and not math.isfinite(norm):
+        return norm, False
+    scaler.step(learner.optimiser)
+    scaler.update()
+    skipped = scaler.get_scale() < scale
+    if learner.scheduler and not skipped:
+        learner.scheduler.step()
+    return norm, scaler.get_scale() >= LEAST_SCALE
 
 
 def prepare(

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from occfeat_targets.schema import CAMERAS, open_store
+from occfeat_targets.schema import CAMERAS, TargetStore, open_store
 from occfeat_train.data import FrameDataset, FrameReader, ShardSampler, decode_images, make_loader
 
 ARRAYS = ("features", "voxel_index", "feature_cameras", "images")
@@ -28,7 +28,7 @@ def loader_speed(
     store: str, dataroot: Path, workers: int, samples: int, repetitions: int
 ) -> dict[str, float]:
     """Print samples/s of each loader; returns their medians."""
-    ours = FrameDataset(store, np.resize(_usable(store), samples), ARRAYS)
+    ours = FrameDataset(store, np.resize(usable(open_store(store)), samples), ARRAYS)
     few = samples // 4 // BATCH * BATCH  # these take long
     loaders = {
         "occfeat loader": _loader(ours, workers),
@@ -50,8 +50,9 @@ def loader_speed(
     return {name: float(np.median(values)) for name, values in speeds.items()}
 
 
-def _usable(store: str) -> np.ndarray:
-    return np.flatnonzero(open_store(store).per_frame["n_voxels"] > 0)
+def usable(store: TargetStore) -> np.ndarray:
+    """Numbers of the frames that have targets."""
+    return np.flatnonzero(store.per_frame["n_voxels"] > 0)
 
 
 def _loader(dataset: Dataset, workers: int) -> DataLoader:

@@ -27,7 +27,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from bench_loader import loader_speed
+from bench_loader import loader_speed, usable
 from torch import nn
 from torch.nn import functional as F
 
@@ -96,7 +96,9 @@ def compare(title: str, ours: str, other: str, store: str, rounds: int) -> None:
 def measure(part: str, store: str) -> dict[str, float]:
     """Run one part in its own process."""
     command = [sys.executable, __file__, "--part", part, "--store", store, "--dataroot", "."]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise click.ClickException(f"part {part} failed, see above")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -209,7 +211,7 @@ def _step(store: str, batch_size: int, teacher: bool, repeats: int) -> dict[str,
     """A whole optimiser step on the device, in bfloat16 on a GPU."""
     config = TrainConfig(model=ModelConfig(encoder_weights="random"))
     opened = open_store(store)
-    frames = [i % len(opened) for i in range(batch_size)]
+    frames = np.resize(usable(opened), batch_size).tolist()
     inputs, batch = _batch(store, frames, config)
     network = Network(config, OccFeat(config, opened)).to(DEVICE).train()
     targets = network.objective.targets(batch, torch.zeros(batch_size))
@@ -245,7 +247,7 @@ def waiting(store: str) -> None:
     settings = [
         "model.encoder_weights=random",
         f"pretrain.batch={batch}",
-        "pretrain.epochs=1",
+        "pretrain.epochs=100",  # it is ended after some steps
         "run.log_every=1",
         "data.workers=2",
     ]
@@ -254,10 +256,15 @@ def waiting(store: str) -> None:
         run = Path(directory) / "run"
         command = [sys.executable, "-m", "occfeat_train", "pretrain", "--store", store]
         command += ["--config", "paper", "--run-dir", str(run), *overrides]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        log = run / "log.jsonl"
+        said, log = Path(directory) / "said", run / "log.jsonl"
+        with said.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 8):
             time.sleep(0.1)
+        if process.poll() is not None:
+            raise click.ClickException(
+                f"the training that was to be timed ended:\n{said.read_text()}"
+            )
         process.terminate()
         process.wait()
         lines = [json.loads(line) for line in log.read_text().splitlines()][1:]

@@ -1,5 +1,6 @@
 """The loop: resuming, several processes, accumulation, stopping."""
 
+import math
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import torch
 from train_runs import (
     COMPARABLE,
     assert_same_state,
+    final_state,
     log_of,
     options,
     run,
@@ -21,7 +23,7 @@ from occfeat_common.settings import load_settings
 from occfeat_train.config import TrainConfig
 from occfeat_train.jobs import Job
 from occfeat_train.runs import Run, RunError
-from occfeat_train.train import make_learner
+from occfeat_train.train import _update, make_learner
 
 CURVE = ("loss", "occupancy", "features", "gradient_norm")
 
@@ -131,24 +133,63 @@ def _curve(directory):
     return torch.tensor([[line[k] for k in CURVE] for line in log_of(directory)])
 
 
-def test_two_processes_follow_the_curve_of_one(tiny_store, tmp_path):
-    settings = options(*COMPARABLE)
-    for name, processes in (("one", 1), ("two", 2)):
-        arguments = ("pretrain", "--store", tiny_store, "--run-dir", name, *settings)
-        output = run(*arguments, cwd=tmp_path, processes=processes)
+def test_two_processes_and_accumulation_follow_the_curve_of_one_large_batch(tiny_store, tmp_path):
+    """Each alone and both together (where DDP must not average before the last micro-batch)."""
+    small = ("pretrain.batch=2", "pretrain.accumulate=2")
+    cases = {"one": (1, ()), "two": (2, ()), "parts": (1, small), "both": (2, small)}
+    for name, (processes, settings) in cases.items():
+        arguments = ("--store", tiny_store, "--run-dir", name, *options(*COMPARABLE, *settings))
+        output = run("pretrain", *arguments, cwd=tmp_path, processes=processes)
         assert f"{processes} process(es)" in output
-    one, two = _curve(tmp_path / "one"), _curve(tmp_path / "two")
+    one, *others = (_curve(tmp_path / name) for name in cases)
     assert len(one) == 9
-    torch.testing.assert_close(two, one, rtol=1e-4, atol=2e-6)
+    for other in others:
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=2e-6)
 
 
-def test_accumulation_is_one_large_batch(tiny_store, tmp_path):
-    large = options(*COMPARABLE)
-    small = options(*COMPARABLE, "pretrain.batch=2", "pretrain.accumulate=2")
-    for name, settings in (("large", large), ("small", small)):
-        run("pretrain", "--store", tiny_store, "--run-dir", name, *settings, cwd=tmp_path)
-    large, small = _curve(tmp_path / "large"), _curve(tmp_path / "small")
-    torch.testing.assert_close(small, large, rtol=1e-4, atol=2e-6)
+def test_two_processes_stop_together_and_resume_in_float16(tiny_store, tmp_path):
+    """The loss's scale is part of a checkpoint."""
+    settings = options("run.precision=float16", "pretrain.batch=2", "pretrain.accumulate=2")
+    whole = ("pretrain", "--store", tiny_store, "--run-dir", "whole", *settings)
+    assert "float16 (asked for)" in run(*whole, cwd=tmp_path, processes=2)
+    process = start(*whole[:4], "parts", *settings, cwd=tmp_path, processes=2)
+    while not any(line["step"] >= 4 for line in log_of(tmp_path / "parts")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert "Go on with: occfeat-train pretrain --resume --run-dir parts" in output
+    assert 4 <= Run(tmp_path / "parts").position()["step"] < 9
+    resumed = ("pretrain", "--resume", "--run-dir", "parts")
+    run(*resumed, cwd=tmp_path, processes=2)
+    assert_same_state(tmp_path / "whole", tmp_path / "parts")
+    assert final_state(tmp_path / "whole")[".scaler.scale"] <= 2**16
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_gradient_that_is_not_finite_changes_nothing(precision):
+    """In float16 the schedule waits too, until the scaler gives up."""
+    settings = ["finetune.lr=0.5", f"run.precision={precision}"]
+    config = load_settings(TrainConfig, None, settings)
+    network = torch.nn.Linear(1, 1)
+    learner = make_learner(Job("finetune", "", config), network, 99, torch.device("cpu"))
+    before = [p.clone() for p in network.parameters()]
+    rate = learner.optimiser.param_groups[0]["lr"]
+
+    def update(factor):
+        learner.optimiser.zero_grad()
+        learner.scaler.scale(network(torch.ones(1, 1)).sum() * factor).backward()
+        return _update(learner, clip_norm=5.0)
+
+    outcomes = [update(math.inf)[1] for _ in range(27)]
+    assert outcomes == [precision == "float16"] * 26 + [False]
+    assert all(map(torch.equal, network.parameters(), before))
+    assert learner.optimiser.param_groups[0]["lr"] == rate
+    learner.scaler.update(1024.0)
+    norm, is_sound = update(1.0)
+    assert is_sound and norm == pytest.approx(2**0.5)
+    assert not all(map(torch.equal, network.parameters(), before))
+    assert learner.optimiser.param_groups[0]["lr"] > rate
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_store, tmp_path):

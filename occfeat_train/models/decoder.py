@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from occfeat_train.models.instance_norm import InstanceNorm
+
 
 class Compressor(nn.Sequential):
     """(B, Z·C, X, Y) to (B, C, X, Y): conv 3x3, InstanceNorm, GELU."""
@@ -13,7 +15,7 @@ class Compressor(nn.Sequential):
     def __init__(self, in_channels: int, channels: int):
         super().__init__(
             nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
-            nn.InstanceNorm2d(channels),
+            InstanceNorm(),
             nn.GELU(),
         )
 
@@ -53,7 +55,7 @@ class UpAndAdd(nn.Module):
     def __init__(self, in_channels: int, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.norm = nn.InstanceNorm2d(channels)
+        self.norm = InstanceNorm()
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         """Bring ``x`` (B, C', X', Y') to the skip's (B, C, X, Y)."""

@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from occfeat_train.models.instance_norm import InstanceNorm
+
 # Also right for google/efficientnet-b0, although its preprocessor_config.json says a std of 0.478:
 # its processor divides by that twice (include_top), and 0.478 is the square root of 0.229.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -249,7 +251,7 @@ class DropPath(nn.Module):
 def _conv_norm_relu(inputs: int, outputs: int) -> list[nn.Module]:
     return [
         nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False),
-        nn.InstanceNorm2d(outputs),
+        InstanceNorm(),
         nn.ReLU(inplace=True),
     ]
 

@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from occfeat_train.models.instance_norm import InstanceNorm
+
 PRIOR = 0.014
 """Share of occupied voxels (measured on nuScenes, default grid): the occupancy bias starts there
 so that training does not spend its first steps learning that the world is mostly empty."""
@@ -43,7 +45,7 @@ class OccFeatHead(nn.Module):
         super().__init__()
         self.heights = heights
         self.mix = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1), nn.InstanceNorm2d(channels), nn.ReLU()
+            nn.Conv2d(channels, channels, 3, padding=1), InstanceNorm(), nn.ReLU()
         )
         self.unsplat = nn.Linear(channels, channels * heights)
         self.expand = nn.Linear(channels, 2 * channels)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from occfeat_train.models.instance_norm import InstanceNorm
+
 
 class SegmentationHead(nn.Module):
     """Three branches of conv 3x3, InstanceNorm, ReLU, conv 1x1.
@@ -50,7 +52,7 @@ class MapHead(nn.Module):
 def _branch(channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        nn.InstanceNorm2d(channels),
+        InstanceNorm(),
         nn.ReLU(),
         nn.Conv2d(channels, out_channels, 1),
     )

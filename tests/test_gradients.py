@@ -1,0 +1,121 @@
+"""Gradients of whole networks: they must not depend on how a batch is split.
+
+A layer whose backward pass goes wrong for some memory format or batch size shows here and nowhere
+else: values, and so losses, stay right.
+"""
+
+import numpy as np
+import pytest
+import torch
+from tiny_store import make_tiny_store
+from torch import nn
+from train_runs import COMPARABLE, SMALL
+
+from occfeat_common.settings import load_settings
+from occfeat_targets.schema import open_store
+from occfeat_train.config import TrainConfig
+from occfeat_train.data import FrameDataset, collate
+from occfeat_train.jobs import Job, build_network
+from occfeat_train.models.instance_norm import InstanceNorm
+from occfeat_train.train import prepare
+
+CPU = torch.device("cpu")
+CASES = {
+    "occfeat": ("pretrain", None),
+    "bevformer": ("pretrain", None, "model.network=bevformer"),
+    "resnet": ("pretrain", None, "model.encoder=resnet-50"),
+    "img-also": ("pretrain", None, "pretrain.objective=img-also"),
+    "vehicle": ("finetune", "vehicle"),
+    "map": ("finetune", "map"),
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """One scene of four frames, with a map."""
+    path = tmp_path_factory.mktemp("gradients") / "targets.zarr"
+    return open_store(str(make_tiny_store(path, splits={"mini_train": 1}, with_map=True)))
+
+
+def _network(case, store, *settings):
+    kind, task, *others = CASES[case]
+    config = load_settings(TrainConfig, None, [*SMALL, *COMPARABLE, *others, *settings])
+    job = Job(kind, store.url, config, task=task)
+    torch.manual_seed(0)
+    network = build_network(job, store, load_weights=False)[0].train()
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # drawn anew for each forward pass
+        if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
+            nn.init.ones_(module.weight)  # zero at the start, which would hide a whole branch
+    return job, network
+
+
+def _gradients(job, network, parts):
+    """Of a step on some frames, cut into parts."""
+    data = FrameDataset(job.store, range(4), ("images", *network.objective.arrays))
+    parts = [prepare(collate([data[i] for i in part]), job, network, 0, CPU) for part in parts]
+    counts = sum(network.objective.counts(targets) for _, targets in parts).tolist()
+    network.zero_grad()
+    dtype = next(network.parameters()).dtype
+    for inputs, targets in parts:
+        inputs |= {"images": inputs["images"].to(dtype)}
+        targets = {k: v.to(dtype) if v.is_floating_point() else v for k, v in targets.items()}
+        network(inputs, targets, counts, 1 / len(parts))[0].backward()
+    return {name: p.grad.clone() for name, p in network.named_parameters()}
+
+
+def _assert_close(got, expected):
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        error = (got[name] - gradient).norm()
+        # A bias before a normalisation has no gradient but rounding errors.
+        assert error < 1e-3 * gradient.norm() + 1e-6 * largest * gradient.numel() ** 0.5, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_four_samples_at_once_and_one_by_one_have_the_same_gradient(case, store):
+    job, network = _network(case, store)
+    together = _gradients(job, network, [range(4)])
+    _assert_close(_gradients(job, network, [[0], [1], [2], [3]]), together)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_the_memory_format_changes_no_gradient(case, batch, store):
+    """With batch norms at work, which the test above must freeze.
+
+    In float64: of so few cells they make much of rounding errors.
+    """
+    job, network = _network(case, store, "model.freeze_batch_norm=false")
+    network.double()
+    frames = [range(batch)]
+    fast = _gradients(job, network, frames)
+    plain = network.to(memory_format=torch.contiguous_format)
+    _assert_close(_gradients(job, plain, frames), fast)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("channels", [4, 33])
+@pytest.mark.parametrize("x_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("g_format", [torch.contiguous_format, torch.channels_last])
+def test_instance_norm_in_float64(batch, channels, x_format, g_format):
+    rng = np.random.default_rng(0)
+    x, g = (rng.normal(size=(batch, channels, 5, 6)) for _ in range(2))
+    leaf = torch.from_numpy(x).float().contiguous(memory_format=x_format).requires_grad_()
+    got = InstanceNorm()(leaf)
+    got.backward(torch.from_numpy(g).float().contiguous(memory_format=g_format))
+    expected, slope = np.empty_like(x), np.empty_like(x)
+    for b, c in np.ndindex(batch, channels):
+        scale = 1 / np.sqrt(x[b, c].var() + 1e-5)
+        normal = (x[b, c] - x[b, c].mean()) * scale
+        expected[b, c] = normal
+        slope[b, c] = scale * (g[b, c] - g[b, c].mean() - normal * (g[b, c] * normal).mean())
+    np.testing.assert_allclose(got.detach(), expected, atol=1e-5)
+    np.testing.assert_allclose(leaf.grad, slope, atol=1e-5)
+
+
+def test_instance_norm_keeps_its_dtype_under_autocast():
+    x = torch.randn(1, 4, 5, 6, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert InstanceNorm()(x).dtype == torch.bfloat16
