@@ -108,9 +108,9 @@ def pretraining(init: str | None, say: Callable[[str], None]) -> Run | None:
             f"there is no finished pretraining in {RUNS}/: occfeat-train pretrain makes one, "
             "--init RUN names one elsewhere, --init none does without"
         )
-    position = run.position()
+    title, position = Job.of_run(run).title, run.position()
     unfinished = "" if position["finished"] else f", NOT FINISHED: step {position['step']}"
-    say(f"Starting from: {run.path} ({Job.of_run(run).title}{unfinished})")
+    say(f"Starting from: {run.path} ({title}{unfinished})")
     return run
 
 

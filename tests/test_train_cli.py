@@ -95,6 +95,9 @@ def test_export_loads_as_the_readme_says_and_has_no_head(workplace):
     assert "exists already" in run("export", "--out", "bev-net", cwd=cwd, code=1)
     with pytest.raises(RunError, match="holds no exported network"):
         load_bev_net(cwd)
+    (cwd / "bev-net" / "model.safetensors").write_bytes(b"damaged, by a disk say")
+    with pytest.raises(RunError, match="holds no exported network: .*header"):
+        load_bev_net(cwd / "bev-net")
 
 
 def test_bevformer_pretrains_resumes_and_finetunes(tiny_store, tmp_path):
@@ -225,6 +228,36 @@ def test_other_mistakes_are_one_sentence_too(tiny_store, workplace, tmp_path):
     assert not list(tmp_path.glob("runs/*/checkpoint-*"))
 
 
+def test_what_a_finetuning_starts_from_is_said_truly(workplace, tmp_path):
+    cwd, _ = workplace
+    unfinished = shutil.copytree(_only(cwd, "pretrain"), tmp_path / "unfinished")
+    max(unfinished.glob("checkpoint-*.json")).unlink()
+    too_large = ("--set", "finetune.batch=99")
+    said = _refused("finetune", "--init", unfinished, *too_large, cwd=tmp_path)
+    assert f"Starting from: {unfinished} (occfeat pretraining, NOT FINISHED: step 8)" in said
+    finetuned = _only(cwd, "finetune")
+    said = _refused("finetune", "--init", finetuned, *too_large, cwd=tmp_path)
+    assert f"Starting from: {finetuned} (vehicle segmentation)" in said
+
+
+def test_tensorboard_is_needed_for_training_alone(workplace, tmp_path, monkeypatch):
+    """A run that wrote its events can be evaluated where the package is not installed."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    cwd, _ = workplace
+    on = ("--set", "run.tensorboard=true")
+    said = _refused("pretrain", "--store", cwd / "targets.zarr", *on, cwd=tmp_path)
+    assert "run.tensorboard needs: pip install tensorboard" in said
+    run = shutil.copytree(_only(cwd, "finetune"), tmp_path / "run")
+    description = json.loads((run / "run.json").read_text())
+    description["config"]["run"]["tensorboard"] = True
+    (run / "run.json").write_text(json.dumps(description))
+    with chdir(tmp_path):
+        changed = ("evaluate", "--run-dir", "run", "--set", "run.precision=bfloat16")
+        evaluated = CliRunner().invoke(main, changed)
+    assert evaluated.exit_code == 0, evaluated.output
+    assert json.loads((run / "result.json").read_text())["set"] == ["run.precision=bfloat16"]
+
+
 def test_a_damaged_checkpoint_is_named(workplace, tmp_path):
     cwd, _ = workplace
     copy = Run(shutil.copytree(_only(cwd, "pretrain"), tmp_path / "copy"))
@@ -271,6 +304,7 @@ for arguments in (
     ["pretrain", "--store", {str(tiny_store)!r}, *settings],
     ["finetune", "--store", {str(tiny_store)!r}, "--set", "finetune.epochs=1"],
     ["evaluate"],
+    ["view"],
     ["export", "--out", "net"],
 ):
     main(arguments, standalone_mode=False)
