@@ -126,7 +126,7 @@ def train(job: Job, run: Run, process: Process, resume: bool) -> bool:
         )
         scenes = {store.scene(i) for i in frames}
         log.say(
-            f"{run.path}: {job.title} on {len(frames)} frames of {len(scenes)} scenes, "
+            f"{run.path}: {job.title} on {len(frames)} frames of {len(scenes)} scene(s), "
             f"batch {plan.batch} x {plan.accumulate}, {plan.epochs} epochs of {steps_per_epoch} "
             f"steps, lr {plan.lr:g}; {process.describe()}; "
             f"{str(dtype).removeprefix('torch.')} ({why})\n{report}"
