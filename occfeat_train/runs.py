@@ -94,13 +94,7 @@ class Run:
         Raises:
             RunError: there is none, or it is damaged.
         """
-        found = self.checkpoints()
-        if not found:
-            raise RunError(f"{self.path} has no checkpoint: --resume it, or train anew")
-        try:
-            return json.loads(found[0].read_text())["position"]
-        except (ValueError, KeyError) as error:
-            raise RunError(f"{found[0]} is damaged: delete it and {found[0].stem}.pt") from error
+        return _position(self._newest_checkpoint())
 
     def is_finished(self) -> bool:
         """Whether training came to its end."""
@@ -141,7 +135,7 @@ class Run:
         Raises:
             RunError: there is none, or its file can't be read.
         """
-        position, marker = self.position(), self.checkpoints()[0]
+        marker = self._newest_checkpoint()
         path = marker.with_suffix(".pt")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -151,7 +145,13 @@ class Run:
                 f"{path} is damaged ({reason}): delete it and {marker.name} to use the "
                 "checkpoint before"
             ) from error
-        return state, position
+        return state, _position(marker)
+
+    def _newest_checkpoint(self) -> Path:
+        found = self.checkpoints()
+        if not found:
+            raise RunError(f"{self.path} has no checkpoint: --resume it, or train anew")
+        return found[0]
 
 
 def newest(parent: Path, kinds: tuple[str, ...], finished: bool) -> Run | None:
@@ -164,6 +164,14 @@ def newest(parent: Path, kinds: tuple[str, ...], finished: bool) -> Run | None:
         return bool(run.checkpoints()), run.description()["created"], run.path.name
 
     return max(runs, key=order, default=None)
+
+
+def _position(path: Path) -> dict:
+    """Of a checkpoint's JSON file."""
+    try:
+        return json.loads(path.read_text())["position"]
+    except (ValueError, KeyError) as error:
+        raise RunError(f"{path} is damaged: delete it and {path.stem}.pt") from error
 
 
 def _runs(parent: Path) -> Iterator[Run]:

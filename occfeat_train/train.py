@@ -30,8 +30,8 @@ from occfeat_train.runlog import RunLog, require_board
 from occfeat_train.runs import Run, RunError
 
 LEAST_SCALE = 2.0**-10
-"""Of losses in float16. The scale begins at 2^16, and a gradient that is not finite halves it: here
-26 steps did nothing."""
+"""Float16 losses are scaled, at first by 2^16, and a gradient that is not finite halves the scale:
+below this, 27 steps were in vain and training stops."""
 
 
 class NonFiniteLoss(RuntimeError):

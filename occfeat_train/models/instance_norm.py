@@ -17,6 +17,6 @@ class InstanceNorm(nn.Module):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise (B, C, X, Y), in its dtype; sums are float32."""
+        """Normalise (B, C, X, Y), in its dtype; half precision is summed up in float32."""
         with torch.autocast(x.device.type, enabled=False):  # autocast would return float32
             return F.group_norm(x, x.shape[1])
