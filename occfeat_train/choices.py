@@ -99,6 +99,7 @@ def pretraining(init: str | None, say: Callable[[str], None]) -> Run | None:
 
     Raises:
         RunError: there is no finished pretraining, or the named run has no checkpoint.
+        ConfigError: its settings are not of this version.
     """
     if init == "none":
         return None

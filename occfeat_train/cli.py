@@ -279,12 +279,18 @@ def export(run: Path | None, out: Path) -> None:
     "--run-dir",
     "run",
     type=click.Path(path_type=Path),
-    help="A finetuning, or a pretraining by occfeat.  [default: the newest finished one in runs/]",
+    help="A finetuning, or a pretraining by occfeat.  [default: the newest finished run in runs/]",
 )
 @click.option(
     "--frame", type=int, help="Frame number in the store.  [default: the first of validation]"
 )
-@click.option("--out", type=click.Path(path_type=Path), default="prediction.png", show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default="prediction.png",
+    show_default=True,
+    help="PNG to write.",
+)
 def view(store: str | None, run: Path | None, frame: int | None, out: Path) -> None:
     """Draw what a network predicts for one frame, and what it should, to a PNG.
 
@@ -297,11 +303,11 @@ def view(store: str | None, run: Path | None, frame: int | None, out: Path) -> N
         from occfeat_train.runs import Run
         from occfeat_train.view import draw_frame
 
-        chosen = Run(run) if run else choices.newest_finished("finetune", "pretrain")
+        chosen = Run(run) if run else choices.newest_finished("pretrain", "finetune")
         job = Job.of_run(chosen, store and absolute(store))
         if process.is_main:
-            draw_frame(job, chosen, frame, process.device, out)
-        say(f"{out}: frame of {job.store} as {chosen.path} ({job.title}) sees it")
+            i = draw_frame(job, chosen, frame, process.device, out)
+            say(f"{out}: frame {i} of {job.store} as {chosen.path} ({job.title}) sees it")
 
 
 def _train(

@@ -72,7 +72,7 @@ def predict(
     device: torch.device,
     *wanted: torch.Tensor,
 ) -> Any:
-    """What the network's head predicts of a collated batch, nothing augmented; logits.
+    """What the network's head predicts of a collated batch, nothing augmented; masks as logits.
 
     ``wanted`` goes to the head after the BEV features: OccFeat's takes the voxels whose features
     to predict.

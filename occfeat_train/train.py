@@ -245,16 +245,17 @@ def _update(learner: Learner, clip_norm: float) -> tuple[float, bool]:
     """
     scaler, scale = learner.scaler, learner.scaler.get_scale()
     scaler.unscale_(learner.optimiser)
-    # Read before the optimiser steps, so that a GPU does that while the next batch is prepared.
+    # Read before the optimiser steps, so that a GPU does that while the next batch is prepared
+    # (but in float16, where the scaler waits for it).
     norm = nn.utils.clip_grad_norm_(learner.network.parameters(), clip_norm).item()
     if not scaler.is_enabled() and not math.isfinite(norm):
         return norm, False
     scaler.step(learner.optimiser)
     scaler.update()
-    skipped = scaler.get_scale() < scale
-    if learner.scheduler and not skipped:
+    new_scale = scaler.get_scale()
+    if learner.scheduler and new_scale >= scale:  # else the step was skipped
         learner.scheduler.step()
-    return norm, scaler.get_scale() >= LEAST_SCALE
+    return norm, new_scale >= LEAST_SCALE
 
 
 def prepare(

@@ -26,7 +26,7 @@ class Panel(NamedTuple):
     predicted: np.ndarray
 
 
-def draw_frame(job: Job, run: Run, i: int | None, device: torch.device, out: Path) -> None:
+def draw_frame(job: Job, run: Run, i: int | None, device: torch.device, out: Path) -> int:
     """The six images, targets and predictions of a frame, as a PNG.
 
     Args:
@@ -36,12 +36,24 @@ def draw_frame(job: Job, run: Run, i: int | None, device: torch.device, out: Pat
         device: where to compute.
         out: the file to write.
 
+    Returns:
+        The frame's number.
+
     Raises:
-        RunError: the run has nothing to draw. StoreError: there is no such frame.
+        RunError: the run has nothing to draw, no checkpoint, or one that does not fit the store;
+            or the file can't be written.
+        StoreError: there is no such frame or store, or it lacks what the run learned.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if job.objective == "img-also":
+        raise RunError(
+            f"{job.title} learns points along lidar rays, of which there is no picture: finetune "
+            f"{run.path}, and view that run"
+        )
+    if out.is_dir() or not out.parent.is_dir():
+        raise RunError(f"cannot write {out}: name a file in a directory that exists")
     store = open_store(job.store)
     if i is None:
         splits = split_names(job.config.data.eval_split, "val")
@@ -61,12 +73,14 @@ def draw_frame(job: Job, run: Run, i: int | None, device: torch.device, out: Pat
     for column, panel in zip(axes.T, panels, strict=True):
         _draw_bev(column[0], store.grid, panel.target, f"{panel.title}: target")
         shown = _draw_bev(column[1], store.grid, panel.predicted, f"{panel.title}: predicted")
-    bev.colorbar(shown, ax=axes, shrink=0.6, label="probability")
+        if panel is panels[0] and panel.predicted.ndim == 2:  # colours of features mean nothing
+            bev.colorbar(shown, ax=axes, shrink=0.6, label="probability")
     figure.suptitle(
         f"{run.path} ({job.title}, step {position['step']}) on {store.scene(i)} "
         f"({store.split(i)}), sample {store.token(i)}"
     )
-    figure.savefig(out, dpi=75)
+    figure.savefig(out, dpi=75, format="png")
+    return i
 
 
 def _predict(
@@ -75,11 +89,6 @@ def _predict(
     """Images uint8 (6, H, W, 3) and panels of a frame."""
     objective = network.objective
     occfeat = isinstance(objective, OccFeat)
-    if not occfeat and not hasattr(objective, "classes"):
-        raise RunError(
-            f"{job.title} learns points along lidar rays, of which there is no picture: finetune "
-            "it, and view that run"
-        )
     names = objective.arrays if occfeat else objective.eval_arrays
     frame = collate([FrameDataset(job.store, [i], ("images", *names))[0]])
     batch = {name: values.to(device) for name, values in frame.items()}

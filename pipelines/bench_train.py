@@ -129,17 +129,18 @@ def _peak_mb(reset: bool = False) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
-def _batch(store: str, frames: list[int], config: TrainConfig) -> tuple[dict, dict]:
-    """Network inputs and the collated batch, on the device."""
+def _batch(store: str, size: int, config: TrainConfig) -> tuple[dict, dict]:
+    """Network inputs and the collated batch of the first frames, on the device."""
+    frames = np.resize(usable(open_store(store)), size)
     dataset = FrameDataset(store, frames, ARRAYS)
-    batch = collate([dataset[i] for i in range(len(frames))])
+    batch = collate([dataset[i] for i in range(size)])
     batch = {name: values.to(DEVICE) for name, values in batch.items()}
     draws = draw(NO_AUGMENT, 0, 0, batch["frame"].cpu(), 6)
     return network_inputs(batch, draws, config.model.image_size, 0.0), batch
 
 
 def _lift(store: str, lift: nn.Module, repeats: int) -> dict[str, float]:
-    inputs, _ = _batch(store, [0], TrainConfig())
+    inputs, _ = _batch(store, 1, TrainConfig())
     lift = lift.to(DEVICE)
     features = torch.randn(1, 6, CHANNELS, *FEATURE_HW, device=DEVICE, requires_grad=True)
 
@@ -181,7 +182,7 @@ class DenseLift(SimpleBEVLift):
 
 def _head(store: str, make: type[OccFeatHead], repeats: int) -> dict[str, float]:
     opened = open_store(store)
-    _, batch = _batch(store, [0], TrainConfig())
+    _, batch = _batch(store, 1, TrainConfig())
     head = make(CHANNELS, opened.grid.shape[0], opened.attrs["teacher"]["dim"]).to(DEVICE)
     bev = torch.randn(1, CHANNELS, *opened.grid.bev_shape, device=DEVICE, requires_grad=True)
     voxel, valid = batch["voxel"].long(), batch["feature_cameras"] > 0
@@ -211,11 +212,10 @@ def _step(store: str, batch_size: int, teacher: bool, repeats: int) -> dict[str,
     """A whole optimiser step on the device, in bfloat16 on a GPU."""
     config = TrainConfig(model=ModelConfig(encoder_weights="random"))
     opened = open_store(store)
-    frames = np.resize(usable(opened), batch_size).tolist()
-    inputs, batch = _batch(store, frames, config)
+    inputs, batch = _batch(store, batch_size, config)
     network = Network(config, OccFeat(config, opened)).to(DEVICE).train()
     targets = network.objective.targets(batch, torch.zeros(batch_size))
-    counts = network.objective.counts(targets)
+    counts = network.objective.counts(targets).tolist()
     optimiser = torch.optim.Adam(network.parameters(), 1e-3)
     dinov2 = _teacher() if teacher else None
     half = torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda")

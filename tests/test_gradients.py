@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_store import make_tiny_store
 from torch import nn
+from torch.nn import functional as F
 from train_runs import COMPARABLE, SMALL
 
 from occfeat_common.settings import load_settings
@@ -111,7 +112,17 @@ def test_instance_norm_in_float64(batch, channels, x_format, g_format):
     np.testing.assert_allclose(leaf.grad, slope, rtol=1e-5, atol=2e-5)
 
 
-def test_instance_norm_keeps_its_dtype_under_autocast():
+def test_instance_norm_keeps_autocast_out(monkeypatch):
+    """On a GPU it would make float32 of half precision."""
+    seen, original = [], F.group_norm
+
+    def group_norm(*arguments):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return original(*arguments)
+
+    monkeypatch.setattr(F, "group_norm", group_norm)
     x = torch.randn(1, 4, 5, 6, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert InstanceNorm()(x).dtype == torch.bfloat16
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False]

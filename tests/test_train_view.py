@@ -138,16 +138,20 @@ def test_the_command_draws_the_newest_run_s_first_validation_frame(store, tmp_pa
         assert result.exit_code == code, result.output
         return result.output
 
-    assert "no finished finetune or pretrain run" in invoke("view", code=1)
+    assert "no finished pretrain or finetune run" in invoke("view", code=1)
     settings = options("pretrain.epochs=1", "finetune.epochs=1")
     invoke("pretrain", "--store", store.url, *settings)
     printed = invoke("view")
+    assert f"prediction.png: frame 12 of {store.url} as runs/pretrain-" in printed
+    assert store.split(12) == "mini_val" and store.split(11) == "mini_train"
     assert "(occfeat pretraining)" in printed
     invoke("finetune", "--fraction", "0.01")
     assert "(vehicle segmentation)" in invoke("view", "--out", "mask.png", "--frame", 3)
     sizes = [Image.open(tmp_path / name).size for name in ("prediction.png", "mask.png")]
     assert sizes == [(75 * 204 // 10, 540), (75 * 167 // 10, 540)]  # two panels are wider than one
     assert "has frames 0 to 15" in invoke("view", "--frame", 16, code=1)
+    for path in ("nowhere/a.png", "runs"):
+        assert f"cannot write {path}: name a file" in invoke("view", "--out", path, code=1)
     settings = options("pretrain.epochs=1", "pretrain.objective=img-also")
     invoke("pretrain", "--store", store.url, "--run-dir", "runs/also", *settings)
     assert "of which there is no picture" in invoke("view", "--run-dir", "runs/also", code=1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -67,14 +68,25 @@ def run(*arguments, cwd, processes=1, code=0):
     return output
 
 
-def stop_at_step(process, directory, step, signal_number):
-    """Send a signal once the run's log has reached a step; returns what it printed."""
+def stop_at_step(process, directory, step, signal_number, group=False):
+    """Send a signal once the run's log has reached a step, or to its whole process group.
+
+    Returns what it printed.
+    """
+    try:
+        return _stop_at_step(process, directory, step, signal_number, group)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+def _stop_at_step(process, directory, step, signal_number, group):
     deadline = time.monotonic() + 120
     while not any(line["step"] >= step for line in log_of(directory)):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal_number)
+    (os.killpg if group else os.kill)(process.pid, signal_number)
     return process.communicate(timeout=60)[0]
 
 
