@@ -20,7 +20,7 @@ from occfeat_train.jobs import Job, build_network
 from occfeat_train.models.instance_norm import InstanceNorm
 from occfeat_train.train import prepare
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = {
     "occfeat": ("pretrain", None),
     "bevformer": ("pretrain", None, "model.network=bevformer"),
@@ -49,13 +49,13 @@ def _network(case, store, *settings):
             module.p = 0.0  # drawn anew for each forward pass
         if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
             nn.init.ones_(module.weight)  # zero at the start, which would hide a whole branch
-    return job, network.double()  # norms of so few cells make much of rounding errors
+    return job, network.double().to(DEVICE)  # norms of so few cells make much of rounding errors
 
 
 def _gradients(job, network, parts):
     """Of a step on some frames, cut into parts."""
     data = FrameDataset(job.store, range(4), ("images", *network.objective.arrays))
-    parts = [prepare(collate([data[i] for i in part]), job, network, 0, CPU) for part in parts]
+    parts = [prepare(collate([data[i] for i in part]), job, network, 0, DEVICE) for part in parts]
     counts = sum(network.objective.counts(targets) for _, targets in parts).tolist()
     network.zero_grad()
     for inputs, targets in parts:
@@ -99,17 +99,17 @@ def test_instance_norm_in_float64(batch, channels, x_format, g_format):
     rng = np.random.default_rng(0)
     x, g = (rng.normal(size=(batch, channels, 5, 6)) for _ in range(2))
     x = (x * rng.uniform(0.05, 1, (channels, 1, 1)) + 3).astype(np.float32).astype(float)
-    leaf = torch.from_numpy(x).float().contiguous(memory_format=x_format).requires_grad_()
-    got = InstanceNorm()(leaf)
-    got.backward(torch.from_numpy(g).float().contiguous(memory_format=g_format))
+    leaf = torch.from_numpy(x).float().to(DEVICE).contiguous(memory_format=x_format)
+    got = InstanceNorm()(leaf.requires_grad_())
+    got.backward(torch.from_numpy(g).float().to(DEVICE).contiguous(memory_format=g_format))
     expected, slope = np.empty_like(x), np.empty_like(x)
     for b, c in np.ndindex(batch, channels):
         scale = 1 / np.sqrt(x[b, c].var() + 1e-5)
         normal = (x[b, c] - x[b, c].mean()) * scale
         expected[b, c] = normal
         slope[b, c] = scale * (g[b, c] - g[b, c].mean() - normal * (g[b, c] * normal).mean())
-    np.testing.assert_allclose(got.detach(), expected, rtol=1e-5, atol=2e-5)
-    np.testing.assert_allclose(leaf.grad, slope, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(got.detach().cpu(), expected, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(leaf.grad.cpu(), slope, rtol=1e-5, atol=2e-5)
 
 
 def test_instance_norm_keeps_autocast_out(monkeypatch):
