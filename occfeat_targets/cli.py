@@ -72,7 +72,7 @@ def _one_message() -> Iterator[None]:
     """Expected errors become one message and exit status 1; anything else is a bug and raises."""
     from occfeat_targets.build import BuildStopped
     from occfeat_targets.cluster import ClusterError
-    from occfeat_targets.schema import StoreError
+    from occfeat_targets.store.schema import StoreError
     from occfeat_targets.teacher import TeacherError
 
     try:
@@ -168,7 +168,7 @@ def build(
     from occfeat_targets.build import prepare
     from occfeat_targets.cluster import executor
     from occfeat_targets.config import load_config
-    from occfeat_targets.schema import absolute
+    from occfeat_targets.store.schema import absolute
 
     flags = {"teacher.name": teacher, "teacher.precision": precision, "frames.limit": limit}
     flags["frames.scenes"] = list(scenes) or None
@@ -243,7 +243,7 @@ def corrupt(
     from occfeat_targets.cluster import executor
     from occfeat_targets.config import CORRUPTED
     from occfeat_targets.corrupted_stores import build_corrupted, read_split
-    from occfeat_targets.schema import absolute
+    from occfeat_targets.store.schema import absolute
 
     with _one_message():
         for name in only:

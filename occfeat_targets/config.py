@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from occfeat_common.settings import from_plain, load_settings, require, to_plain
-from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.schema import CORRUPTIONS, SEVERITIES, point_step_m
+from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.schema import CORRUPTIONS, SEVERITIES, point_step_m
 
 CORRUPTED = tuple(f"{name}-{severity}" for name in CORRUPTIONS for severity in SEVERITIES)
 """What ``images.corruption`` can be besides ``none``."""

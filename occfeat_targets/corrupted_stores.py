@@ -11,7 +11,7 @@ from occfeat_targets.cluster import Executor
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.nuscenes_source import SourceError
 from occfeat_targets.records import Source
-from occfeat_targets.schema import TargetStore, open_store
+from occfeat_targets.store.schema import TargetStore, open_store
 from occfeat_targets.teacher import NoTeacher
 from occfeat_targets.writer import is_complete
 

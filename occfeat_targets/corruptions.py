@@ -20,7 +20,7 @@ import math
 
 import numpy as np
 
-from occfeat_targets.schema import CAMERAS, SEVERITIES
+from occfeat_targets.store.schema import CAMERAS, SEVERITIES
 
 BGR_GREY = (0.114, 0.587, 0.299)
 """Weights of R, G, B in snow's grey: red's and blue's are swapped, since RoboBEV hands BGR images

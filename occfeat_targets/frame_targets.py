@@ -13,13 +13,13 @@ from PIL import Image
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.corruptions import corrupt
 from occfeat_targets.geometry import transform
-from occfeat_targets.grid import VoxelGrid
 from occfeat_targets.images import ImageError, decode_jpeg, encode_jpeg, resize
 from occfeat_targets.labels import map_masks, vehicle_boxes, vehicle_masks
 from occfeat_targets.map_layers import load_map
 from occfeat_targets.records import FrameError, FrameRecord
 from occfeat_targets.sampling import camera_bits, quantise, sample_mean, see
-from occfeat_targets.schema import CAMERAS, image_room, point_step_m
+from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.schema import CAMERAS, image_room, point_step_m
 from occfeat_targets.teacher import NoTeacher, Teacher, dense_features
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 
-from occfeat_targets.schema import FAILED, filesystem, find, open_store
+from occfeat_targets.store.schema import FAILED, filesystem, find, open_store
 
 
 def summarise(url: str) -> dict:

@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 
 from occfeat_targets.geometry import inverse_rigid, transform
-from occfeat_targets.grid import VoxelGrid
 from occfeat_targets.map_layers import MapLayers
 from occfeat_targets.records import Boxes
+from occfeat_targets.store.grid import VoxelGrid
 
 INVISIBLE = 1
 """nuScenes visibility 0-40 %: such vehicles are masked out of loss and metric (Simple-BEV)."""

@@ -20,7 +20,7 @@ from occfeat_targets.images import check_jpeg
 from occfeat_targets.labels import vehicle_boxes
 from occfeat_targets.map_layers import load_map
 from occfeat_targets.records import Boxes, FrameRecord, Source
-from occfeat_targets.schema import CAMERAS
+from occfeat_targets.store.schema import CAMERAS
 
 if TYPE_CHECKING:
     from nuscenes.nuscenes import NuScenes

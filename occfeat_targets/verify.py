@@ -21,7 +21,7 @@ from occfeat_targets.geometry import project
 from occfeat_targets.labels import vehicle_masks
 from occfeat_targets.nuscenes_source import load_source
 from occfeat_targets.records import FrameError
-from occfeat_targets.schema import CAMERAS, FAILED, TargetStore, dequantise, open_store
+from occfeat_targets.store.schema import CAMERAS, FAILED, TargetStore, dequantise, open_store
 from occfeat_targets.teacher import describe, shared_teacher
 
 _EDGE_PX = 0.02

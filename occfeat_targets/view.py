@@ -12,7 +12,7 @@ from PIL import Image
 from occfeat_common.colours import feature_colours
 from occfeat_targets.geometry import project
 from occfeat_targets.labels import footprint
-from occfeat_targets.schema import CAMERAS, TargetStore, dequantise, open_store
+from occfeat_targets.store.schema import CAMERAS, TargetStore, dequantise, open_store
 
 _MAP_COLOURS = {
     "road": "#c9c9c9",

@@ -19,12 +19,13 @@ import numpy as np
 import zarr
 
 from occfeat_common.settings import differences
-from occfeat_targets import __version__, schema
+from occfeat_targets import __version__
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.frame_targets import frame_targets
 from occfeat_targets.geometry import scale_intrinsics
 from occfeat_targets.records import FrameError, FrameRecord, Source
-from occfeat_targets.schema import StoreError
+from occfeat_targets.store import schema
+from occfeat_targets.store.schema import StoreError
 from occfeat_targets.teacher import Teacher, TeacherError, describe, shared_teacher
 
 _MARKERS = "build/blocks"

@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from occfeat_common.settings import ConfigError, from_plain, override, read_yaml, to_plain
-from occfeat_targets.schema import absolute, open_store
+from occfeat_targets.store.schema import absolute, open_store
 from occfeat_train.config import TrainConfig
 from occfeat_train.jobs import Job
 from occfeat_train.runs import Run, RunError, newest, timestamp

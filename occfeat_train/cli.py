@@ -92,7 +92,7 @@ def pretrain(
     Ctrl-C saves and stops; --resume goes on, also after a crash.
     """
     with _session() as (process, say):
-        from occfeat_targets.schema import absolute
+        from occfeat_targets.store.schema import absolute
         from occfeat_train import choices
         from occfeat_train.jobs import Job
 
@@ -157,7 +157,7 @@ def finetune(
     Epochs, batch and learning rate follow the paper for the share, unless set.
     """
     with _session() as (process, say):
-        from occfeat_targets.schema import absolute
+        from occfeat_targets.store.schema import absolute
         from occfeat_train import choices
         from occfeat_train.jobs import Job
 
@@ -218,7 +218,7 @@ def evaluate(
         from dataclasses import replace
 
         from occfeat_common.settings import from_plain, override, to_plain
-        from occfeat_targets.schema import absolute
+        from occfeat_targets.store.schema import absolute
         from occfeat_train import choices, robustness
         from occfeat_train.config import TrainConfig
         from occfeat_train.evaluate import evaluate as evaluate_run
@@ -297,7 +297,7 @@ def view(store: str | None, run: Path | None, frame: int | None, out: Path) -> N
     Of a finetuning: the masks. Of a pretraining: occupancy and features, seen from above.
     """
     with _session() as (process, say):
-        from occfeat_targets.schema import absolute
+        from occfeat_targets.store.schema import absolute
         from occfeat_train import choices
         from occfeat_train.jobs import Job
         from occfeat_train.runs import Run
@@ -314,7 +314,7 @@ def _train(
     job: Job, directory: Path, resume: bool, process: Process, say: Callable[[str], None]
 ) -> None:
     """Train, and say how it went."""
-    from occfeat_targets.schema import open_store
+    from occfeat_targets.store.schema import open_store
     from occfeat_train.distributed import from_main
     from occfeat_train.runs import Run, check_same_store
     from occfeat_train.train import train
@@ -342,7 +342,7 @@ def _train(
 def _session() -> Iterator[tuple[Process, Callable[[str], None]]]:
     """Join the process group; the main process speaks; known errors become one clear sentence."""
     from occfeat_common.settings import ConfigError
-    from occfeat_targets.schema import StoreError
+    from occfeat_targets.store.schema import StoreError
     from occfeat_train.distributed import process_group
     from occfeat_train.models.encoder_weights import WeightsError
     from occfeat_train.runs import RunError

@@ -44,8 +44,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from occfeat_targets.schema import CAMERAS, FAILED, StoreError, TargetStore, absolute, open_store
-from occfeat_train.shards import ShardedArray
+from occfeat_targets.store.schema import (
+    CAMERAS,
+    FAILED,
+    StoreError,
+    TargetStore,
+    absolute,
+    open_store,
+)
+from occfeat_targets.store.shards import ShardedArray
 
 _COUNTED_BY = {
     "voxel_index": "n_voxels",
@@ -80,7 +87,7 @@ class FrameReader:
         """The store, opened by this very process: nothing open is shared across a fork.
 
         Raises:
-            StoreError: as :func:`occfeat_targets.schema.open_store`.
+            StoreError: as :func:`occfeat_targets.store.schema.open_store`.
         """
         if self._pid != os.getpid():
             self._store, self._pid = open_store(self.url), os.getpid()

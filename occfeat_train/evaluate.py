@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from occfeat_targets.schema import open_store
+from occfeat_targets.store.schema import open_store
 from occfeat_train.augment import draw, network_inputs
 from occfeat_train.config import NO_AUGMENT
 from occfeat_train.data import EvalSampler, FrameDataset, make_loader, select_frames

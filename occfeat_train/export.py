@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from occfeat_common.settings import from_plain
-from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.store.grid import VoxelGrid
 from occfeat_train.config import ModelConfig
 from occfeat_train.jobs import require_same_tensors
 from occfeat_train.models.bev_net import BEVNet

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.store.grid import VoxelGrid
 
 
 def rotation_z(angle: torch.Tensor) -> torch.Tensor:

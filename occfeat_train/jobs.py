@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from occfeat_common.settings import from_plain, to_plain
-from occfeat_targets.schema import TargetStore
+from occfeat_targets.store.schema import TargetStore
 from occfeat_train import runs
 from occfeat_train.config import FinetuneConfig, PretrainConfig, TrainConfig
 from occfeat_train.models.encoder_weights import load_encoder_weights

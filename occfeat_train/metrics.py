@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.store.grid import VoxelGrid
 from occfeat_train.distributed import all_reduce_sum
 
 THRESHOLDS = (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65)

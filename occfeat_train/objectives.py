@@ -27,8 +27,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.schema import StoreError, TargetStore
+from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.schema import StoreError, TargetStore
 from occfeat_train import losses
 from occfeat_train.config import TrainConfig
 from occfeat_train.map_targets import map_targets

@@ -18,7 +18,7 @@ import math
 
 import torch
 
-from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.store.grid import VoxelGrid
 from occfeat_train.geometry import rotation_z
 
 DECIMATION_MM = 100

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from occfeat_common.settings import differences
-from occfeat_targets.schema import (
+from occfeat_targets.store.schema import (
     CORRUPTIONS,
     SEVERITIES,
     StoreError,

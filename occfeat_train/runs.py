@@ -28,7 +28,7 @@ import torch
 import zarr
 
 from occfeat_common.settings import differences
-from occfeat_targets.schema import TargetStore
+from occfeat_targets.store.schema import TargetStore
 from occfeat_train import __version__
 
 FORMAT = "occfeat-run"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.store.grid import VoxelGrid
 from occfeat_train.geometry import flat_index, rotation_z
 
 CENTRE_SIGMA = 3.0

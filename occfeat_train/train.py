@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from occfeat_targets.schema import open_store
+from occfeat_targets.store.schema import open_store
 from occfeat_train.augment import draw, network_inputs
 from occfeat_train.data import FrameDataset, ShardSampler, make_loader, select_frames
 from occfeat_train.distributed import Process, all_reduce_sum, barrier, pick_precision

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from occfeat_common.colours import feature_colours
-from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.schema import CAMERAS, StoreError, open_store
+from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.schema import CAMERAS, StoreError, open_store
 from occfeat_train.data import FrameDataset, collate, select_frames
 from occfeat_train.evaluate import predict
 from occfeat_train.jobs import Job, split_names, trained_network

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from occfeat_targets.schema import CAMERAS, TargetStore, open_store
+from occfeat_targets.store.schema import CAMERAS, TargetStore, open_store
 from occfeat_train.data import FrameDataset, FrameReader, ShardSampler, decode_images, make_loader
 
 ARRAYS = ("features", "voxel_index", "feature_cameras", "images")

@@ -31,7 +31,7 @@ from bench_loader import loader_speed, usable
 from torch import nn
 from torch.nn import functional as F
 
-from occfeat_targets.schema import open_store
+from occfeat_targets.store.schema import open_store
 from occfeat_train.augment import draw, network_inputs
 from occfeat_train.config import NO_AUGMENT, ModelConfig, TrainConfig
 from occfeat_train.data import FrameDataset, collate

@@ -16,7 +16,7 @@ from PIL import Image
 from occfeat_targets.config import load_config
 from occfeat_targets.frame_targets import frame_targets, read_lidar
 from occfeat_targets.nuscenes_source import load_source
-from occfeat_targets.schema import dequantise
+from occfeat_targets.store.schema import dequantise
 
 DIM = 12
 KINDS = ("linear", "product", "sinusoid", "noise")

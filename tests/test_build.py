@@ -16,7 +16,7 @@ from occfeat_targets import writer
 from occfeat_targets.build import BuildStopped, prepare
 from occfeat_targets.config import load_config
 from occfeat_targets.nuscenes_source import SourceError, find_version
-from occfeat_targets.schema import StoreError, open_store, zarr_store
+from occfeat_targets.store.schema import StoreError, open_store, zarr_store
 from occfeat_targets.teacher import TeacherError
 
 

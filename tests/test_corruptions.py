@@ -18,7 +18,7 @@ from occfeat_targets import corruptions
 from occfeat_targets.cli import main
 from occfeat_targets.config import CORRUPTED, load_config
 from occfeat_targets.corruptions import corrupt, crashed_cameras
-from occfeat_targets.schema import (
+from occfeat_targets.store.schema import (
     CAMERAS,
     CORRUPTIONS,
     SEVERITIES,

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.store.grid import VoxelGrid
 from occfeat_train.augment import Draws, network_inputs
 from occfeat_train.config import ModelConfig
 from occfeat_train.models.bev_net import BEVNet, mirror

@@ -8,7 +8,7 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.store.grid import VoxelGrid
 
 # The same examples everywhere, and no deadline: a busy machine is no mistake.
 repeatable = settings(derandomize=True, deadline=None)

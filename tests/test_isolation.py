@@ -26,7 +26,7 @@ def _loaded_after(statement):
 
 
 def test_the_contract_loads_without_the_offline_stage():
-    loaded = _loaded_after("import occfeat_targets.schema, occfeat_targets.grid")
+    loaded = _loaded_after("import occfeat_targets.store.schema, occfeat_targets.store.grid")
     assert "zarr" in loaded
     heavy = {"dask", "distributed", "nuscenes", "torch", "transformers", "cv2", "PIL"}
     assert not loaded & heavy

@@ -10,7 +10,6 @@ from pyquaternion import Quaternion
 
 from occfeat_targets.config import load_config
 from occfeat_targets.frame_targets import bev_labels
-from occfeat_targets.grid import VoxelGrid
 from occfeat_targets.labels import (
     draw_line,
     fill_polygon,
@@ -22,6 +21,7 @@ from occfeat_targets.labels import (
 from occfeat_targets.map_layers import MapLayers, Shapes
 from occfeat_targets.nuscenes_source import load_source
 from occfeat_targets.records import Boxes
+from occfeat_targets.store.grid import VoxelGrid
 
 # Unequal axes of odd cell sizes, not centred on the car.
 GRID = VoxelGrid((-9.0, 14.0, 31), (-8.0, 5.0, 22), (-1.0, 1.0, 2))

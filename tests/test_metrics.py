@@ -5,7 +5,7 @@ import pytest
 import torch
 import train_reference as reference
 
-from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.store.grid import VoxelGrid
 from occfeat_train.metrics import HEADLINE, RANGES_M, THRESHOLDS, IoUCounter, iou
 
 # Cells of every ring, many just at its edge: centres at whole metres, (12, 16) at 20 m.

@@ -10,8 +10,8 @@ import torch
 import train_reference as reference
 from torch import nn
 
-from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.schema import MAP_CLASSES, StoreError, open_store
+from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.schema import MAP_CLASSES, StoreError, open_store
 from occfeat_train.config import (
     AugmentConfig,
     FinetuneConfig,

@@ -20,7 +20,7 @@ from occfeat_pipelines import recipes, report, reproduce
 from occfeat_pipelines.experiments import Planner, beside
 from occfeat_pipelines.recipes import HERE, TABLES, load_preset, load_recipes
 from occfeat_pipelines.report import Cell
-from occfeat_targets.schema import SEVERITIES
+from occfeat_targets.store.schema import SEVERITIES
 from occfeat_train.cli import main as occfeat_train
 from occfeat_train.runs import Run
 

@@ -9,8 +9,8 @@ from conftest import build_store
 from PIL import Image
 
 from occfeat_targets.config import TargetsConfig
-from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.schema import (
+from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.schema import (
     CAMERAS,
     StoreError,
     array_specs,

@@ -9,9 +9,9 @@ import pytest
 import zarr
 from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 
-from occfeat_targets.schema import StoreError, open_store
-from occfeat_train import shards
-from occfeat_train.shards import ShardedArray
+from occfeat_targets.store import shards
+from occfeat_targets.store.schema import StoreError, open_store
+from occfeat_targets.store.shards import ShardedArray
 
 LENGTHS = {"points": "n_points", "vehicle_boxes": "n_vehicles"}
 

@@ -317,4 +317,4 @@ print("LOADED", *sorted(sys.modules))
     loaded = set(done.stdout.split("LOADED")[1].split())
     assert not {m.split(".")[0] for m in loaded} & {"nuscenes", "dask", "distributed", "cv2"}
     ours = {m for m in loaded if m.startswith("occfeat_targets.")}
-    assert ours == {"occfeat_targets.schema", "occfeat_targets.grid"}
+    assert ours == {"occfeat_targets.store.schema", "occfeat_targets.store.grid"}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import zarr
 
-from occfeat_targets.schema import open_store, zarr_store
+from occfeat_targets.store.schema import open_store, zarr_store
 from occfeat_targets.verify import recompute_frames, verify_store
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import zarr
 from PIL import Image
 
-from occfeat_targets import __version__, schema
+from occfeat_targets import __version__
 from occfeat_targets.config import load_config
 from occfeat_targets.frame_targets import pack_images, pack_points
 from occfeat_targets.images import encode_jpeg
 from occfeat_targets.labels import vehicle_masks
+from occfeat_targets.store import schema
 
 SETTINGS = [
     "grid.x=[-8,8,16]",

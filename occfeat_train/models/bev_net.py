@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.store.grid import VoxelGrid
 from occfeat_train.config import ModelConfig
 from occfeat_train.models.decoder import Compressor, Decoder
 from occfeat_train.models.encoders import ImageEncoder

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.store.grid import VoxelGrid
 from occfeat_train.geometry import volume_centres
 from occfeat_train.models.deformable import DeformableAttention
 from occfeat_train.models.lift_simplebev import in_image, project

@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from zarr.codecs import BloscCodec, ZstdCodec
 from zarr.storage import FsspecStore, LocalStore
 
-from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.store.grid import VoxelGrid
 
 FORMAT = "occfeat-targets"
 FORMAT_VERSION = 1

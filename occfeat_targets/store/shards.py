@@ -2,7 +2,7 @@
 
 zarr-python reads and parses a shard's index again for every frame, which costs several
 milliseconds. Here each process parses an index once and then reads just the inner chunks that it
-needs. Any layout or codec but those of ``occfeat_targets.schema`` is refused, never guessed.
+needs. Any layout or codec but those of ``occfeat_targets.store.schema`` is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import zarr
 from zarr.storage import LocalStore
 
-from occfeat_targets.schema import StoreError, filesystem
+from occfeat_targets.store.schema import StoreError, filesystem
 
 # One loader worker per core is parallel enough, and blosc's own threads do not survive a fork.
 numcodecs.blosc.use_threads = False

@@ -1,0 +1,48 @@
+"""Things of one kind by name, each in a module of its own that is imported when first asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from occfeat_targets.store.settings import ConfigError, did_you_mean
+
+
+class Registry:
+    """Names of one kind of thing, such as ``teacher``, and where each is defined.
+
+    A name of the form ``package.module:attribute`` is a plug-in: it needs no entry.
+
+    Args:
+        kind: what the things are, for messages.
+        places: name to ``module:attribute``.
+    """
+
+    def __init__(self, kind: str, places: dict[str, str]):
+        self.kind, self.places = kind, places
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that come with the package."""
+        return tuple(self.places)
+
+    def __call__(self, name: str) -> Any:
+        """The thing of a name.
+
+        Raises:
+            ConfigError: there is none, or the plug-in can't be imported.
+        """
+        place = self.places.get(name, name)
+        if ":" not in place:
+            known = did_you_mean(name, self.names)
+            raise ConfigError(f"no {self.kind} {name!r}; {known} Or package.module:name")
+        module_name, _, attribute = place.partition(":")
+        try:
+            return getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            if name in self.places and not isinstance(error, ModuleNotFoundError):
+                raise  # a fault of ours
+            raise ConfigError(
+                f"cannot load the {self.kind} {name!r}: {error}. A plug-in must be importable as "
+                "package.module:name, with its folder on PYTHONPATH"
+            ) from error
