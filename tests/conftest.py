@@ -11,6 +11,10 @@ from occfeat_targets.build import build, prepare
 from occfeat_targets.cluster import InProcess
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.demo_world import make_demo_world
+from occfeat_targets.frame import frame_targets, layout_of, make_outputs
+from occfeat_targets.store.checksums import write_checksums
+from occfeat_targets.store.files import open_group
+from occfeat_targets.store.reader import SEAL, seal
 
 TESTS = Path(__file__).parent
 FAST = ["teacher.name=teachers:PatchMeans", "block_frames=2", "map.mode=required"]
@@ -28,6 +32,19 @@ def demo_root(tmp_path_factory):
 def dataroot(demo_root, tmp_path):
     """A copy of the demo world that a test may spoil."""
     return Path(shutil.copytree(demo_root, tmp_path / "dataroot"))
+
+
+def reseal(store):
+    """Make seal and checksums fit what a test changed in a store: as if it had been built so."""
+    group = open_group(store, "r+")
+    group.attrs[SEAL] = seal(dict(group.attrs))
+    write_checksums(str(store), group, {})
+
+
+def targets_of(record, dataset, config, teacher):
+    """All arrays of one keyframe."""
+    outputs = make_outputs(config, layout_of(config, vars(dataset), teacher.dim))
+    return frame_targets(record, config, outputs, teacher)
 
 
 def build_store(dataroot, store, *overrides, skip_errors=False, overwrite=False):

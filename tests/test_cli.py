@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from conftest import FAST
 
 from occfeat_targets.cli import EXIT_SKIPPED, main
-from occfeat_targets.store.schema import open_store
+from occfeat_targets.store.reader import open_store
 
 SETTINGS = [part for setting in FAST for part in ("--set", setting)]
 
@@ -124,7 +124,7 @@ def test_other_mistakes(built, demo_root):
 def test_info_tells_how_far_an_unfinished_build_is(built):
     import zarr
 
-    from occfeat_targets.store.schema import zarr_store
+    from occfeat_targets.store.files import zarr_store
 
     zarr.open_group(zarr_store(built, read_only=False), mode="r+").attrs["complete"] = False
     output = _run("info", built).output

@@ -13,7 +13,7 @@ from conftest import FAST, TESTS, tree_bytes
 from occfeat_targets.build import BuildStopped, build, prepare
 from occfeat_targets.cluster import ClusterError, choose, executor
 from occfeat_targets.config import TargetsConfig
-from occfeat_targets.store.schema import open_store
+from occfeat_targets.store.reader import open_store
 
 GB = 1_000_000_000
 

@@ -87,9 +87,9 @@ def pretrained(settings: TeacherSettings) -> DinoTeacher:
     from transformers import AutoConfig, AutoModel
 
     try:
-        shape = AutoConfig.frompretrained(settings.name)
+        shape = AutoConfig.from_pretrained(settings.name)
         if shape.model_type in _TYPES:
-            model, loading = AutoModel.frompretrained(
+            model, loading = AutoModel.from_pretrained(
                 settings.name, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
             if loading["missing_keys"]:  # transformers would fill them with random numbers
