@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import reference
 import torch
-from PIL import Image
-
 from conftest import targets_of
+from PIL import Image
 
 from occfeat_targets.build import read_dataset
 from occfeat_targets.config import TargetsConfig
