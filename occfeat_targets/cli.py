@@ -36,9 +36,11 @@ version_option = click.option(
 )
 config_option = click.option(
     "--config",
-    "config_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="YAML file of settings; see pipelines/nuscenes.yaml for all of them.",
+    default="nuscenes",
+    show_default=True,
+    metavar="FILE.yaml|PRESET",
+    help="Settings: a file, or a preset by name (nuscenes, demo, miniature). nuscenes lists all of "
+    "them: occfeat-targets settings.",
 )
 set_option = click.option(
     "--set",
@@ -146,7 +148,7 @@ def build(
     dataroot: Path,
     store: str,
     dataset_version: str | None,
-    config_file: Path | None,
+    config: str,
     overrides: tuple[str, ...],
     teacher: str | None,
     precision: str | None,
@@ -174,23 +176,29 @@ def build(
     flags["frames.scenes"] = list(scenes) or None
     chosen = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     with _one_message():
-        config = TargetsConfig.load(config_file, [*overrides, *chosen])
+        settings = TargetsConfig.load(_settings_file(config), [*overrides, *chosen])
         store = absolute(store)
-        if config.teacher.name.startswith("random:"):
+        if settings.teacher.name.startswith("random:"):
             click.echo(
-                f"note: teacher {config.teacher.name} has random weights; these are not DINOv2 "
+                f"note: teacher {settings.teacher.name} has random weights; these are not DINOv2 "
                 "features (fine for trying things out, useless for results)"
             )
-        dataset = prepare(dataroot, store, dataset_version, config, overwrite)
-        if not dataset.map_classes and config.map.mode == "auto":
+        dataset = prepare(dataroot, store, dataset_version, settings, overwrite)
+        if not dataset.map_classes and settings.map.mode == "auto":
             click.echo("note: no map expansion in this dataroot, so no map labels are stored")
         if writer.is_complete(store):
             click.echo(f"{store} is complete: {len(dataset.records)} frames, nothing to do")
             return
         with executor(workers, threads, scheduler) as where:
-            failed = run_build(store, config, dataset, where, on_error == "skip")
+            failed = run_build(store, settings, dataset, where, on_error == "skip")
     click.echo(f"{store}: {len(dataset.records)} frames, {len(failed)} failed")
     _leave_out(failed.values())
+
+
+def _settings_file(config: str) -> Path:
+    from occfeat_targets.store.settings import settings_file
+
+    return settings_file(config, "occfeat_targets")
 
 
 def _leave_out(messages: Collection[str]) -> None:
@@ -258,6 +266,19 @@ def corrupt(
 
 
 @main.command()
+@click.argument("config", default="nuscenes")
+def settings(config: str) -> None:
+    """Print the settings CONFIG, a file or preset: to read, or to change a copy of.
+
+    \b
+    occfeat-targets settings > mine.yaml
+    occfeat-targets build DATAROOT STORE --config mine.yaml
+    """
+    with _one_message():
+        click.echo(_settings_file(config).read_text(encoding="utf-8"), nl=False)
+
+
+@main.command()
 @dataroot_argument
 @version_option
 @config_option
@@ -265,7 +286,7 @@ def corrupt(
 def check(
     dataroot: Path,
     dataset_version: str | None,
-    config_file: Path | None,
+    config: str,
     overrides: tuple[str, ...],
 ) -> None:
     """Check DATAROOT without building: files, sizes, JPEG headers, calibration.
@@ -276,9 +297,9 @@ def check(
     from occfeat_targets.config import TargetsConfig
 
     with _one_message():
-        config = TargetsConfig.load(config_file, overrides)
-        dataset = read_dataset(dataroot, dataset_version, config)
-        check_records(dataset, config)
+        settings = TargetsConfig.load(_settings_file(config), overrides)
+        dataset = read_dataset(dataroot, dataset_version, settings)
+        check_records(dataset, settings)
     scenes = len({record.scene for record in dataset.records})
     frames = f"{scenes} scenes, {len(dataset.records)} keyframes"
     click.echo(f"{dataroot}: {dataset.version}, {frames}: ok")
@@ -307,11 +328,11 @@ def verify(store: str, recompute: int, dataroot: Path | None, seed: int) -> None
     """Re-read every frame of STORE and check that it is sound and consistent."""
     from occfeat_targets.verify import recompute_frames, verify_store
 
-    if recompute and dataroot is None:
+    if recompute and not dataroot:
         raise click.UsageError("--recompute needs --dataroot")
     with _one_message():
         n_frames, problems = verify_store(store)
-        if recompute and not problems:
+        if dataroot and recompute and not problems:
             problems += recompute_frames(store, dataroot, recompute, seed)
     for problem in problems:
         click.secho(f"  {problem}", fg="red", err=True)

@@ -8,7 +8,7 @@ import numpy as np
 
 from occfeat_targets.store.files import filesystem, find
 from occfeat_targets.store.reader import open_store
-from occfeat_targets.store.schema import FAILED
+from occfeat_targets.store.schema import FAILED, MARKERS
 
 
 def summarise(url: str) -> dict:
@@ -34,7 +34,7 @@ def summarise(url: str) -> dict:
     if not attrs["complete"]:
         size = attrs["config"]["block_frames"]
         summary["blocks"] = -(-attrs["n_frames"] // size)
-        summary["blocks_done"] = len([f for f in find(url, "build/blocks") if ".partial" not in f])
+        summary["blocks_done"] = len([f for f in find(url, MARKERS) if ".partial" not in f])
         return summary
     counts = store.per_frame["n_voxels"]
     done = counts[counts != FAILED]
