@@ -34,7 +34,7 @@ class TargetsConfig(Settings):
     images: ImagesSettings = ImagesSettings()
     boxes: BoxesSettings = BoxesSettings()
     map: MapSettings = MapSettings()
-    outputs: dict[str, dict[str, Any]] = {}
+    outputs: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """What else to store: a name of ``outputs.OUTPUTS`` or ``package.module:name`` each, with its
     settings."""
     frames: FramesSettings = FramesSettings()

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from occfeat_targets.store.files import filesystem, find
+from occfeat_targets.store.files import find
 from occfeat_targets.store.reader import TargetStore, open_store
 from occfeat_targets.store.schema import FAILED, MARKERS
 

@@ -18,7 +18,7 @@ from occfeat_targets.store.schema import FAILED, FORMAT, FORMAT_VERSION, ArraySp
 from occfeat_targets.store.shards import ShardedArray
 
 SEAL = "attributes_crc32c"
-"""Root attribute of a finished store: checksum of all others, which are checked when it is opened."""
+"""Root attribute of a finished store: checksum of the others, checked when it is opened."""
 
 
 class TargetStore:

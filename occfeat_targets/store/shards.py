@@ -79,7 +79,8 @@ class ShardedArray:
         if codecs not in _UNPACK:
             raise StoreError(
                 f"{self.url}: cannot read array {self.name!r}, it is not sharded by frames or has "
-                f"other codecs than none, zstd or blosc with crc32c: {array.metadata.to_dict()['codecs']}"
+                "other codecs than none, zstd or blosc, and crc32c behind it: "
+                f"{array.metadata.to_dict()['codecs']}"
             )
         self._unpack = _UNPACK[codecs]
         self._read_ranges = (
