@@ -161,4 +161,4 @@ def test_the_makefile_passes_its_variables_on(pytestconfig):
     assert [line.split()[1] for line in real] == ["build", "info"]
     for part in ("'/data' 's.zarr'", "--version v1.0-mini", "--teacher dir", "--workers 3"):
         assert part in real[0]
-    assert "--scheduler tcp://h:1" in real[0] and "pipelines/nuscenes.yaml" in real[0]
+    assert "--scheduler tcp://h:1" in real[0] and "--config" not in real[0]
