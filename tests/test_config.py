@@ -2,13 +2,20 @@ import pytest
 import yaml
 
 from occfeat_targets.config import TargetsConfig
-from occfeat_targets.store.settings import ConfigError, differences
+from occfeat_targets.store.settings import ConfigError, differences, settings_file
 
 
-def test_nuscenes_preset_shows_every_setting_at_its_default(pytestconfig):
-    preset = pytestconfig.rootpath / "occfeat_targets" / "presets" / "nuscenes.yaml"
+def test_nuscenes_preset_shows_every_setting_at_its_default():
+    preset = settings_file("nuscenes", "occfeat_targets")
     assert TargetsConfig.load(preset) == TargetsConfig()
     assert yaml.safe_load(preset.read_text()).keys() == TargetsConfig().plain().keys()
+
+
+def test_presets_are_found_by_name_and_are_possible():
+    for name in ("nuscenes", "demo", "miniature"):
+        assert TargetsConfig.load(settings_file(name, "occfeat_targets"))
+    with pytest.raises(ConfigError, match="no preset 'paper'; there are demo, miniature, nuscenes"):
+        settings_file("paper", "occfeat_targets")
 
 
 def test_round_trip_through_plain_values():
