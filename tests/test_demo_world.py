@@ -20,16 +20,15 @@ from occfeat_targets.demo_world import (
     make_demo_world,
     render_camera,
 )
-from occfeat_targets.demo_world.frames import write_atomically
-from occfeat_targets.demo_world.materials import (
+from occfeat_targets.demo_world.frames import visibility_level, write_atomically
+from occfeat_targets.demo_world.solids import Part, Shape, intersect, place, side_planes
+from occfeat_targets.demo_world.surface import (
     PARKING_MATERIALS,
     ROAD_MATERIALS,
     WALKWAY_MATERIALS,
     Material,
 )
-from occfeat_targets.demo_world.paint import Paint
-from occfeat_targets.demo_world.primitives import Kind, SolidBuilder, intersect, taper_planes
-from occfeat_targets.demo_world.taxonomy import scene_names, visibility_level
+from occfeat_targets.demo_world.tables import scene_names
 
 nuscenes = pytest.importorskip("nuscenes.nuscenes")
 # What the fixture demo_root holds (see conftest).
@@ -181,24 +180,27 @@ def test_visibility_level():
 # ---------------------------------------------------------------- geometry
 
 
-@pytest.mark.parametrize("kind", list(Kind))
-def test_intersection_is_on_the_surface(kind):
+@pytest.mark.parametrize(
+    ("shape", "taper"),
+    [*((shape, (0.0, 0.0, 0.0)) for shape in Shape), (Shape.BOX, (0.4, 0.2, 0.1))],
+)
+def test_intersection_is_on_the_surface(shape, taper):
     """Entry points satisfy the solid's own equation, and rays that miss never get inside."""
     rng = np.random.default_rng(3)
-    out = SolidBuilder()
-    half = np.array([0.9, 0.9, 0.6]) if kind == Kind.CYLINDER else np.array([1.1, 0.7, 0.5])
-    out.add(kind, (0, 0, 0), half, 0, Paint.PLAIN, (0, 0, 0), taper=(0.4, 0.2, 0.1))
-    solids = out.build()
+    half = np.array([0.9, 0.9, 0.6]) if shape == Shape.CYLINDER else np.array([1.1, 0.7, 0.5])
+    extent = [(-extent, extent) for extent in half]
+    part = Part(shape, Material.METAL, None, *extent, taper=taper)
+    solids = place([part], (0, 0, 0), object_id=1)
 
     def level(points):  # < 1 inside, 1 on the surface
         q = np.abs(points) / half
-        if kind == Kind.BOX:
-            return q.max(axis=-1)
-        if kind == Kind.CYLINDER:
+        if shape == Shape.CYLINDER:
             return np.maximum(np.hypot(q[..., 0], q[..., 1]), q[..., 2])
-        if kind == Kind.ELLIPSOID:
+        if shape == Shape.ELLIPSOID:
             return np.linalg.norm(q, axis=-1)
-        sides = [1 + points @ n - offset for n, offset in taper_planes(half, solids.taper[0])]
+        if taper == (0, 0, 0):
+            return q.max(axis=-1)
+        sides = [1 + points @ n - offset for n, offset in side_planes(half, solids.taper[0])]
         return np.max([*sides, q[..., 2]], axis=0)
 
     origin = np.array([30.0, -20.0, 6.0])
@@ -369,7 +371,7 @@ def test_boxes_hold_their_things(nusc, worlds):
     from occfeat_targets.demo_world import sweep
 
     scene, number, sample = next(samples_of(nusc))
-    _, ids = sweep(worlds[scene, number], np.random.default_rng(0))
+    _, ids, _ = sweep(worlds[scene, number], np.random.default_rng(0))
     hits = (ids > 0) & (ids < 90_000)
     counted = sum(nusc.get("sample_annotation", key)["num_lidar_pts"] for key in sample["anns"])
     assert hits.sum() > 300

@@ -26,13 +26,16 @@ from occfeat_targets.demo_world.frames import (
     write_atomically,
 )
 from occfeat_targets.demo_world.lidar import cast_rays, ground_material, sweep
-from occfeat_targets.demo_world.map_expansion import LOCATION, map_expansion
-from occfeat_targets.demo_world.materials import Material
 from occfeat_targets.demo_world.render import render_camera
-from occfeat_targets.demo_world.scene import Plan, build_scene
-from occfeat_targets.demo_world.tables import build_tables, map_image_name
-from occfeat_targets.demo_world.taxonomy import scene_names
-from occfeat_targets.demo_world.world import World, frame_world, global_T_ego
+from occfeat_targets.demo_world.scene import Plan, World, build_scene, frame_world, global_T_ego
+from occfeat_targets.demo_world.surface import Material
+from occfeat_targets.demo_world.tables import (
+    LOCATION,
+    build_tables,
+    map_expansion,
+    map_image_name,
+    scene_names,
+)
 
 __all__ = [
     "Material",
@@ -49,7 +52,7 @@ __all__ = [
 ]
 
 #: Changes whenever the same parameters would give other bytes.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 MANIFEST = "demo_world.json"
 
 
@@ -65,7 +68,7 @@ def make_demo_world(
 
     The same parameters give the same bytes, whatever the number of workers. A run that was cut off
     is finished by running it again with the same parameters: complete frames are kept. Things that
-    move stand still within a keyframe (see ``world``).
+    move stand still within a keyframe (see ``scene``).
 
     Args:
         out: folder to write; made if missing. May hold an unfinished or finished world of the same

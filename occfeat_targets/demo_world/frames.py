@@ -20,12 +20,20 @@ from occfeat_targets.demo_world.rig import (
     SENSORS,
     Sensor,
 )
-from occfeat_targets.demo_world.scene import FIRST_STATIC_ID, Plan, Scene, build_scene
-from occfeat_targets.demo_world.taxonomy import visibility_level
-from occfeat_targets.demo_world.world import World, frame_world, global_T_ego
+from occfeat_targets.demo_world.scene import (
+    Plan,
+    Scene,
+    World,
+    build_scene,
+    frame_world,
+    global_T_ego,
+)
+from occfeat_targets.demo_world.solids import FIRST_STATIC_ID
 from occfeat_targets.geometry import transform
 
 FrameResult = list[dict]
+#: Lower bounds of the visible share of visibility levels "1" to "4".
+VISIBILITY_BOUNDS = (0.0, 0.4, 0.6, 0.8)
 RESULTS_FOLDER = "demo_world_frames"
 
 
@@ -62,6 +70,12 @@ def frame_is_complete(out: Path, plan: Plan, index: int, sample: int) -> bool:
     )
 
 
+def visibility_level(visible: int, silhouette: int) -> str:
+    """Visibility token "1".."4" from the pixels seen and the pixels of the whole silhouette."""
+    share = visible / silhouette if silhouette else 0.0
+    return str(sum(share >= bound for bound in VISIBILITY_BOUNDS))
+
+
 def make_frame(out: Path, plan: Plan, index: int, sample: int) -> None:
     """Write all files of one keyframe under ``out``, its measurements last.
 
@@ -83,7 +97,7 @@ def make_frame(out: Path, plan: Plan, index: int, sample: int) -> None:
             silhouette[object_id] = silhouette.get(object_id, 0) + pixels
             if object_id < len(seen):
                 visible[object_id] = visible.get(object_id, 0) + int(seen[object_id])
-    points, _ = sweep(world, np.random.default_rng([plan.seed, index, sample, 2]))
+    points, _, _ = sweep(world, np.random.default_rng([plan.seed, index, sample, 2]))
     write_atomically(out / file_name(scene, sample, LIDAR_SENSOR), points.astype("<f4").tobytes())
     counts = _points_in_boxes(world, points)
     result = [

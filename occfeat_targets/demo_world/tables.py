@@ -1,25 +1,112 @@
-"""The thirteen JSON tables of a dataroot."""
+"""The JSON tables of a dataroot and its map expansion, with nuScenes' fixed names."""
 
 from __future__ import annotations
 
+import hashlib
+from collections import defaultdict
+
+import numpy as np
+
 from occfeat_targets.demo_world.frames import FrameResult, file_name, vehicle_log
-from occfeat_targets.demo_world.map_expansion import LOCATION, token
 from occfeat_targets.demo_world.rig import (
     IMAGE_HEIGHT,
     IMAGE_WIDTH,
-    LIDAR,
     SENSORS,
     quaternion_from_euler,
 )
-from occfeat_targets.demo_world.scene import Plan, Scene
-from occfeat_targets.demo_world.taxonomy import ATTRIBUTES, CATEGORIES
+from occfeat_targets.demo_world.scene import MAP_SIZE, Plan, Scene
 
+LOCATION = "boston-seaport"
+CATEGORIES = (
+    "human.pedestrian.adult",
+    "human.pedestrian.child",
+    "human.pedestrian.wheelchair",
+    "human.pedestrian.stroller",
+    "human.pedestrian.personal_mobility",
+    "human.pedestrian.police_officer",
+    "human.pedestrian.construction_worker",
+    "animal",
+    "vehicle.car",
+    "vehicle.motorcycle",
+    "vehicle.bicycle",
+    "vehicle.bus.bendy",
+    "vehicle.bus.rigid",
+    "vehicle.truck",
+    "vehicle.construction",
+    "vehicle.emergency.ambulance",
+    "vehicle.emergency.police",
+    "vehicle.trailer",
+    "movable_object.barrier",
+    "movable_object.trafficcone",
+    "movable_object.pushable_pullable",
+    "movable_object.debris",
+    "static_object.bicycle_rack",
+)
+ATTRIBUTES = (
+    "vehicle.moving",
+    "vehicle.stopped",
+    "vehicle.parked",
+    "cycle.with_rider",
+    "cycle.without_rider",
+    "pedestrian.sitting_lying_down",
+    "pedestrian.standing",
+    "pedestrian.moving",
+)
 _LEVELS = ("v0-40", "v40-60", "v60-80", "v80-100")
+#: Numbers of official scenes of the train and the val split.
+VERSIONS = {
+    "v1.0-mini": ((61, 553, 655, 757, 796, 1077, 1094, 1100), (103, 916)),
+    "v1.0-trainval": (
+        (1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 19, 20, *range(21, 35), *range(41, 63)),
+        (3, 12, 13, 14, 15, 16, 17, 18, 35, 36, 38, 39, 92, 93, 94, 95),
+    ),
+}
+_MAP_LAYERS = (
+    "polygon line node drivable_area road_segment road_block lane ped_crossing walkway stop_line "
+    "carpark_area road_divider lane_divider traffic_light lane_connector"
+)
+Tables = dict[str, list[dict]]
+
+
+def scene_names(version: str, scenes: int) -> list[str]:
+    """Official names for that many scenes, about one in four from the val split, at least one each.
+
+    Args:
+        version: "v1.0-mini" (at most 10 scenes) or "v1.0-trainval" (at most 64).
+        scenes: how many, at least 2.
+
+    Returns:
+        The train scenes' names, then the val scenes' names.
+
+    Raises:
+        ValueError: unknown version, or a number of scenes that the version has no names for.
+    """
+    if version not in VERSIONS:
+        raise ValueError(f"unknown version {version!r}: use one of {', '.join(VERSIONS)}")
+    train, val = VERSIONS[version]
+    most = len(train) + len(val)
+    if not 2 <= scenes <= most:
+        raise ValueError(
+            f"scenes must be between 2 (one to train, one to validate) and {most} for "
+            f"{version}, but is {scenes}"
+        )
+    held_out = min(len(val), max(1, round(scenes / 4), scenes - len(train)))
+    return [f"scene-{number:04d}" for number in train[: scenes - held_out] + val[:held_out]]
+
+
+def token(*parts: object) -> str:
+    """A token of 32 hex characters that depends on the parts alone."""
+    return hashlib.md5("/".join(map(str, parts)).encode(), usedforsecurity=False).hexdigest()
+
+
+def map_image_name(plan: Plan) -> str:
+    """File name of the map raster, which the devkit wants to exist."""
+    return f"maps/{token('map', plan.seed)}.png"
 
 
 def build_tables(
     plan: Plan, names: list[str], scenes: list[Scene], results: dict[tuple[int, int], FrameResult]
-) -> dict[str, list[dict]]:
+) -> Tables:
     """All records of a world.
 
     Args:
@@ -31,26 +118,20 @@ def build_tables(
     Returns:
         Table name -> records, as written to <version>/<name>.json.
     """
-    tables = _fixed_tables(plan)
-    tables.update(
-        {
-            name: []
-            for name in (
-                "log",
-                "scene",
-                "sample",
-                "sample_data",
-                "ego_pose",
-                "calibrated_sensor",
-                "instance",
-                "sample_annotation",
-            )
-        }
-    )
-    for index, (name, scene) in enumerate(zip(names, scenes, strict=True)):
-        _scene_records(tables, plan, name, scene)
-        _sensor_records(tables, plan, name, scene)
-        _annotation_records(tables, plan, name, scene, index, results)
+    tables: Tables = defaultdict(list)
+    for table, texts in (("category", CATEGORIES), ("attribute", ATTRIBUTES)):
+        tables[table] = [{"token": token(table, t), "name": t, "description": t} for t in texts]
+    for number, level in enumerate(_LEVELS, start=1):
+        text = f"visibility of whole object is {level[1:]} %"
+        tables["visibility"].append({"token": str(number), "level": level, "description": text})
+    for sensor in SENSORS:
+        key, modality = token("sensor", sensor.channel), "camera" if sensor.intrinsics else "lidar"
+        tables["sensor"].append({"token": key, "channel": sensor.channel, "modality": modality})
+    for name, scene in zip(names, scenes, strict=True):
+        samples = _scene_records(tables, plan, name, scene)
+        _sensor_records(tables, plan, name, scene, samples)
+        measured = [results[scene.index, sample] for sample in range(plan.samples)]
+        _annotation_records(tables, plan, name, scene, samples, measured)
     tables["map"] = [
         {
             "token": token("map", plan.seed),
@@ -62,55 +143,19 @@ def build_tables(
     return tables
 
 
-def map_image_name(plan: Plan) -> str:
-    """File name of the map raster, which the devkit wants to exist."""
-    return f"maps/{token('map', plan.seed)}.png"
+def _chain(table: str, *parts: object, count: int) -> list[dict[str, str]]:
+    """Tokens of ``count`` records that follow one another, with those before and after."""
+    keys = ["", *(token(table, *parts, number) for number in range(count)), ""]
+    return [
+        {"token": key, "prev": before, "next": after}
+        for before, key, after in zip(keys, keys[1:], keys[2:], strict=False)
+    ]
 
 
-def _fixed_tables(plan: Plan) -> dict[str, list[dict]]:
-    return {
-        "category": [
-            {"token": token("category", name), "name": name, "description": text}
-            for name, text in CATEGORIES.items()
-        ],
-        "attribute": [
-            {"token": token("attribute", name), "name": name, "description": text}
-            for name, text in ATTRIBUTES.items()
-        ],
-        "visibility": [
-            {
-                "token": str(number),
-                "level": level,
-                "description": f"visibility of whole object is {level[1:]} %",
-            }
-            for number, level in enumerate(_LEVELS, start=1)
-        ],
-        "sensor": [
-            {
-                "token": token("sensor", sensor.channel),
-                "channel": sensor.channel,
-                "modality": "lidar" if sensor.channel == LIDAR else "camera",
-            }
-            for sensor in SENSORS
-        ],
-    }
-
-
-def _chain(keys: list[str], number: int) -> dict[str, str]:
-    """prev and next of one link of a chain of tokens."""
-    return {
-        "prev": keys[number - 1] if number else "",
-        "next": keys[number + 1] if number + 1 < len(keys) else "",
-    }
-
-
-def sample_token(plan: Plan, name: str, sample: int) -> str:
-    """Token of a keyframe."""
-    return token("sample", plan.seed, name, sample)
-
-
-def _scene_records(tables, plan: Plan, name: str, scene: Scene) -> None:
-    log = token("log", plan.seed, name)
+def _scene_records(tables: Tables, plan: Plan, name: str, scene: Scene) -> list[str]:
+    """A scene with its log and samples; returns the samples' tokens."""
+    log, key = token("log", plan.seed, name), token("scene", plan.seed, name)
+    samples = _chain("sample", plan.seed, name, count=plan.samples)
     tables["log"].append(
         {
             "token": log,
@@ -120,30 +165,28 @@ def _scene_records(tables, plan: Plan, name: str, scene: Scene) -> None:
             "location": LOCATION,
         }
     )
-    samples = [sample_token(plan, name, sample) for sample in range(plan.samples)]
     tables["scene"].append(
         {
-            "token": token("scene", plan.seed, name),
+            "token": key,
             "log_token": log,
             "nbr_samples": plan.samples,
-            "first_sample_token": samples[0],
-            "last_sample_token": samples[-1],
+            "first_sample_token": samples[0]["token"],
+            "last_sample_token": samples[-1]["token"],
             "name": name,
-            "description": f"Synthetic street ({scene.layout.kind}), {scene.ego_speed:.1f} m/s",
+            "description": f"Synthetic street, {scene.drive.speed:.1f} m/s",
         }
     )
-    for sample, key in enumerate(samples):
-        tables["sample"].append(
-            {
-                "token": key,
-                "timestamp": scene.timestamp(sample),
-                **_chain(samples, sample),
-                "scene_token": tables["scene"][-1]["token"],
-            }
-        )
+    tables["sample"] += [
+        {**links, "timestamp": scene.timestamp(number), "scene_token": key}
+        for number, links in enumerate(samples)
+    ]
+    return [links["token"] for links in samples]
 
 
-def _sensor_records(tables, plan: Plan, name: str, scene: Scene) -> None:
+def _sensor_records(
+    tables: Tables, plan: Plan, name: str, scene: Scene, samples: list[str]
+) -> None:
+    """Calibration, poses and files of all sensors in one scene."""
     for sensor in SENSORS:
         camera = sensor.intrinsics is not None
         calibrated = token("calibrated_sensor", plan.seed, name, sensor.channel)
@@ -156,76 +199,117 @@ def _sensor_records(tables, plan: Plan, name: str, scene: Scene) -> None:
                 "camera_intrinsic": sensor.camera_matrix().tolist() if camera else [],
             }
         )
-        keys = [
-            token("sample_data", plan.seed, name, sensor.channel, sample)
-            for sample in range(plan.samples)
-        ]
-        for sample, key in enumerate(keys):
-            timestamp = scene.timestamp(sample) - sensor.early_us
+        chain = _chain("sample_data", plan.seed, name, sensor.channel, count=plan.samples)
+        for number, links in enumerate(chain):
+            timestamp = scene.timestamp(number) - sensor.early_us
             translation, rotation = scene.ego_pose(timestamp)
-            tables["ego_pose"].append(
-                {
-                    "token": key,
-                    "timestamp": timestamp,
-                    "rotation": rotation,
-                    "translation": translation,
-                }
-            )
+            moment = {"token": links["token"], "timestamp": timestamp}
+            tables["ego_pose"].append({**moment, "rotation": rotation, "translation": translation})
             tables["sample_data"].append(
                 {
-                    "token": key,
-                    "sample_token": sample_token(plan, name, sample),
-                    "ego_pose_token": key,
+                    **links,
+                    **moment,
+                    "sample_token": samples[number],
+                    "ego_pose_token": links["token"],
                     "calibrated_sensor_token": calibrated,
-                    "timestamp": timestamp,
                     "fileformat": "jpg" if camera else "pcd",
                     "is_key_frame": True,
                     "height": IMAGE_HEIGHT if camera else 0,
                     "width": IMAGE_WIDTH if camera else 0,
-                    "filename": file_name(scene, sample, sensor),
-                    **_chain(keys, sample),
+                    "filename": file_name(scene, number, sensor),
                 }
             )
 
 
-def _annotation_records(tables, plan: Plan, name: str, scene: Scene, index: int, results) -> None:
+def _annotation_records(
+    tables: Tables,
+    plan: Plan,
+    name: str,
+    scene: Scene,
+    samples: list[str],
+    measured: list[FrameResult],
+) -> None:
     """Annotations of a scene, and an instance for everything that is annotated at least once."""
-    found: dict[int, list[tuple[int, dict]]] = {}
-    for sample in range(plan.samples):
-        for entry in results[index, sample]:
-            found.setdefault(entry["object_id"], []).append((sample, entry))
-    actors = {actor.object_id: actor for actor in scene.actors}
-    for object_id, entries in found.items():
-        actor = actors[object_id]
-        instance = token("instance", plan.seed, name, object_id)
-        keys = [
-            token("sample_annotation", plan.seed, name, object_id, sample) for sample, _ in entries
-        ]
+    found: dict[int, list[tuple[int, dict]]] = defaultdict(list)
+    for number, entries in enumerate(measured):
+        for entry in entries:
+            found[entry["object_id"]].append((number, entry))
+    for actor in scene.actors:
+        entries = found[actor.object_id]
+        if not entries:
+            continue
+        instance = token("instance", plan.seed, name, actor.object_id)
+        chain = _chain("sample_annotation", plan.seed, name, actor.object_id, count=len(entries))
         tables["instance"].append(
             {
                 "token": instance,
                 "category_token": token("category", actor.category),
-                "nbr_annotations": len(keys),
-                "first_annotation_token": keys[0],
-                "last_annotation_token": keys[-1],
+                "nbr_annotations": len(chain),
+                "first_annotation_token": chain[0]["token"],
+                "last_annotation_token": chain[-1]["token"],
             }
         )
-        for number, (sample, entry) in enumerate(entries):
-            x, y, yaw = scene.to_global(actor.pose(scene.seconds(scene.timestamp(sample))))
+        for links, (number, entry) in zip(chain, entries, strict=True):
+            x, y, yaw = scene.to_global(actor.pose(scene.seconds(scene.timestamp(number))))
+            attributes = [token("attribute", actor.attribute)] if actor.attribute else []
             tables["sample_annotation"].append(
                 {
-                    "token": keys[number],
-                    "sample_token": sample_token(plan, name, sample),
+                    **links,
+                    "sample_token": samples[number],
                     "instance_token": instance,
-                    "attribute_tokens": [token("attribute", actor.attribute)]
-                    if actor.attribute
-                    else [],
+                    "attribute_tokens": attributes,
                     "visibility_token": entry["visibility"],
                     "translation": [x, y, actor.size[2] / 2],
                     "size": list(actor.size),
                     "rotation": quaternion_from_euler(yaw),
                     "num_lidar_pts": entry["num_lidar_pts"],
                     "num_radar_pts": 0,
-                    **_chain(keys, number),
                 }
             )
+
+
+class _MapWriter:
+    """Collects the records of one map expansion file."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.layers: Tables = {name: [] for name in _MAP_LAYERS.split()}
+
+    def add(self, layer: str, **fields: object) -> str:
+        """Append a record to a layer and return its token."""
+        key = token("map", self.seed, layer, len(self.layers[layer]))
+        self.layers[layer].append({"token": key, **fields})
+        return key
+
+    def nodes(self, points: np.ndarray) -> list[str]:
+        """Add points (N, 2), global metres, to the nanometre."""
+        return [self.add("node", x=round(float(x), 9), y=round(float(y), 9)) for x, y in points]
+
+
+def map_expansion(scenes: list[Scene], seed: int) -> dict:
+    """Contents of maps/expansion/<LOCATION>.json for all scenes of a world.
+
+    Its areas are the very polygons that the ground is painted from.
+    """
+    out = _MapWriter(seed)
+    for scene in scenes:
+        for layer, shapes in scene.layout.polygons.items():
+            keys = []
+            for shape in shapes:
+                rings = [out.nodes(scene.xy_global(r)) for r in (shape.exterior, *shape.holes)]
+                holes = [{"node_tokens": ring} for ring in rings[1:]]
+                keys.append(out.add("polygon", exterior_node_tokens=rings[0], holes=holes))
+            if layer == "drivable_area":
+                out.add(layer, polygon_tokens=keys)
+                continue
+            for number, key in enumerate(keys):
+                fields: dict[str, object] = {"polygon_token": key}
+                if layer == "road_segment":
+                    fields |= {"is_intersection": number == 0, "drivable_area_token": ""}
+                out.add(layer, **fields)
+        for layer, lines in scene.layout.lines.items():
+            for points in lines:
+                line = out.add("line", node_tokens=out.nodes(scene.xy_global(points)))
+                out.add(layer, line_token=line)
+    canvas = {"version": "1.3", "canvas_edge": list(MAP_SIZE)}
+    return {**canvas, **out.layers, "arcline_path_3": {}, "connectivity": {}}
