@@ -12,22 +12,12 @@ import pytest
 from PIL import Image
 from pyquaternion import Quaternion
 
-from occfeat_targets.demo_world import (
-    Plan,
-    cast_rays,
-    frame_world,
-    ground_material,
-    make_demo_world,
-    render_camera,
-)
+from occfeat_targets.demo_world import make_demo_world
 from occfeat_targets.demo_world.frames import visibility_level, write_atomically
+from occfeat_targets.demo_world.render import cast_rays, ground_material, render_camera, sweep
+from occfeat_targets.demo_world.scene import Plan, frame_world
 from occfeat_targets.demo_world.solids import Part, Shape, intersect, place, side_planes
-from occfeat_targets.demo_world.surface import (
-    PARKING_MATERIALS,
-    ROAD_MATERIALS,
-    WALKWAY_MATERIALS,
-    Material,
-)
+from occfeat_targets.demo_world.surface import Material
 from occfeat_targets.demo_world.tables import scene_names
 
 nuscenes = pytest.importorskip("nuscenes.nuscenes")
@@ -41,6 +31,16 @@ CAMERAS = (
     "CAM_BACK",
     "CAM_BACK_RIGHT",
 )
+# Ground materials found inside a drivable area (its paint included), a walkway, a parking area.
+ROAD_MATERIALS = (
+    Material.ASPHALT,
+    Material.CROSSING,
+    Material.CROSSING_STRIPE,
+    Material.LANE_LINE,
+    Material.DIVIDER_LINE,
+)
+WALKWAY_MATERIALS = (Material.SIDEWALK, Material.KERB)
+PARKING_MATERIALS = (Material.PARKING, Material.PARKING_LINE)
 
 
 @pytest.fixture(scope="session")
@@ -223,7 +223,7 @@ def test_depth_is_the_range_along_pixel_rays(nusc, worlds):
     _, _, sample = next(samples_of(nusc))
     pose, K = sensor_chain(nusc, sample["data"]["CAM_BACK"])
     K = np.diag([0.125, 0.125, 1]) @ K
-    rgb, depth, ids = render_camera(worlds[0, 0], K, pose, 112, 200)
+    rgb, depth, ids, _ = render_camera(worlds[0, 0], K, pose, 112, 200)
     assert rgb.shape == (112, 200, 3) and rgb.dtype == np.uint8
     assert depth.dtype == np.float32 and ids.dtype == np.int32
     rows, columns = np.mgrid[:112, :200]
@@ -270,7 +270,7 @@ def compare_with_depth(nusc, sample, channel, world, pose_of=None):
     _, xyz = lidar_points(nusc, sample)
     true_pose, K = sensor_chain(nusc, sample["data"][channel])
     K = np.diag([0.5, 0.5, 1]) @ K
-    _, depth, ids = render_camera(world, K, true_pose, 450, 800)
+    _, depth, ids, _ = render_camera(world, K, true_pose, 450, 800)
     pose, _ = sensor_chain(nusc, sample["data"][channel], pose_of)
     local = (xyz - pose[:3, 3]) @ pose[:3, :3]
     local = local[local[:, 2] > 1]
@@ -321,7 +321,7 @@ def test_stored_images_are_what_the_tables_say(nusc, worlds):
     errors = []
     for pose_of in (key, sample["data"]["LIDAR_TOP"]):
         pose, K = sensor_chain(nusc, key, pose_of)
-        rgb, _, _ = render_camera(worlds[scene, number], K, pose, 900, 1600)
+        rgb, _, _, _ = render_camera(worlds[scene, number], K, pose, 900, 1600)
         errors.append(np.abs(rgb - stored).mean())
     assert errors[0] < 2
     assert errors[1] > 2 * errors[0]
@@ -368,8 +368,6 @@ def test_num_lidar_pts_is_counted(nusc):
 
 def test_boxes_hold_their_things(nusc, worlds):
     """Nearly all returns of an annotated thing lie in its box: the box encloses what is drawn."""
-    from occfeat_targets.demo_world import sweep
-
     scene, number, sample = next(samples_of(nusc))
     _, ids, _ = sweep(worlds[scene, number], np.random.default_rng(0))
     hits = (ids > 0) & (ids < 90_000)
@@ -384,7 +382,9 @@ def test_visibility_is_measured(nusc, worlds):
     seen = set()
     for channel in CAMERAS:
         pose, K = sensor_chain(nusc, sample["data"][channel])
-        _, _, ids = render_camera(worlds[scene, number], np.diag([0.5, 0.5, 1]) @ K, pose, 450, 800)
+        _, _, ids, _ = render_camera(
+            worlds[scene, number], np.diag([0.5, 0.5, 1]) @ K, pose, 450, 800
+        )
         seen |= set(np.unique(ids))
     by_place = {
         tuple(np.round(p.centre, 3)): p.actor.object_id for p in worlds[scene, number].placed
@@ -451,7 +451,7 @@ def test_texture_agrees_with_map(nusc, worlds, shapes):
     for scene, number, sample in samples_of(nusc):
         for channel in ("CAM_FRONT", "CAM_BACK"):
             pose, K = sensor_chain(nusc, sample["data"][channel])
-            _, depth, ids = render_camera(
+            _, depth, ids, _ = render_camera(
                 worlds[scene, number], np.diag([0.25, 0.25, 1]) @ K, pose, 225, 400
             )
             rows, columns = np.nonzero((ids == 0) & (depth < 40))

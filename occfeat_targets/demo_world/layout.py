@@ -1,22 +1,25 @@
-"""Layout of a scene: two crossing streets as the map's polygons, which the ground is painted from.
+"""Layout of a scene, two crossing streets as the map's polygons, and the painting of its ground.
 
 Scene frame: origin at the centre of the junction, x along the main street, y to its left, metres.
-Traffic keeps to the right.
+Traffic keeps to the right. The polygons that are painted are those of the map expansion, so labels
+and pictures agree to a texel.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from occfeat_targets.demo_world.surface import Material
 
-_FILLET = 3.5
-_LINE = 0.06
 #: Where the crosswalk of an arm begins and ends, and its stop line, metres from the junction.
 CROSSWALK, STOP_LINE = (4.3, 7.5), 8.4
+_FILLET = 3.5
+SHADOW = 128
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,14 @@ class Section:
         return self.median / 2 + self.lane * self.lanes
 
     @property
+    def kerb(self) -> float:
+        """Distance from the centre line to the sidewalk behind the parking places."""
+        return self.road + self.parking
+
+    @property
     def edge(self) -> float:
         """Distance from the centre line to the back of the sidewalk."""
-        return self.road + self.parking + self.walk
+        return self.kerb + self.walk
 
     def lane_centre(self, lane: int) -> float:
         """Distance of a lane's centre from the centre line; lane 0 is the innermost."""
@@ -46,11 +54,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm of the junction, in its own coordinates (s, t): s from the junction's centre
-    outwards in direction ``heading`` (radians), t to the left; metres.
+    """One arm of the junction, in its own coordinates (s, t), metres.
 
-    It has a road from ``start`` and sidewalks from ``corner`` to ``end``; traffic drives outwards
-    where t < 0. ``lot`` (s0, s1, side) is where a parking lot lies behind a sidewalk, or None.
+    s runs from the junction's centre outwards in direction ``heading`` (radians), t to its left.
+    The road begins at ``start`` and the sidewalks at ``corner``; all end at ``end``. Traffic drives
+    outwards where t < 0.
     """
 
     section: Section
@@ -58,7 +66,6 @@ class Arm:
     start: float
     corner: float
     end: float
-    lot: tuple[float, float, int] | None
 
     def xy(self, s, t) -> np.ndarray:
         """Scene coordinates (..., 2) of arm coordinates s, t (...,)."""
@@ -66,18 +73,15 @@ class Arm:
         cos, sin = math.cos(self.heading), math.sin(self.heading)
         return np.stack([cos * s - sin * t, sin * s + cos * t], axis=-1)
 
+    def pose(self, s: float, t: float, turn: float = 0.0) -> tuple[float, float, float]:
+        """Pose (x, y, heading) at (s, t), turned from the arm's direction by ``turn`` radians."""
+        x, y = self.xy(s, t)
+        return float(x), float(y), self.heading + turn
+
     def rectangle(self, s0: float, s1: float, t0: float, t1: float) -> np.ndarray:
         """Polygon (4, 2) between s0 and s1, t0 and t1 (in any order), counter-clockwise."""
         t0, t1 = min(t0, t1), max(t0, t1)
         return self.xy([s0, s1, s1, s0], [t0, t0, t1, t1])
-
-
-@dataclass(frozen=True)
-class Polygon:
-    """A polygon with holes: ``exterior`` (N, 2) and ``holes``, each (M, 2), metres, not closed."""
-
-    exterior: np.ndarray
-    holes: tuple[np.ndarray, ...] = ()
 
 
 @dataclass
@@ -85,87 +89,60 @@ class Layout:
     """Streets of one scene with their map layers.
 
     ``arms`` from +x counter-clockwise, the main street's are those of even number; ``polygons``
-    and ``lines`` map a layer's name in the map expansion to its shapes; ``paint`` lists (material,
-    polygon (N, 2)) in painting order for what the map does not hold as areas; ``bays`` (x, y,
-    heading) of parking places; ``islands`` (arm, s0, s1) on the median.
+    and ``lines`` map a layer's name in the map expansion to its shapes (N, 2), not closed;
+    ``paint`` lists (material, polygon (N, 2)) in painting order for what the map does not hold as
+    areas; ``bays`` poses of parking places; ``islands`` (arm, s0, s1) on the median and ``holes``
+    what they cut out of the drivable area.
     """
 
     arms: list[Arm]
-    polygons: dict[str, list[Polygon]]
-    lines: dict[str, list[np.ndarray]] = field(
-        default_factory=lambda: {"road_divider": [], "lane_divider": []}
-    )
+    polygons: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
+    lines: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
     paint: list[tuple[Material, np.ndarray]] = field(default_factory=list)
     bays: list[tuple[float, float, float]] = field(default_factory=list)
     islands: list[tuple[Arm, float, float]] = field(default_factory=list)
-
-    def add(self, layer: str, *exteriors: np.ndarray) -> None:
-        """Append polygons without holes to a map layer."""
-        self.polygons[layer] += [Polygon(exterior) for exterior in exteriors]
+    holes: list[np.ndarray] = field(default_factory=list)
 
 
 def build_layout(rng: np.random.Generator, radius: float) -> Layout:
     """Draw the streets of one scene at random; they end ``radius`` metres from its origin."""
     lane, lanes = float(rng.uniform(3.2, 3.7)), int(rng.integers(1, 3))
-    walk = rng.uniform((3.0, 2.6), (5.0, 3.6))
-    main = Section(lane, lanes, 1.8, 2.4, float(walk[0]))
-    side = Section(lane, int(rng.integers(1, lanes + 1)), 0.0, 2.3, float(walk[1]))
-    arms = []
+    main = Section(lane, lanes, 1.8, 2.4, float(rng.uniform(3.0, 5.0)))
+    side = Section(lane, int(rng.integers(1, lanes + 1)), 0.0, 2.3, float(rng.uniform(2.6, 3.6)))
+    layout = Layout([])
+    box = [(-side.road, -main.road), (side.road, -main.road), (side.road, main.road)]
+    layout.polygons["road_segment"].append(np.array([*box, (-side.road, main.road)]))
+    outline = []
     for number in range(4):
-        section, other = (main, side) if number % 2 == 0 else (side, main)
-        lot_start = float(rng.uniform(26, 40))
-        lot = (lot_start, lot_start + 27, int(rng.choice([-1, 1])))
-        arms.append(
-            Arm(
-                section,
-                number * math.pi / 2,
-                other.road,
-                other.edge,
-                radius,
-                lot if section is main else None,
-            )
-        )
-    layers = ("road_segment", "drivable_area", "walkway", "ped_crossing", "carpark_area")
-    layout = Layout(arms, {layer: [] for layer in layers})
-    layout.add("road_segment", arms[0].rectangle(-side.road, side.road, -main.road, main.road))
-    for arm in arms:
-        hw = arm.section.road
-        layout.add("road_segment", arm.rectangle(arm.start, arm.end, -hw, hw))
+        own, other = (main, side) if number % 2 == 0 else (side, main)
+        arm = Arm(own, number * math.pi / 2, other.road, other.edge, radius)
+        layout.arms.append(arm)
+        outline += [arm.xy([arm.end, arm.end], [-own.road, own.road]), _corner(layout, arm)]
         _crosswalk(layout, arm)
-        _lines(layout, arm)
+        _dividers(layout, arm)
         for flip in (-1, 1):
             _kerbside(layout, arm, flip, rng)
-    _drivable_area(layout)
+    layout.polygons["drivable_area"].append(np.concatenate(outline))
     return layout
 
 
-def _drivable_area(layout: Layout) -> None:
-    """The carriageways with rounded corners and the islands as holes; the sidewalks' corners."""
+def _corner(layout: Layout, arm: Arm) -> np.ndarray:
+    """The sidewalk at the corner to the left of an arm; returns its kerb (N, 2), a rounded line."""
+    road, edge = arm.section.road, arm.section.edge
     angle = np.linspace(-math.pi / 2, -math.pi, 9)
-    outline = []
-    for arm in layout.arms:
-        road, edge = arm.section.road, arm.section.edge
-        s = arm.start + _FILLET * (1 + np.cos(angle))
-        t = road + _FILLET * (1 + np.sin(angle))
-        outline += [arm.xy([arm.end, arm.end], [-road, road]), arm.xy(s, t)]
-        # From the arc around the outside, back to where the arc began.
-        s, t = [*s, arm.start, arm.corner, arm.corner], [*t, edge, edge, road]
-        layout.add("walkway", arm.xy(s, t)[::-1])
-    holes = []
-    for arm, s0, s1 in layout.islands:
-        half = arm.section.median / 2 - 0.2
-        holes.append(arm.rectangle(s0, s1, -half, half)[::-1])
-        inner = arm.rectangle(s0 + 0.2, s1 - 0.2, 0.2 - half, half - 0.2)
-        layout.paint.append((Material.ISLAND, inner))
-    layout.polygons["drivable_area"].append(Polygon(np.concatenate(outline), tuple(holes)))
+    s = arm.start + _FILLET * (1 + np.cos(angle))
+    t = road + _FILLET * (1 + np.sin(angle))
+    outer = arm.xy([arm.start, arm.corner, arm.corner], [edge, edge, road])
+    layout.polygons["walkway"].append(np.concatenate([arm.xy(s, t), outer])[::-1])
+    return arm.xy(s, t)
 
 
 def _crosswalk(layout: Layout, arm: Arm) -> None:
-    """Crosswalk with stripes and the stop line before it."""
-    hw = arm.section.road
-    s0, s1 = arm.start + CROSSWALK[0], arm.start + CROSSWALK[1]
+    """An arm's road, its crosswalk with stripes and the stop line before it."""
+    hw, (s0, s1) = arm.section.road, np.add(arm.start, CROSSWALK)
+    layout.polygons["road_segment"].append(arm.rectangle(arm.start, arm.end, -hw, hw))
     area = arm.rectangle(s0, s1, -hw, hw)
-    layout.add("ped_crossing", area)
+    layout.polygons["ped_crossing"].append(area)
     layout.paint.append((Material.CROSSING, area))
     count = int(2 * hw / 1.1)
     for t in (np.arange(count) + 0.5) * 2 * hw / count - hw:
@@ -176,22 +153,25 @@ def _crosswalk(layout: Layout, arm: Arm) -> None:
     layout.paint.append((Material.LANE_LINE, stop))
 
 
-def _lines(layout: Layout, arm: Arm) -> None:
+def _dividers(layout: Layout, arm: Arm) -> None:
     """Dividers as map lines and as paint; raised islands on the median, if there is one."""
     section, s0 = arm.section, arm.start + STOP_LINE + 0.6
     s = s0
     while section.median and s + 36 < arm.end:
         layout.islands.append((arm, s, s + 22))
+        half = section.median / 2 - 0.2
+        layout.holes.append(arm.rectangle(s, s + 22, -half, half)[::-1])
+        planted = arm.rectangle(s + 0.2, s + 21.8, 0.2 - half, half - 0.2)
+        layout.paint.append((Material.ISLAND, planted))
         _double_line(layout, arm, s + 22, s + 36)
         s += 36
     _double_line(layout, arm, s, arm.end)
-    for number in range(1, section.lanes):
-        for sign in (-1, 1):
-            t = sign * (section.median / 2 + number * section.lane)
-            layout.lines["lane_divider"].append(arm.xy([s0, arm.end], t))
-            for dash in np.arange(s0, arm.end - 3, 9.0):
-                line = arm.rectangle(dash, dash + 3, t - 0.075, t + 0.075)
-                layout.paint.append((Material.LANE_LINE, line))
+    offsets = section.median / 2 + section.lane * np.arange(1, section.lanes)
+    for t in [*-offsets, *offsets]:
+        layout.lines["lane_divider"].append(arm.xy([s0, arm.end], t))
+        for dash in np.arange(s0, arm.end - 3, 9.0):
+            line = arm.rectangle(dash, dash + 3, t - 0.075, t + 0.075)
+            layout.paint.append((Material.LANE_LINE, line))
 
 
 def _double_line(layout: Layout, arm: Arm, s0: float, s1: float) -> None:
@@ -202,39 +182,101 @@ def _double_line(layout: Layout, arm: Arm, s0: float, s1: float) -> None:
 
 
 def _kerbside(layout: Layout, arm: Arm, flip: int, rng: np.random.Generator) -> None:
-    """One side's sidewalk, kerbside parking and parking lot; ``flip`` 1 is the left, -1 the right.
+    """One side's sidewalk and parking places; ``flip`` 1 is the left, -1 the right.
 
     The strip between road and sidewalk is cut into parking and widened sidewalk by turns.
     """
-    kerb, back = flip * arm.section.road, flip * (arm.section.road + arm.section.parking)
-    edge = flip * arm.section.edge
-    layout.add("walkway", arm.rectangle(arm.corner, arm.end, back, edge))
-    towards = arm.heading + (math.pi if flip > 0 else 0.0)  # the traffic on this side
-    s, stop = arm.corner, arm.start + 13
-    while stop < arm.end - 16:
-        layout.add("walkway", arm.rectangle(s, stop, kerb, back))
-        s = stop + min(6 * int(rng.integers(2, 8)), arm.end - 3 - stop)
-        _bays(layout, arm, (stop, s, kerb, back), 6.0, towards)
-        stop = s + float(rng.uniform(3, 9))
-    layout.add("walkway", arm.rectangle(s, arm.end, kerb, back))
-    if arm.lot and arm.lot[2] == flip:
-        s0, s1, _ = arm.lot
-        layout.add("carpark_area", arm.rectangle(s0, s1, edge, edge + flip * 17))
-        for near, turn in ((0.4, -1), (11.6, 1)):
-            area = (s0 + 1, s1 - 1, edge + flip * near, edge + flip * (near + 5))
-            heading = arm.heading + turn * flip * math.pi / 2
-            _bays(layout, arm, area, 2.75, heading, add_area=False)
+    section, walkways = arm.section, layout.polygons["walkway"]
+    t0, t1 = flip * section.road, flip * section.kerb
+    walkways.append(arm.rectangle(arm.corner, arm.end, t1, flip * section.edge))
+    s, s0 = arm.corner, arm.start + 13
+    while s0 < arm.end - 16:
+        walkways.append(arm.rectangle(s, s0, t0, t1))
+        count = int(rng.integers(2, 8))
+        s = s0 + min(6 * count, arm.end - 3 - s0)
+        layout.polygons["carpark_area"].append(arm.rectangle(s0, s, t0, t1))
+        borders = np.linspace(s0, s, count + 1)
+        for border in np.clip(borders, s0 + 0.06, s - 0.06):
+            line = arm.rectangle(border - 0.06, border + 0.06, t0, t1)
+            layout.paint.append((Material.PARKING_LINE, line))
+        turn = math.pi if flip > 0 else 0.0  # as the traffic on this side
+        layout.bays += [arm.pose(m, (t0 + t1) / 2, turn) for m in (borders[1:] + borders[:-1]) / 2]
+        s0 = s + float(rng.uniform(3, 9))
+    walkways.append(arm.rectangle(s, arm.end, t0, t1))
 
 
-def _bays(layout: Layout, arm: Arm, area, width: float, heading: float, add_area=True) -> None:
-    """Parking places of about ``width`` metres along the arm in ``area`` (s0, s1, t0, t1)."""
-    s0, s1, t0, t1 = area
-    if add_area:
-        layout.add("carpark_area", arm.rectangle(*area))
-    borders = np.linspace(s0, s1, 1 + max(1, round((s1 - s0) / width)))
-    for s in np.clip(borders, s0 + _LINE, s1 - _LINE):
-        line = arm.rectangle(s - _LINE, s + _LINE, t0, t1)
-        layout.paint.append((Material.PARKING_LINE, line))
-    for s in (borders[1:] + borders[:-1]) / 2:
-        x, y = arm.xy(s, (t0 + t1) / 2)
-        layout.bays.append((float(x), float(y), heading))
+@dataclass
+class Raster:
+    """A square texture of the scene frame around ``centre`` (x, y) up to ``reach``, metres.
+
+    ``values`` (n, n) uint8, row along y: a Material, and the bit SHADOW in the shadow of things.
+    """
+
+    values: np.ndarray
+    centre: tuple[float, float]
+    reach: float
+
+    def sample(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Values (N,) uint8 at scene points x, y (N,); outside, those of the border."""
+        last, per_metre = len(self.values) - 1, np.float32(len(self.values) / (2 * self.reach))
+        column = (x - np.float32(self.centre[0] - self.reach)) * per_metre
+        row = (y - np.float32(self.centre[1] - self.reach)) * per_metre
+        column, row = (c.clip(0, last).astype(np.int32) for c in (column, row))
+        return self.values[row, column]
+
+
+def paint_ground(
+    layout: Layout, shadows: np.ndarray, centre: tuple[float, float], texel: float, reach: float
+) -> Raster:
+    """Paint a square of the scene frame.
+
+    Args:
+        layout: the scene's streets.
+        shadows: (P, n, 2) outlines of the shadows of things, scene frame, metres.
+        centre: (x, y) of the square, metres.
+        texel: size of a texel in metres.
+        reach: half the size of the square in metres.
+    """
+    size = (int(2 * reach / texel),) * 2
+    corner = np.array(centre) - reach
+    ground, shade = Image.new("L", size, int(Material.TERRAIN)), Image.new("L", size, 0)
+    paint, darken = ImageDraw.Draw(ground), ImageDraw.Draw(shade)
+
+    def texels(points: np.ndarray) -> list[tuple[float, float]]:
+        # Pillow cuts coordinates to whole texels: round first.
+        return [tuple(p) for p in np.rint((points - corner) / texel - 0.5).tolist()]
+
+    def fill(draw: ImageDraw.ImageDraw, points: np.ndarray, value: int) -> None:
+        if (points.max(axis=0) > corner).all() and (points.min(axis=0) < corner + 2 * reach).all():
+            draw.polygon(texels(points), fill=int(value))
+
+    polygons = layout.polygons
+    for points in polygons["walkway"]:
+        fill(paint, points, Material.SIDEWALK)
+    for points in polygons["drivable_area"] + polygons["carpark_area"]:
+        rim = texels(np.vstack([points, points[:2]]))
+        paint.line(rim, fill=int(Material.KERB), width=max(1, round(0.36 / texel)))
+    areas = [(Material.ASPHALT, points) for points in polygons["drivable_area"]]
+    areas += [(Material.KERB, points) for points in layout.holes]
+    areas += [(Material.PARKING, points) for points in polygons["carpark_area"]]
+    for material, points in areas + layout.paint:
+        fill(paint, points, material)
+    for outline in shadows:
+        fill(darken, outline, SHADOW)
+    return Raster(np.asarray(ground) | np.asarray(shade), centre, reach)
+
+
+def sample_ground(rasters: list[Raster], x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Values (N,) uint8 at scene points x, y (N,) of the first raster that reaches there.
+
+    Rasters go from the finest, around the car, to the coarsest, which serves all the rest.
+    """
+    out, rest = np.empty(len(x), np.uint8), np.arange(len(x))
+    for raster in rasters:
+        distance = [
+            np.abs(c[rest] - np.float32(m)) for c, m in zip((x, y), raster.centre, strict=True)
+        ]
+        inside = np.maximum(*distance) < (raster.reach if raster is not rasters[-1] else np.inf)
+        chosen, rest = rest[inside], rest[~inside]
+        out[chosen] = raster.sample(x[chosen], y[chosen])
+    return out

@@ -1,58 +1,46 @@
-"""Camera images: every pixel's ray against the solids, nearest wins, then colour and light.
+"""What the sensors see: rays against the solids and the ground, nearest wins.
 
-A pixel (row i, column j) covers [j, j+1) x [i, i+1); its ray passes through (j + 0.5, i + 0.5).
-Rays have length 1 along the optical axis, so the ray parameter is the z-depth.
+A pixel (row i, column j) covers [j, j+1) x [i, i+1); its ray passes through (j + 0.5, i + 0.5) and
+has length 1 along the optical axis, so the ray parameter is the z-depth.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from occfeat_targets.demo_world.ground import SHADOW
-from occfeat_targets.demo_world.scene import World
+from occfeat_targets.demo_world import rig
+from occfeat_targets.demo_world.layout import SHADOW, sample_ground
+from occfeat_targets.demo_world.scene import World, global_T_ego
 from occfeat_targets.demo_world.solids import FIRST_STATIC_ID, Solids, intersect, surface_normals
-from occfeat_targets.demo_world.surface import GROUND_COLOURS, Material, albedo, noise
+from occfeat_targets.demo_world.surface import Material, albedo, noise
 
-SKY, GROUND = -1, -2
 _NEAR = 0.2
 _HAZE_METRES = 420.0
-_SMOOTH = ImageFilter.Kernel((3, 3), (1, 2, 1, 2, 4, 2, 1, 2, 1))
+_SMOOTH = ImageFilter.Kernel((3, 3), (1, 2, 1, 2, 8, 2, 1, 2, 1))
+_SUN, _SKY = np.float32([0.78, 0.75, 0.69]), np.float32([0.56, 0.59, 0.64])
+_HORIZON, _ZENITH = np.float32([0.80, 0.85, 0.90]), np.float32([0.30, 0.50, 0.80])
 # Colour of every raster value of the ground, in the sun and in the shadow of things.
-_GROUND_TABLE = np.zeros((256, 3), np.float32)
-_GROUND_TABLE[: len(GROUND_COLOURS)] = GROUND_COLOURS
-_GROUND_TABLE[SHADOW:] = 0.56 * _GROUND_TABLE[:SHADOW]
+_GROUND = np.zeros((256, 3), np.float32)
+_GROUND[: len(Material)] = [material.colour for material in Material]
+_GROUND[SHADOW:] = 0.56 * _GROUND[:SHADOW]
+_INTENSITY = np.array([material.intensity for material in Material])
 
 
-class _Weather(NamedTuple):
-    """Light from the sun and from the sky, and the sky's colours: (3,) each, 0..1."""
-
-    sun: tuple[float, float, float]
-    sky: tuple[float, float, float]
-    horizon: tuple[float, float, float]
-    zenith: tuple[float, float, float]
-
-
-_WEATHER = {
-    False: _Weather((0.78, 0.76, 0.72), (0.56, 0.59, 0.64), (0.80, 0.85, 0.90), (0.30, 0.50, 0.80)),
-    True: _Weather((0.45, 0.44, 0.42), (0.70, 0.72, 0.74), (0.80, 0.81, 0.82), (0.66, 0.68, 0.71)),
-}
-
-
-@dataclass
-class View:
+class View(NamedTuple):
     """What a camera sees.
 
-    ``depth`` (H, W) float32 z-depth in metres, inf for sky; ``solid`` (H, W) int32 index into
-    ``world.solids``, SKY or GROUND; ``silhouette`` object id -> pixels that the object would cover
-    if nothing hid it.
+    ``rgb`` (H, W, 3) uint8; ``depth`` (H, W) float32, z-depth in metres along the optical axis, inf
+    for sky; ``object_id`` (H, W) int32: -1 sky, 0 ground, else the id of the thing; ``silhouette``
+    object id -> pixels that an annotated thing would cover if nothing hid it.
     """
 
+    rgb: np.ndarray
     depth: np.ndarray
-    solid: np.ndarray
+    object_id: np.ndarray
     silhouette: dict[int, int]
 
 
@@ -83,7 +71,7 @@ class _Rays:
 
 def render_camera(
     world: World, K: np.ndarray, global_T_cam: np.ndarray, height: int, width: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> View:
     """Render one camera.
 
     Args:
@@ -92,31 +80,27 @@ def render_camera(
         global_T_cam: (4, 4) float64 camera pose; x right, y down, z forward.
         height: rows.
         width: columns.
-
-    Returns:
-        rgb (H, W, 3) uint8; depth (H, W) float32, z-depth in metres along the optical axis, inf for
-        sky; object_id (H, W) int32: -1 sky, 0 ground, else the id of the thing.
     """
-    view = trace(world, K, global_T_cam, height, width)
-    return shade(world, K, global_T_cam, view), view.depth, object_ids(world, view)
-
-
-def object_ids(world: World, view: View) -> np.ndarray:
-    """Ids (H, W) int32 of what each pixel shows: -1 sky, 0 ground, else the thing's id."""
-    table = np.concatenate([world.solids.object_id, [0, -1]]).astype(np.int32)
-    return table[view.solid]  # GROUND = -2 and SKY = -1 index the table from its end
-
-
-def trace(world: World, K: np.ndarray, global_T_cam: np.ndarray, height: int, width: int) -> View:
-    """Find the nearest surface of every pixel; arguments as in render_camera."""
     rays = _Rays(K, global_T_cam, height, width)
-    solids = world.solids
+    depth, solid, silhouette = _trace(world.solids, rays)
+    rgb = _shade(world, rays, depth.ravel(), solid.ravel())
+    return View(rgb, depth, _ids(world.solids)[solid], silhouette)
+
+
+def _ids(solids: Solids) -> np.ndarray:
+    """Ids of solids, then those of the ground (index -2) and of the sky (index -1)."""
+    return np.concatenate([solids.object_id, [0, -1]]).astype(np.int32)
+
+
+def _trace(solids: Solids, rays: _Rays) -> tuple[np.ndarray, np.ndarray, dict[int, int]]:
+    """Depth and index of the nearest solid of every pixel (see _ids), and the silhouettes."""
+    height, width = rays.shape
     down = rays.window(np.eye(3), (0, height, 0, width))[2]
     with np.errstate(divide="ignore"):
         depth = np.where(down < 0, np.float32(-rays.origin[2]) / down, np.float32(np.inf))
     # A ray just below the horizon meets the plane kilometres away: that is sky.
     depth[depth > 2000] = np.inf
-    solid = np.where(np.isfinite(depth), np.int32(GROUND), np.int32(SKY))
+    solid = np.where(np.isfinite(depth), np.int32(-2), np.int32(-1))
     boxes, nearest = _pixel_boxes(solids, rays)
     in_view = (boxes[:, 1] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 2]) & ~solids.lidar_only
     static = solids.object_id >= FIRST_STATIC_ID
@@ -129,7 +113,7 @@ def trace(world: World, K: np.ndarray, global_T_cam: np.ndarray, height: int, wi
     for object_id in np.unique(solids.object_id[in_view & ~static]):
         parts = np.flatnonzero(in_view & (solids.object_id == object_id))
         silhouette[int(object_id)] = _merge(solids, parts, boxes, rays, depth, solid)
-    return View(depth, solid, silhouette)
+    return depth, solid, silhouette
 
 
 def _merge(solids: Solids, parts, boxes, rays: _Rays, depth, solid) -> int:
@@ -174,58 +158,47 @@ def _pixel_boxes(solids: Solids, rays: _Rays) -> tuple[np.ndarray, np.ndarray]:
     return boxes.astype(np.int64), np.maximum(corners[..., 2].min(axis=1), 0.0)
 
 
-def shade(world: World, K: np.ndarray, global_T_cam: np.ndarray, view: View) -> np.ndarray:
-    """Colour a traced view: (H, W, 3) uint8."""
-    height, width = view.depth.shape
-    rays = _Rays(K, global_T_cam, height, width)
-    image = np.empty((height * width, 3), dtype=np.float32)
-    depth, solid = view.depth.ravel(), view.solid.ravel()
+def _shade(world: World, rays: _Rays, depth: np.ndarray, solid: np.ndarray) -> np.ndarray:
+    """Colours (H, W, 3) uint8 of traced pixels (H * W,)."""
+    image = np.empty((len(depth), 3), dtype=np.float32)
     order = np.argsort(solid, kind="stable")  # pixels of one solid become neighbours
     bounds = np.searchsorted(solid[order], np.arange(-2, len(world.solids) + 1))
     for index in np.flatnonzero(np.diff(bounds)) - 2:
         chosen = order[bounds[index + 2] : bounds[index + 3]]
-        if index == SKY:
-            image[chosen] = _sky(world, rays.pixels(np.eye(3), chosen))
-        elif index == GROUND:
+        if index == -1:
+            x, y, z = rays.pixels(np.eye(3), chosen)
+            up = np.clip(1.3 * z / np.sqrt(x * x + y * y + z * z), 0, 1)
+            image[chosen] = _HORIZON + np.outer(np.sqrt(up), _ZENITH - _HORIZON)
+        elif index == -2:
             image[chosen] = _ground(world, rays, chosen, depth[chosen])
         else:
             image[chosen] = _surface(world, rays, index, chosen, depth[chosen])
     clear = np.exp(np.float32(-1 / _HAZE_METRES) * depth)
     clear[np.isinf(depth)] = 1
-    image = image * clear[:, None] + np.outer(1 - clear, _weather(world).horizon)
-    rgb = (np.clip(image, 0, 1) * 255).astype(np.uint8).reshape(height, width, 3)
-    return _soften(rgb, view.solid)
-
-
-def _weather(world: World) -> _Weather:
-    return _Weather(*np.array(_WEATHER[world.scene.dull], np.float32))
-
-
-def _sky(world: World, direction: np.ndarray) -> np.ndarray:
-    """Sky colours (n, 3) for directions (3, n)."""
-    weather = _weather(world)
-    up = direction[2] / np.sqrt((direction * direction).sum(axis=0))
-    high = np.sqrt(np.clip(up * np.float32(1.3), 0, 1))[:, None]
-    return weather.horizon * (1 - high) + weather.zenith * high
+    image -= _HORIZON
+    image *= clear[:, None]
+    image += _HORIZON
+    rgb = (image.clip(0, 1, out=image) * 255).astype(np.uint8).reshape(*rays.shape, 3)
+    # One ray a pixel leaves outlines jagged: blur them as a lens does.
+    return np.asarray(Image.fromarray(rgb).filter(_SMOOTH))
 
 
 def _ground(world: World, rays: _Rays, chosen: np.ndarray, depth: np.ndarray) -> np.ndarray:
     """Ground colours (n, 3)."""
-    scene = world.scene
-    direction = rays.pixels(np.eye(3), chosen)[:2]
-    x, y = scene.xy_scene(rays.origin[:2] + (depth * direction).T).T.astype(np.float32)
-    colour = _GROUND_TABLE[world.ground.values(x, y)]
+    scene_R_global = np.eye(3)
+    scene_R_global[:2, :2] = world.scene.scene_R_global
+    origin = world.scene.xy_scene(rays.origin[:2]).astype(np.float32)
+    x, y = origin[:, None] + depth * rays.pixels(scene_R_global, chosen)[:2]
     # Grain too fine for the distance would flicker.
     grain = 0.055 * np.clip(1.1 - depth / 30, 0, 1) * noise(x * 45, y * 45)
     grain += 0.05 * np.clip(1.1 - depth / 120, 0, 1) * noise(x * 2.7 + 50, y * 2.7)
-    weather = _weather(world)
-    light = weather.sky + weather.sun * np.float32(scene.sun[2] + 0.12)
-    return colour * (1 + grain)[:, None] * light
+    light = _SKY + _SUN * np.float32(world.scene.sun[2] + 0.12)
+    return _GROUND[sample_ground(world.ground, x, y)] * ((1 + grain)[:, None] * light)
 
 
 def _surface(world: World, rays: _Rays, index: int, chosen, depth) -> np.ndarray:
     """Lit colours (n, 3) of pixels that show one solid."""
-    solids, weather = world.solids, _weather(world)
+    solids = world.solids
     rotation = solids.local_R_global(index)
     origin = (rotation @ (rays.origin - solids.centre[index])).astype(np.float32)
     point = origin[:, None] + depth * rays.pixels(rotation, chosen)
@@ -237,21 +210,100 @@ def _surface(world: World, rays: _Rays, index: int, chosen, depth) -> np.ndarray
     # Less sky is seen near the ground and from below.
     height = np.clip((point[2] + np.float32(solids.centre[index, 2])) / 1.2, 0, 1)
     open_sky = (0.72 + 0.28 * normal[2]) * (0.70 + 0.30 * height)
-    light = np.outer(open_sky, weather.sky) + np.outer(facing, weather.sun)
+    light = open_sky[:, None] * _SKY + facing[:, None] * _SUN
     return albedo(solids, index, point, face) * light
 
 
-def _soften(rgb: np.ndarray, solid: np.ndarray) -> np.ndarray:
-    """Blur only the outlines of solids, which one ray a pixel leaves jagged."""
-    edge = np.zeros(solid.shape, dtype=bool)
-    beside, below = solid[:, 1:] != solid[:, :-1], solid[1:] != solid[:-1]
-    for part, differs in (
-        (edge[:, 1:], beside),
-        (edge[:, :-1], beside),
-        (edge[1:], below),
-        (edge[:-1], below),
-    ):
-        part |= differs
-    blurred = np.asarray(Image.fromarray(rgb).filter(_SMOOTH))
-    rgb[edge] = blurred[edge]
-    return rgb
+def cast_rays(
+    world: World,
+    origin: np.ndarray,
+    directions: np.ndarray,
+    max_range: float = 2000.0,
+    ego_car: bool = False,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nearest surface along rays.
+
+    Args:
+        world: the frozen world of a keyframe.
+        origin: (3,) common start of the rays, global, metres.
+        directions: (N, 3) unit vectors, global.
+        max_range: metres; what is farther is not hit.
+        ego_car: whether the rays can hit the ego car's own body.
+
+    Returns:
+        range (N,) float32 metres, inf where nothing is hit; object_id (N,) int32, -1 nothing,
+        0 ground, else the thing's id; material (N,) uint8, a Material.
+    """
+    origin = np.asarray(origin, dtype=np.float64)
+    azimuth = np.arctan2(directions[:, 1], directions[:, 0])
+    order = np.argsort(azimuth, kind="stable")
+    d = np.ascontiguousarray(directions[order].T.astype(np.float32))
+    with np.errstate(divide="ignore"):
+        nearest = np.where(d[2] < 0, np.float32(-origin[2]) / d[2], np.float32(np.inf))
+    nearest[nearest > max_range] = np.inf
+    which = np.where(np.isfinite(nearest), -2, -1).astype(np.int32)
+    solids = world.solids
+    for index, part in _azimuth_slices(solids, origin, azimuth[order], max_range):
+        if solids.lidar_only[index] and not ego_car:
+            continue
+        rotation = solids.local_R_global(index)
+        start = rotation @ (origin - solids.centre[index])
+        t = intersect(solids, index, start, rotation.astype(np.float32) @ d[:, part])
+        nearer = (t < nearest[part]) & (t <= max_range)
+        nearest[part][nearer] = t[nearer]
+        which[part][nearer] = index
+    distance, hit = np.empty_like(nearest), np.empty_like(which)
+    distance[order], hit[order] = nearest, which
+    material = np.concatenate([solids.material, [0, Material.NOTHING]]).astype(np.uint8)[hit]
+    on_ground = hit == -2
+    xy = origin[:2] + distance[on_ground, None].astype(np.float64) * directions[on_ground, :2]
+    material[on_ground] = ground_material(world, xy)
+    return distance, _ids(solids)[hit], material
+
+
+def _azimuth_slices(
+    solids: Solids, origin: np.ndarray, azimuth: np.ndarray, max_range: float
+) -> Iterator[tuple[int, slice]]:
+    """For every solid within range, the slices of rays, sorted by azimuth, that may meet it."""
+    offset = solids.centre[:, :2] - origin[:2]
+    distance = np.hypot(offset[:, 0], offset[:, 1])
+    radius = np.hypot(solids.half[:, 0], solids.half[:, 1]) * 1.001 + 1e-3
+    middle = np.arctan2(offset[:, 1], offset[:, 0])
+    spread = np.arcsin(np.minimum(radius / np.maximum(distance, 1e-9), 1.0)) + 1e-3
+    spread[distance <= radius] = np.pi  # the origin is inside or close: any ray may meet it
+    for index in np.flatnonzero(distance - radius < max_range):
+        # Three copies of the window, for those that reach over the seam at plus or minus pi.
+        for turn in (-2 * np.pi, 0.0, 2 * np.pi):
+            window = middle[index] + turn + spread[index] * np.array([-1, 1])
+            first, last = np.searchsorted(azimuth, window)
+            if first < last:
+                yield int(index), slice(first, last)
+
+
+def ground_material(world: World, xy: np.ndarray) -> np.ndarray:
+    """Materials (N,) uint8 of the ground at global points (N, 2)."""
+    return sample_ground(world.ground, *world.scene.xy_scene(xy).T) & (SHADOW - 1)
+
+
+def sweep(world: World, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One lidar turn at the keyframe's time.
+
+    Returns:
+        points (N, 5) float32: x, y, z in the lidar frame in metres, intensity 0..255, ring 0..31;
+        object_id (N,) int32 and material (N,) uint8 of what each return hit, as in cast_rays.
+    """
+    global_T_lidar = global_T_ego(world, world.timestamp) @ rig.LIDAR_SENSOR.ego_T_sensor()
+    directions, ring = rig.lidar_directions()
+    turned = directions @ global_T_lidar[:3, :3].T
+    distance, object_id, material = cast_rays(
+        world, global_T_lidar[:3, 3], turned, rig.LIDAR_MAX_RANGE, ego_car=True
+    )
+    error = rng.normal(0, rig.LIDAR_RANGE_NOISE, len(distance)).clip(-0.028, 0.028)
+    spread = rng.uniform(0.7, 1.3, len(distance))
+    kept = np.isfinite(distance)
+    measured = distance[kept].astype(np.float64) + error[kept]
+    points = np.empty((int(kept.sum()), 5), dtype=np.float32)
+    points[:, :3] = directions[kept] * measured[:, None]
+    points[:, 3] = np.clip(np.round(_INTENSITY[material[kept]] * spread[kept]), 0, 255)
+    points[:, 4] = ring[kept]
+    return points, object_id[kept], material[kept]

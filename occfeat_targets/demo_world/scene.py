@@ -12,21 +12,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 
-from occfeat_targets.demo_world import things
-from occfeat_targets.demo_world.ground import SHADOW, Ground, Raster, paint_ground
-from occfeat_targets.demo_world.layout import Arm, Layout, build_layout
-from occfeat_targets.demo_world.rig import KEYFRAME_SECONDS, quaternion_from_euler
-from occfeat_targets.demo_world.solids import (
-    EGO_ID,
-    FIRST_STATIC_ID,
-    Solids,
-    join,
-    place,
-    shadow_outlines,
+from occfeat_targets.demo_world import solids, things
+from occfeat_targets.demo_world.layout import (
+    SHADOW,
+    Arm,
+    Layout,
+    Raster,
+    build_layout,
+    paint_ground,
 )
+from occfeat_targets.demo_world.rig import KEYFRAME_SECONDS, Sensor, quaternion_from_euler
+from occfeat_targets.demo_world.solids import Solids, place, shadow_outlines
 from occfeat_targets.demo_world.surface import FACADES
 from occfeat_targets.demo_world.traffic import Actor, Pose, in_the_way, populate
 from occfeat_targets.geometry import rigid
@@ -41,7 +41,6 @@ _WALLS = (
     (0.48, 0.28, 0.22),
     (0.82, 0.78, 0.70),
     (0.42, 0.46, 0.52),
-    (0.70, 0.55, 0.42),
 )
 
 
@@ -63,10 +62,10 @@ class Drive:
     """
 
     start: Pose
-    before: float
-    angle: float
-    radius: float
     speed: float
+    before: float = math.inf
+    angle: float = 0.0
+    radius: float = 1.0
 
     def pose(self, time: float) -> Pose:
         """Pose ``time`` seconds after the first keyframe."""
@@ -86,9 +85,9 @@ class Scene:
     """A scene, fixed but for the time.
 
     ``origin`` (x, y) and ``yaw`` place the scene frame in the global frame. ``actors`` are
-    annotated things, ids from 1; ``solids`` what stands still and is not annotated, ids from
-    FIRST_STATIC_ID, global; ``ground`` the coarse texture of the whole scene with the shadows of
-    ``solids``; ``sun`` (3,) unit vector towards the sun, global; ``dull`` if clouds hide it.
+    annotated things, ids from 1; ``sun`` (3,) is the unit vector towards the sun, global;
+    ``solids`` what stands still and is not annotated, ids from FIRST_STATIC_ID, global; ``ground``
+    the coarse texture of the whole scene with the shadows of buildings.
     """
 
     index: int
@@ -96,12 +95,10 @@ class Scene:
     yaw: float
     layout: Layout
     drive: Drive
-    wobble: float
     actors: list[Actor]
     sun: np.ndarray
-    dull: bool
-    solids: Solids
-    ground: Raster
+    solids: Solids | None = None
+    ground: Raster | None = None
 
     def timestamp(self, sample: int) -> int:
         """Timestamp of a keyframe (that of its lidar turn), microseconds."""
@@ -112,12 +109,23 @@ class Scene:
         """Scene time of a timestamp, in seconds; 0 at the first keyframe."""
         return (timestamp - self.timestamp(0)) / 1e6
 
+    @property
+    def log(self) -> str:
+        """Name of the scene's log file, the prefix of its sensor files."""
+        return f"n000-2018-07-24-{11 + self.index // 60:02d}-{self.index % 60:02d}-00+0000"
+
+    def file_name(self, sample: int, sensor: Sensor) -> str:
+        """File of one sensor in one keyframe, relative to the dataroot."""
+        ending = "jpg" if sensor.intrinsics else "pcd.bin"
+        timestamp = self.timestamp(sample) - sensor.early_us
+        return f"samples/{sensor.channel}/{self.log}__{sensor.channel}__{timestamp}.{ending}"
+
     def ego_pose(self, timestamp: int) -> tuple[list[float], list[float]]:
         """Global pose of the car: translation (3,) metres and quaternion wxyz (4,)."""
-        time = self.seconds(timestamp)
+        time, wobble = self.seconds(timestamp), 0.012 * (self.index % 3)
         x, y, heading = self.to_global(self.drive.pose(time))
-        pitch = self.wobble * (0.4 + math.sin(2.3 * time + self.index))
-        roll = self.wobble * 0.7 * math.sin(1.7 * time + 2 * self.index)
+        pitch = wobble * (0.4 + math.sin(2.3 * time + self.index))
+        roll = wobble * 0.7 * math.sin(1.7 * time + 2 * self.index)
         return [x, y, 0.0], quaternion_from_euler(heading, pitch, roll)
 
     def to_global(self, pose: Pose) -> Pose:
@@ -127,16 +135,17 @@ class Scene:
 
     def xy_global(self, xy: np.ndarray) -> np.ndarray:
         """Global coordinates (..., 2) of scene points (..., 2)."""
-        return xy @ _rotation(self.yaw).T + self.origin
+        return xy @ self.scene_R_global + self.origin
 
     def xy_scene(self, xy: np.ndarray) -> np.ndarray:
         """Scene coordinates (..., 2) of global points (..., 2)."""
-        return (xy - self.origin) @ _rotation(self.yaw)
+        return (xy - self.origin) @ self.scene_R_global.T
 
-
-def _rotation(yaw: float) -> np.ndarray:
-    cos, sin = math.cos(yaw), math.sin(yaw)
-    return np.array([[cos, -sin], [sin, cos]])
+    @property
+    def scene_R_global(self) -> np.ndarray:
+        """Rotation (2, 2) from the global frame to the scene frame."""
+        cos, sin = math.cos(self.yaw), math.sin(self.yaw)
+        return np.array([[cos, sin], [-sin, cos]])
 
 
 def _cell(plan: Plan, index: int) -> tuple[tuple[float, float], float]:
@@ -157,30 +166,18 @@ def build_scene(plan: Plan, index: int) -> Scene:
     layout = build_layout(rng, radius)
     duration = (plan.samples - 1) * KEYFRAME_SECONDS + 0.1
     drive = _drive(layout, rng, index % 4 == 2, duration, radius)
-    times = np.arange(-0.25, duration + 0.25, 0.25)
+    ego = [(time, drive.pose(time)) for time in np.arange(-0.25, duration + 0.25, 0.25)]
     actors = [
         actor
         for actor in populate(layout, rng, drive.speed, drive.angle != 0)
-        if not any(in_the_way(actor, time, drive.pose(time)) for time in times)
+        if not any(in_the_way(actor, time, pose) for time, pose in ego)
     ]
     elevation, azimuth = rng.uniform(0.6, 1.05), rng.uniform(-math.pi, math.pi)
     level = math.cos(elevation)
     sun = np.array([math.cos(azimuth) * level, math.sin(azimuth) * level, math.sin(elevation)])
-    scene = Scene(
-        index=index,
-        origin=origin,
-        yaw=yaw,
-        layout=layout,
-        drive=drive,
-        wobble=0.012 * (index % 3),
-        actors=actors,
-        sun=sun,
-        dull=bool(rng.random() < 0.2),
-        solids=None,
-        ground=None,
-    )
-    ids = count(FIRST_STATIC_ID)
-    scene.solids = join(
+    scene = Scene(index, origin, yaw, layout, drive, actors, sun)
+    ids = count(solids.FIRST_STATIC_ID)
+    scene.solids = solids.join(
         place(parts, scene.to_global(pose), next(ids), colour, scale)
         for parts, pose, colour, scale in _scenery(layout, rng, radius)
     )
@@ -194,91 +191,78 @@ def _drive(
 ) -> Drive:
     """A drive of ``duration`` seconds along the main street, or by a turn off it."""
     main, side = layout.arms[0].section, layout.arms[1].section
-    speed = float(rng.uniform(4, 6) if turns else rng.uniform(3, 12))
+    speed = float(rng.uniform(4, 6) if turns else rng.uniform(6, 12))
     speed = min(speed, 2 * (radius - 75) / duration)
     length = speed * duration
     if not turns:
         start = -0.6 * length - float(rng.uniform(5, 35))
-        return Drive((start, -main.lane_centre(0), 0.0), math.inf, 0.0, 1.0, speed)
+        return Drive((start, -main.lane_centre(0), 0.0), speed)
     before = max(4.0, 0.35 * length)
     if rng.random() < 0.4:  # to the right, from and to the outermost lanes
         curve = 3.5 + main.lane / 2
         start = -side.lane_centre(side.lanes - 1) - curve - before
         pose = (start, -main.lane_centre(main.lanes - 1), 0.0)
-        return Drive(pose, before, -math.pi / 2, curve, speed)
+        return Drive(pose, speed, before, -math.pi / 2, curve)
     pose = (side.lane_centre(0) - 9.0 - before, -main.lane_centre(0), 0.0)
-    return Drive(pose, before, math.pi / 2, 9.0, speed)
+    return Drive(pose, speed, before, math.pi / 2, 9.0)
 
 
 def _scenery(layout: Layout, rng: np.random.Generator, radius: float) -> Iterator[tuple]:
     """What stands along the streets: yields (parts, pose in the scene frame, colour, scale)."""
     for number, arm in enumerate(layout.arms):
         # The main street's buildings own the corners.
-        first = arm.corner + 0.5 if number % 2 == 0 else arm.corner + 24
+        first = arm.corner + (0.5 if number % 2 == 0 else 24)
         for side in (-1, 1):
             yield from _buildings(arm, side, first, rng)
             yield from _kerb(arm, side, rng)
-        x, y = arm.xy(arm.end + 8, 0.0)
-        yield _building(rng, (x, y, arm.heading + math.pi / 2), (44.0, 12.0), (3, 8))
-        yield (
-            things.SIGNAL,
-            (*arm.xy(arm.start + 8.2, arm.section.edge - 1.4), arm.heading),
-            None,
-            1,
-        )
+        yield _building(rng, arm.pose(arm.end + 8, 0.0, math.pi / 2), (44.0, 12.0), (3, 8))
         # A few towers behind the first row.
         for s, t in rng.uniform((60, 55), (radius - 10, radius - 10), (6, 2)):
-            yield _building(rng, (*arm.xy(s, t), arm.heading), rng.uniform(14, 26, 2), (7, 19))
+            yield _building(rng, arm.pose(s, t), rng.uniform(14, 26, 2), (7, 19))
     for arm, s0, s1 in layout.islands:
         for s in np.arange(s0 + 3, s1 - 2, 7.5):
-            yield _tree(rng, arm.xy(s, 0.0), (0.50, 0.70))
+            yield _tree(rng, arm.pose(s, 0.0), (0.50, 0.70))
 
 
 def _building(rng: np.random.Generator, pose: Pose, footprint, storeys: tuple[int, int]) -> tuple:
     """A building with its front along its x axis, ``footprint`` (length, depth) in metres."""
-    wall = np.array(_WALLS[int(rng.integers(len(_WALLS)))]) * rng.uniform(0.85, 1.12)
-    parts = things.building(FACADES[int(rng.integers(len(FACADES)))])
-    return parts, pose, tuple(wall), (*footprint, 3.2 * float(rng.integers(*storeys)))
+    wall = np.array(_WALLS[rng.integers(len(_WALLS))]) * rng.uniform(0.85, 1.12)
+    parts = things.building(FACADES[rng.integers(len(FACADES))])
+    return parts, pose, wall, (*footprint, 3.2 * rng.integers(*storeys))
 
 
 def _buildings(arm: Arm, side: int, s: float, rng: np.random.Generator) -> Iterator[tuple]:
-    """Buildings along one side of an arm from ``s`` on, with room for its parking lot."""
+    """Buildings along one side of an arm from ``s`` on."""
     setback = float(rng.choice([0.1, 0.5, 3.0]))
     while s < arm.end - 11:
         length, depth = min(float(rng.uniform(11, 26)), arm.end - s), float(rng.uniform(11, 17))
-        lot = arm.lot if arm.lot and arm.lot[2] == side else (arm.end, arm.end, side)
-        if s < lot[1] and s + length > lot[0] - 0.5:
-            s = lot[1] + 0.5
-            continue
-        x, y = arm.xy(s + length / 2, side * (arm.section.edge + setback + depth / 2))
-        heading = arm.heading + (math.pi if side > 0 else 0.0)
+        t = side * (arm.section.edge + setback + depth / 2)
+        pose = arm.pose(s + length / 2, t, math.pi if side > 0 else 0.0)
         storeys = (3, 7) if rng.random() < 0.8 else (7, 14)
-        yield _building(rng, (x, y, heading), (length, depth), storeys)
+        yield _building(rng, pose, (length, depth), storeys)
         s += length + (0.0 if rng.random() < 0.55 else float(rng.uniform(2, 9)))
 
 
 def _kerb(arm: Arm, side: int, rng: np.random.Generator) -> Iterator[tuple]:
     """Trees and lamps on one sidewalk."""
-    t = side * (arm.section.road + arm.section.parking + 0.55)
+    t, turn = side * (arm.section.kerb + 0.55), math.pi if side > 0 else 0.0
     spacing, trees = float(rng.uniform(8, 16)), rng.uniform(0.35, 0.95)
     for s in np.arange(arm.start + 9.5, arm.end - 2, spacing):
         if rng.random() < trees:
-            yield _tree(rng, arm.xy(s, t), (0.75, 1.25))
+            yield _tree(rng, arm.pose(s, t), (0.75, 1.25))
     for s in np.arange(arm.start + 9.5 + spacing / 2, arm.end - 2, 2 * spacing):
-        heading = arm.heading + (math.pi if side > 0 else 0.0)
-        yield things.LAMP, (*arm.xy(s, t), heading), None, 1.0
+        yield things.LAMP, arm.pose(s, t, turn), None, 1.0
 
 
-def _tree(rng: np.random.Generator, xy: np.ndarray, sizes: tuple[float, float]) -> tuple:
+def _tree(rng: np.random.Generator, pose: Pose, sizes: tuple[float, float]) -> tuple:
     """A tree of ``sizes`` (from, to) relative to the nominal one."""
-    green = np.array([0.26, 0.37, 0.13]) * rng.uniform((0.65, 0.8, 0.8), (1.5, 1.15, 1.15))
+    leaves = rng.uniform((0.17, 0.30, 0.10), (0.39, 0.43, 0.15))
     height, spread = rng.uniform(*sizes), rng.uniform(*sizes) * 0.9
-    pose = (*xy, float(rng.uniform(-math.pi, math.pi)))
-    return things.TREE, pose, tuple(green), (spread, spread, height)
+    turned = (*pose[:2], rng.uniform(-math.pi, math.pi))
+    return things.TREE, turned, leaves, (spread, spread, height)
 
 
-@dataclass(frozen=True)
-class Placed:
+class Placed(NamedTuple):
     """An actor at the keyframe's time: global box ``centre`` (3,) metres and ``yaw`` radians."""
 
     actor: Actor
@@ -290,17 +274,17 @@ class Placed:
 class World:
     """Everything that a keyframe's sensors see.
 
-    ``solids`` in the global frame; ``ground`` in the scene frame; ``placed`` the annotated things
-    within 100 m of the car; ``timestamp`` microseconds; ``lit`` (P,) float32, how much sun each
-    solid gets (0 in the shadow of a building).
+    ``timestamp`` microseconds; ``solids`` in the global frame; ``lit`` (P,) float32, how much sun
+    each gets (0 in the shadow of a building); ``ground`` rasters as for sample_ground; ``placed``
+    the annotated things within 100 m of the car.
     """
 
     scene: Scene
     timestamp: int
     solids: Solids
-    ground: Ground
-    placed: list[Placed]
     lit: np.ndarray
+    ground: list[Raster]
+    placed: list[Placed]
 
 
 def frame_world(plan: Plan, scene_index: int, sample: int) -> World:
@@ -318,7 +302,8 @@ def frame_world(plan: Plan, scene_index: int, sample: int) -> World:
     timestamp = scene.timestamp(sample)
     time = scene.seconds(timestamp)
     ego = scene.drive.pose(time)
-    placed, groups = [], [scene.solids, place(things.EGO_BODY, scene.to_global(ego), EGO_ID)]
+    ego_body = place(things.EGO_BODY, scene.to_global(ego), solids.EGO_ID)
+    placed, groups = [], [scene.solids, ego_body]
     for actor in scene.actors:
         x, y, heading = actor.pose(time)
         beyond = max(abs(x), abs(y)) > scene.layout.arms[0].end - 7  # where buildings stand
@@ -327,17 +312,15 @@ def frame_world(plan: Plan, scene_index: int, sample: int) -> World:
         pose = scene.to_global((x, y, heading))
         placed.append(Placed(actor, (*pose[:2], actor.size[2] / 2), pose[2]))
         groups.append(place(actor.model.parts, pose, actor.object_id, actor.colour, actor.scale))
-    solids = join(groups)
-    xy = scene.xy_scene(solids.centre[:, :2])
-    shaded = scene.ground.sample(*xy.T.astype(np.float32)) >= SHADOW
-    low = ~solids.is_building & (solids.centre[:, 2] < 5)
-    lit = np.where(shaded & low, 0.0, 1.0).astype(np.float32)
-    near = (np.hypot(*(xy - ego[:2]).T) < 80) | solids.is_building
-    shadows = scene.xy_scene(shadow_outlines(solids, scene.sun)[near])
-    fine = [
-        paint_ground(scene.layout, shadows, ego[:2], *r) for r in ((0.0125, 18.0), (0.04, 62.0))
-    ]
-    return World(scene, timestamp, solids, Ground([*fine, scene.ground]), placed, lit)
+    everything = solids.join(groups)
+    xy = scene.xy_scene(everything.centre[:, :2])
+    shaded = (scene.ground.sample(*xy.T) >= SHADOW) & (everything.centre[:, 2] < 5)
+    lit = np.where(shaded & ~everything.is_building, 0.0, 1.0).astype(np.float32)
+    near = (np.hypot(*(xy - ego[:2]).T) < 80) | everything.is_building
+    shadows = scene.xy_scene(shadow_outlines(everything, scene.sun)[near])
+    levels = ((0.0125, 18.0), (0.04, 62.0))
+    fine = [paint_ground(scene.layout, shadows, ego[:2], *level) for level in levels]
+    return World(scene, timestamp, everything, lit, [*fine, scene.ground], placed)
 
 
 def global_T_ego(world: World, timestamp: int) -> np.ndarray:

@@ -14,11 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from occfeat_targets.demo_world.surface import GREY, Colour, Material
-
 FIRST_STATIC_ID = 100_000
 EGO_ID = FIRST_STATIC_ID - 1
 Interval = tuple[float, float]
+Colour = tuple[float, float, float]
 
 
 class Shape(IntEnum):
@@ -32,12 +31,13 @@ class Shape(IntEnum):
 class Part(NamedTuple):
     """One solid of a thing: its extent along x, y and z in the thing's frame, metres.
 
-    ``colour`` None is the thing's own; ``taper`` says by how many metres a box's front, rear and
-    both sides are pulled in at the top; ``pattern`` is a key of ``surface.PATTERNS``.
+    ``material`` is a ``surface.Material``; ``colour`` None is the thing's own; ``pattern`` is a key
+    of ``surface.PATTERNS``; ``taper`` says by how many metres a box's front, rear and both sides
+    are pulled in at the top.
     """
 
     shape: Shape
-    material: Material
+    material: int
     colour: Colour | None
     x: Interval
     y: Interval
@@ -100,7 +100,7 @@ def place(
     parts: Sequence[Part],
     pose: tuple[float, float, float],
     object_id: int,
-    colour: Colour = GREY,
+    colour: Colour | None = None,
     scale: float | tuple[float, float, float] = 1.0,
 ) -> Solids:
     """Solids of a thing that stands at a global pose (x, y in metres, yaw in radians).

@@ -5,53 +5,24 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 
-import numpy as np
-
-from occfeat_targets.demo_world.frames import FrameResult, file_name, vehicle_log
-from occfeat_targets.demo_world.rig import (
-    IMAGE_HEIGHT,
-    IMAGE_WIDTH,
-    SENSORS,
-    quaternion_from_euler,
-)
+from occfeat_targets.demo_world import rig
 from occfeat_targets.demo_world.scene import MAP_SIZE, Plan, Scene
 
 LOCATION = "boston-seaport"
-CATEGORIES = (
-    "human.pedestrian.adult",
-    "human.pedestrian.child",
-    "human.pedestrian.wheelchair",
-    "human.pedestrian.stroller",
-    "human.pedestrian.personal_mobility",
-    "human.pedestrian.police_officer",
-    "human.pedestrian.construction_worker",
-    "animal",
-    "vehicle.car",
-    "vehicle.motorcycle",
-    "vehicle.bicycle",
-    "vehicle.bus.bendy",
-    "vehicle.bus.rigid",
-    "vehicle.truck",
-    "vehicle.construction",
-    "vehicle.emergency.ambulance",
-    "vehicle.emergency.police",
-    "vehicle.trailer",
-    "movable_object.barrier",
-    "movable_object.trafficcone",
-    "movable_object.pushable_pullable",
-    "movable_object.debris",
-    "static_object.bicycle_rack",
-)
-ATTRIBUTES = (
-    "vehicle.moving",
-    "vehicle.stopped",
-    "vehicle.parked",
-    "cycle.with_rider",
-    "cycle.without_rider",
-    "pedestrian.sitting_lying_down",
-    "pedestrian.standing",
-    "pedestrian.moving",
-)
+_CATEGORIES = {
+    "human.pedestrian.": "adult child wheelchair stroller personal_mobility police_officer "
+    "construction_worker",
+    "": "animal",
+    "vehicle.": "car motorcycle bicycle bus.bendy bus.rigid truck construction "
+    "emergency.ambulance emergency.police trailer",
+    "movable_object.": "barrier trafficcone pushable_pullable debris",
+    "static_object.": "bicycle_rack",
+}
+_ATTRIBUTES = {
+    "vehicle.": "moving stopped parked",
+    "cycle.": "with_rider without_rider",
+    "pedestrian.": "sitting_lying_down standing moving",
+}
 _LEVELS = ("v0-40", "v40-60", "v60-80", "v80-100")
 #: Numbers of official scenes of the train and the val split.
 VERSIONS = {
@@ -105,7 +76,7 @@ def map_image_name(plan: Plan) -> str:
 
 
 def build_tables(
-    plan: Plan, names: list[str], scenes: list[Scene], results: dict[tuple[int, int], FrameResult]
+    plan: Plan, names: list[str], scenes: list[Scene], results: list[list[list[dict]]]
 ) -> Tables:
     """All records of a world.
 
@@ -113,24 +84,24 @@ def build_tables(
         plan: the world's parameters.
         names: official name of every scene.
         scenes: the scenes, in the same order.
-        results: what was measured in each frame, by (scene, sample).
+        results: what was measured in each frame, by scene and sample (see ``frames.read_result``).
 
     Returns:
         Table name -> records, as written to <version>/<name>.json.
     """
     tables: Tables = defaultdict(list)
-    for table, texts in (("category", CATEGORIES), ("attribute", ATTRIBUTES)):
-        tables[table] = [{"token": token(table, t), "name": t, "description": t} for t in texts]
+    for table, groups in (("category", _CATEGORIES), ("attribute", _ATTRIBUTES)):
+        for name in (group + name for group in groups for name in groups[group].split()):
+            tables[table].append({"token": token(table, name), "name": name, "description": name})
     for number, level in enumerate(_LEVELS, start=1):
         text = f"visibility of whole object is {level[1:]} %"
         tables["visibility"].append({"token": str(number), "level": level, "description": text})
-    for sensor in SENSORS:
+    for sensor in rig.SENSORS:
         key, modality = token("sensor", sensor.channel), "camera" if sensor.intrinsics else "lidar"
         tables["sensor"].append({"token": key, "channel": sensor.channel, "modality": modality})
-    for name, scene in zip(names, scenes, strict=True):
+    for name, scene, measured in zip(names, scenes, results, strict=True):
         samples = _scene_records(tables, plan, name, scene)
         _sensor_records(tables, plan, name, scene, samples)
-        measured = [results[scene.index, sample] for sample in range(plan.samples)]
         _annotation_records(tables, plan, name, scene, samples, measured)
     tables["map"] = [
         {
@@ -159,7 +130,7 @@ def _scene_records(tables: Tables, plan: Plan, name: str, scene: Scene) -> list[
     tables["log"].append(
         {
             "token": log,
-            "logfile": vehicle_log(scene),
+            "logfile": scene.log,
             "vehicle": "n000",
             "date_captured": "2018-07-24",
             "location": LOCATION,
@@ -187,7 +158,7 @@ def _sensor_records(
     tables: Tables, plan: Plan, name: str, scene: Scene, samples: list[str]
 ) -> None:
     """Calibration, poses and files of all sensors in one scene."""
-    for sensor in SENSORS:
+    for sensor in rig.SENSORS:
         camera = sensor.intrinsics is not None
         calibrated = token("calibrated_sensor", plan.seed, name, sensor.channel)
         tables["calibrated_sensor"].append(
@@ -214,9 +185,9 @@ def _sensor_records(
                     "calibrated_sensor_token": calibrated,
                     "fileformat": "jpg" if camera else "pcd",
                     "is_key_frame": True,
-                    "height": IMAGE_HEIGHT if camera else 0,
-                    "width": IMAGE_WIDTH if camera else 0,
-                    "filename": file_name(scene, number, sensor),
+                    "height": rig.IMAGE_HEIGHT if camera else 0,
+                    "width": rig.IMAGE_WIDTH if camera else 0,
+                    "filename": scene.file_name(number, sensor),
                 }
             )
 
@@ -227,7 +198,7 @@ def _annotation_records(
     name: str,
     scene: Scene,
     samples: list[str],
-    measured: list[FrameResult],
+    measured: list[list[dict]],
 ) -> None:
     """Annotations of a scene, and an instance for everything that is annotated at least once."""
     found: dict[int, list[tuple[int, dict]]] = defaultdict(list)
@@ -261,29 +232,11 @@ def _annotation_records(
                     "visibility_token": entry["visibility"],
                     "translation": [x, y, actor.size[2] / 2],
                     "size": list(actor.size),
-                    "rotation": quaternion_from_euler(yaw),
+                    "rotation": rig.quaternion_from_euler(yaw),
                     "num_lidar_pts": entry["num_lidar_pts"],
                     "num_radar_pts": 0,
                 }
             )
-
-
-class _MapWriter:
-    """Collects the records of one map expansion file."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.layers: Tables = {name: [] for name in _MAP_LAYERS.split()}
-
-    def add(self, layer: str, **fields: object) -> str:
-        """Append a record to a layer and return its token."""
-        key = token("map", self.seed, layer, len(self.layers[layer]))
-        self.layers[layer].append({"token": key, **fields})
-        return key
-
-    def nodes(self, points: np.ndarray) -> list[str]:
-        """Add points (N, 2), global metres, to the nanometre."""
-        return [self.add("node", x=round(float(x), 9), y=round(float(y), 9)) for x, y in points]
 
 
 def map_expansion(scenes: list[Scene], seed: int) -> dict:
@@ -291,25 +244,32 @@ def map_expansion(scenes: list[Scene], seed: int) -> dict:
 
     Its areas are the very polygons that the ground is painted from.
     """
-    out = _MapWriter(seed)
+    layers: Tables = {name: [] for name in _MAP_LAYERS.split()}
+
+    def add(layer: str, **fields: object) -> str:
+        key = token("map", seed, layer, len(layers[layer]))
+        layers[layer].append({"token": key, **fields})
+        return key
+
     for scene in scenes:
-        for layer, shapes in scene.layout.polygons.items():
-            keys = []
-            for shape in shapes:
-                rings = [out.nodes(scene.xy_global(r)) for r in (shape.exterior, *shape.holes)]
-                holes = [{"node_tokens": ring} for ring in rings[1:]]
-                keys.append(out.add("polygon", exterior_node_tokens=rings[0], holes=holes))
-            if layer == "drivable_area":
-                out.add(layer, polygon_tokens=keys)
-                continue
-            for number, key in enumerate(keys):
-                fields: dict[str, object] = {"polygon_token": key}
-                if layer == "road_segment":
-                    fields |= {"is_intersection": number == 0, "drivable_area_token": ""}
-                out.add(layer, **fields)
+
+        def nodes(points, scene=scene) -> list[str]:
+            xy = scene.xy_global(points).round(9).tolist()  # to the nanometre
+            return [add("node", x=x, y=y) for x, y in xy]
+
+        for layer, polygons in scene.layout.polygons.items():
+            is_road = layer == "drivable_area"
+            holes = [{"node_tokens": nodes(h)} for h in scene.layout.holes] if is_road else []
+            for number, points in enumerate(polygons):
+                key = add("polygon", exterior_node_tokens=nodes(points), holes=holes)
+                if is_road:
+                    add(layer, polygon_tokens=[key])
+                elif layer == "road_segment":  # the first is the junction
+                    add(layer, polygon_token=key, is_intersection=number == 0)
+                else:
+                    add(layer, polygon_token=key)
         for layer, lines in scene.layout.lines.items():
             for points in lines:
-                line = out.add("line", node_tokens=out.nodes(scene.xy_global(points)))
-                out.add(layer, line_token=line)
+                add(layer, line_token=add("line", node_tokens=nodes(points)))
     canvas = {"version": "1.3", "canvas_edge": list(MAP_SIZE)}
-    return {**canvas, **out.layers, "arcline_path_3": {}, "connectivity": {}}
+    return {**canvas, **layers, "arcline_path_3": {}, "connectivity": {}}

@@ -1,24 +1,20 @@
 """What stands and drives in the streets, as tables of parts.
 
 Parts are in the frame of their thing: origin on the ground below its centre, x forward, y left,
-metres. Annotated things stay MARGIN inside their box, so that lidar noise on them does too.
+metres. Annotated things stay 3 cm inside their box, so that lidar noise on them does too.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from occfeat_targets.demo_world.solids import Part, Shape
-from occfeat_targets.demo_world.surface import DARK, GREY, WHITE, Colour, Material
+from occfeat_targets.demo_world.solids import Colour, Part, Shape
+from occfeat_targets.demo_world.surface import DARK, GREY, WHITE, Material
 
 BOX, CYLINDER, ELLIPSOID = Shape
-METAL, GLASS, MASONRY = Material.METAL, Material.GLASS, Material.MASONRY
-FOLIAGE, BARK, CLOTH = Material.FOLIAGE, Material.BARK, Material.CLOTH
-RUBBER, PLASTIC = Material.RUBBER, Material.PLASTIC
-OWN = None
-BLUE, TROUSERS, SKIN = (0.15, 0.2, 0.35), (0.14, 0.14, 0.17), (0.76, 0.55, 0.42)
-POLE = (0.30, 0.32, 0.33)
-MARGIN = 0.032
+METAL, GLASS, MASONRY, FOLIAGE, BARK, CLOTH, RUBBER, PLASTIC = list(Material)[11:19]
+OWN = None  # the colour of the thing
+BLUE, BLACK, ORANGE = (0.15, 0.2, 0.35), (0.14, 0.14, 0.17), (0.93, 0.36, 0.06)
 
 
 class Model(NamedTuple):
@@ -28,9 +24,9 @@ class Model(NamedTuple):
     """
 
     size: tuple[float, float, float]
-    share: float
-    colour: Colour | None
     parts: tuple[Part, ...]
+    share: float = 1.0
+    colour: Colour | None = None
 
 
 def _wheels(radius: float, outer: float, width: float, *axles: float) -> tuple[Part, ...]:
@@ -47,12 +43,6 @@ _SALOON = (
     Part(BOX, METAL, DARK, (-2.1, 2.1), (-0.77, 0.77), (0.13, 0.29)),
     Part(BOX, GLASS, OWN, (-1.9, 1.05), (-0.85, 0.85), (0.89, 1.44), "cabin", (0.87, 0.65, 0.16)),
     *_wheels(0.33, 0.89, 0.22, -1.38, 1.38),
-)
-_HATCHBACK = (
-    Part(BOX, METAL, OWN, (-2.06, 2.06), (-0.88, 0.88), (0.26, 0.91), "car", (0.14, 0.05, 0.05)),
-    Part(BOX, METAL, DARK, (-1.9, 1.9), (-0.77, 0.77), (0.13, 0.29)),
-    Part(BOX, GLASS, OWN, (-2.0, 0.98), (-0.84, 0.84), (0.91, 1.47), "cabin", (0.8, 0.38, 0.16)),
-    *_wheels(0.32, 0.88, 0.22, -1.26, 1.26),
 )
 _SUV = (
     Part(BOX, METAL, OWN, (-2.31, 2.31), (-0.93, 0.93), (0.30, 1.01), "car", (0.12, 0.06, 0.05)),
@@ -72,16 +62,10 @@ _BUS = (
     *_wheels(0.48, 1.34, 0.28, -3.1, 3.8),
 )
 _TRUCK = (
-    Part(BOX, METAL, WHITE, (-3.46, 1.06), (-1.14, 1.14), (0.95, 2.91), "cargo"),
+    Part(BOX, METAL, OWN, (-3.46, 1.06), (-1.14, 1.14), (0.95, 2.91), "cargo"),
     Part(BOX, METAL, DARK, (-3.4, 2.8), (-0.85, 0.85), (0.55, 0.95)),
     Part(BOX, METAL, OWN, (1.26, 3.46), (-1.1, 1.1), (0.45, 2.5), "cab", (0.22, 0.02, 0.08)),
     *_wheels(0.46, 1.12, 0.28, -2.8, -1.82, 2.5),
-)
-_TIPPER = (
-    Part(BOX, METAL, OWN, (-3.26, 0.86), (-1.21, 1.21), (1.0, 2.5), "cargo", (0.3, -0.3, 0.0)),
-    Part(BOX, METAL, DARK, (-3.2, 2.8), (-0.9, 0.9), (0.55, 1.0)),
-    Part(BOX, METAL, OWN, (1.16, 3.26), (-1.15, 1.15), (0.5, 3.01), "cab", (0.1, 0.02, 0.08)),
-    *_wheels(0.5, 1.18, 0.3, -2.6, -1.5, 2.3),
 )
 _TRAILER = (
     Part(BOX, METAL, WHITE, (-4.7, 4.7), (-1.21, 1.21), (0.9, 3.46), "cargo"),
@@ -101,88 +85,54 @@ _BICYCLE = (
     Part(BOX, METAL, GREY, (0.32, 0.38), (-0.03, 0.03), (0.2, 1.05)),
     Part(BOX, METAL, DARK, (0.26, 0.34), (-0.27, 0.27), (1.0, 1.05)),
 )
-
-
-def _rider(seat: float) -> tuple[Part, ...]:
-    """A person sitting at the height ``seat`` in metres."""
-    top = seat + 0.85
-    return (
-        Part(BOX, CLOTH, TROUSERS, (-0.29, 0.19), (0.05, 0.21), (seat - 0.21, seat - 0.03)),
-        Part(BOX, CLOTH, TROUSERS, (-0.29, 0.19), (-0.21, -0.05), (seat - 0.21, seat - 0.03)),
-        Part(CYLINDER, CLOTH, TROUSERS, (0.1, 0.22), (0.07, 0.19), (0.2, seat)),
-        Part(CYLINDER, CLOTH, TROUSERS, (0.1, 0.22), (-0.19, -0.07), (0.2, seat)),
-        Part(ELLIPSOID, CLOTH, BLUE, (-0.27, 0.07), (-0.23, 0.23), (seat - 0.06, top - 0.22)),
-        Part(ELLIPSOID, PLASTIC, WHITE, (-0.13, 0.13), (-0.12, 0.12), (top - 0.28, top), "face"),
-    )
+_RIDER = (
+    Part(BOX, CLOTH, BLACK, (-0.29, 0.19), (-0.21, 0.21), (0.69, 0.87)),
+    Part(CYLINDER, CLOTH, BLACK, (0.1, 0.22), (0.07, 0.19), (0.2, 0.85)),
+    Part(CYLINDER, CLOTH, BLACK, (0.1, 0.22), (-0.19, -0.07), (0.2, 0.85)),
+    Part(ELLIPSOID, CLOTH, BLUE, (-0.27, 0.07), (-0.23, 0.23), (0.82, 1.48)),
+    Part(ELLIPSOID, PLASTIC, WHITE, (-0.13, 0.13), (-0.12, 0.12), (1.42, 1.70), "face"),
+)
+_CONE = (
+    Part(BOX, PLASTIC, OWN, (-0.14, 0.14), (-0.14, 0.14), (0, 0.74), "bands", (0.12, 0.12, 0.12)),
+    Part(BOX, PLASTIC, DARK, (-0.17, 0.17), (-0.17, 0.17), (0, 0.04)),
+)
+_BARRIER = (
+    Part(BOX, PLASTIC, OWN, (-0.91, 0.91), (-0.21, 0.21), (0, 0.96), "bands", (0.0, 0.0, 0.13)),
+)
 
 
 def _person(step: float) -> tuple[Part, ...]:
     """A person of 1.75 m whose feet are ``2 * step`` metres apart along x."""
     return (
-        Part(CYLINDER, CLOTH, TROUSERS, (step - 0.08, step + 0.08), (0.02, 0.18), (0, 0.88)),
-        Part(CYLINDER, CLOTH, TROUSERS, (-step - 0.08, 0.08 - step), (-0.18, -0.02), (0, 0.88)),
+        Part(CYLINDER, CLOTH, BLACK, (step - 0.08, step + 0.08), (0.02, 0.18), (0, 0.88)),
+        Part(CYLINDER, CLOTH, BLACK, (-step - 0.08, 0.08 - step), (-0.18, -0.02), (0, 0.88)),
         Part(CYLINDER, CLOTH, OWN, (-step - 0.06, 0.06 - step), (0.15, 0.26), (0.82, 1.38)),
         Part(CYLINDER, CLOTH, OWN, (step - 0.06, step + 0.06), (-0.26, -0.15), (0.82, 1.38)),
-        Part(ELLIPSOID, CLOTH, TROUSERS, (-0.14, 0.14), (-0.19, 0.19), (0.72, 1.04)),
-        Part(ELLIPSOID, CLOTH, OWN, (-0.15, 0.15), (-0.23, 0.23), (0.78, 1.57)),
+        Part(ELLIPSOID, CLOTH, OWN, (-0.15, 0.15), (-0.23, 0.23), (0.74, 1.57)),
         Part(ELLIPSOID, CLOTH, DARK, (-0.1, 0.12), (-0.1, 0.1), (1.44, 1.71), "face"),
     )
 
 
-_ORANGE = (0.93, 0.36, 0.06)
-#: Models of every (category, variant): a "rider" sits on it, a "walker" walks.
-MODELS: dict[tuple[str, str], tuple[Model, ...]] = {
-    ("vehicle.car", ""): (
-        Model((1.85, 4.6, 1.48), 0.35, None, _SALOON),
-        Model((1.83, 4.2, 1.51), 0.25, None, _HATCHBACK),
-        Model((1.93, 4.7, 1.71), 0.28, None, _SUV),
-        Model((2.03, 5.2, 2.11), 0.12, None, _VAN),
+#: Models of every category; with ".moving" those of two-wheelers with a rider and of walkers.
+MODELS: dict[str, tuple[Model, ...]] = {
+    "vehicle.car": (
+        Model((1.85, 4.6, 1.48), _SALOON, 0.55),
+        Model((1.93, 4.7, 1.71), _SUV, 0.32),
+        Model((2.03, 5.2, 2.11), _VAN, 0.13),
     ),
-    ("vehicle.emergency.police", ""): (Model((1.85, 4.6, 1.48), 1.0, (0.88, 0.89, 0.92), _SALOON),),
-    ("vehicle.bus.rigid", ""): (Model((2.75, 11.2, 3.25), 1.0, None, _BUS),),
-    ("vehicle.truck", ""): (Model((2.35, 7.0, 2.95), 1.0, None, _TRUCK),),
-    ("vehicle.construction", ""): (Model((2.5, 6.6, 3.05), 1.0, (0.90, 0.62, 0.06), _TIPPER),),
-    ("vehicle.trailer", ""): (Model((2.5, 9.5, 3.5), 1.0, None, _TRAILER),),
-    ("vehicle.motorcycle", ""): (Model((0.80, 2.12, 1.12), 1.0, None, _MOTORCYCLE),),
-    ("vehicle.motorcycle", "rider"): (
-        Model((0.80, 2.12, 1.70), 1.0, None, _MOTORCYCLE + _rider(0.80)),
-    ),
-    ("vehicle.bicycle", ""): (Model((0.62, 1.75, 1.12), 1.0, None, _BICYCLE),),
-    ("vehicle.bicycle", "rider"): (Model((0.62, 1.75, 1.82), 1.0, None, _BICYCLE + _rider(0.92)),),
-    ("human.pedestrian", ""): (Model((0.59, 0.52, 1.75), 1.0, None, _person(0.0)),),
-    ("human.pedestrian", "walker"): (Model((0.59, 0.52, 1.75), 1.0, None, _person(0.11)),),
-    ("movable_object.trafficcone", ""): (
-        Model(
-            (0.42, 0.42, 0.78),
-            1.0,
-            _ORANGE,
-            (
-                Part(
-                    BOX, PLASTIC, OWN, (-0.13, 0.13), (-0.13, 0.13), (0, 0.74), "bands", (0.11,) * 3
-                ),
-                Part(BOX, PLASTIC, DARK, (-0.17, 0.17), (-0.17, 0.17), (0, 0.04)),
-            ),
-        ),
-    ),
-    ("movable_object.barrier", ""): (
-        Model(
-            (0.5, 1.9, 1.0),
-            1.0,
-            _ORANGE,
-            (
-                Part(
-                    BOX,
-                    PLASTIC,
-                    OWN,
-                    (-0.91, 0.91),
-                    (-0.21, 0.21),
-                    (0, 0.96),
-                    "bands",
-                    (0, 0, 0.13),
-                ),
-            ),
-        ),
-    ),
+    "vehicle.emergency.police": (Model((1.85, 4.6, 1.48), _SALOON, 1.0, WHITE),),
+    "vehicle.bus.rigid": (Model((2.75, 11.2, 3.25), _BUS),),
+    "vehicle.truck": (Model((2.35, 7.0, 2.95), _TRUCK),),
+    "vehicle.construction": (Model((2.35, 7.0, 2.95), _TRUCK, 1.0, (0.90, 0.62, 0.06)),),
+    "vehicle.trailer": (Model((2.5, 9.5, 3.5), _TRAILER),),
+    "vehicle.motorcycle": (Model((0.80, 2.12, 1.12), _MOTORCYCLE),),
+    "vehicle.motorcycle.moving": (Model((0.80, 2.12, 1.74), _MOTORCYCLE + _RIDER),),
+    "vehicle.bicycle": (Model((0.62, 1.75, 1.12), _BICYCLE),),
+    "vehicle.bicycle.moving": (Model((0.62, 1.75, 1.74), _BICYCLE + _RIDER),),
+    "human.pedestrian": (Model((0.59, 0.52, 1.75), _person(0.0)),),
+    "human.pedestrian.moving": (Model((0.59, 0.52, 1.75), _person(0.11)),),
+    "movable_object.trafficcone": (Model((0.42, 0.42, 0.78), _CONE, 1.0, ORANGE),),
+    "movable_object.barrier": (Model((0.5, 1.9, 1.0), _BARRIER, 1.0, ORANGE),),
 }
 
 #: The ego car as its own lidar sees it, in the ego frame.
@@ -202,14 +152,9 @@ TREE = (
 )
 #: A street lamp that reaches out to its left.
 LAMP = (
-    Part(CYLINDER, METAL, POLE, (-0.08, 0.08), (-0.08, 0.08), (0, 7.5)),
-    Part(BOX, METAL, POLE, (-0.05, 0.05), (-0.05, 1.85), (7.45, 7.55)),
+    Part(CYLINDER, METAL, GREY, (-0.08, 0.08), (-0.08, 0.08), (0, 7.5)),
+    Part(BOX, METAL, GREY, (-0.05, 0.05), (-0.05, 1.85), (7.45, 7.55)),
     Part(BOX, PLASTIC, WHITE, (-0.12, 0.12), (1.4, 2.0), (7.38, 7.5)),
-)
-#: A traffic light that faces forward.
-SIGNAL = (
-    Part(CYLINDER, METAL, POLE, (-0.07, 0.07), (-0.07, 0.07), (0, 3.4)),
-    Part(BOX, PLASTIC, DARK, (-0.07, 0.17), (-0.17, 0.17), (2.55, 3.45), "signal"),
 )
 
 

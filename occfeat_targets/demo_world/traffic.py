@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from occfeat_targets.demo_world.layout import CROSSWALK, STOP_LINE, Arm, Layout
-from occfeat_targets.demo_world.surface import Colour
+from occfeat_targets.demo_world.solids import Colour
 from occfeat_targets.demo_world.things import MODELS, Model
 
 Pose = tuple[float, float, float]
 
-#: What drives in the lanes, what is parked, and how often.
+# What drives in the lanes, what is parked, and how often.
 _MOVING = {
     "vehicle.car": 0.68,
     "vehicle.truck": 0.09,
@@ -28,25 +28,16 @@ _MOVING = {
     "vehicle.trailer": 0.02,
 }
 _PARKED = {"vehicle.car": 0.93, "vehicle.motorcycle": 0.04, "vehicle.emergency.police": 0.03}
-_VEHICLE_COLOURS = (
+_COLOURS = (
     (0.85, 0.85, 0.86),
     (0.07, 0.07, 0.08),
     (0.45, 0.46, 0.48),
-    (0.62, 0.64, 0.66),
     (0.52, 0.05, 0.06),
     (0.07, 0.14, 0.36),
-    (0.16, 0.22, 0.20),
-    (0.72, 0.66, 0.52),
-    (0.76, 0.40, 0.08),
+    (0.16, 0.30, 0.22),
+    (0.72, 0.62, 0.45),
 )
-_CLOTHES = (
-    (0.66, 0.12, 0.12),
-    (0.13, 0.22, 0.46),
-    (0.12, 0.12, 0.13),
-    (0.80, 0.78, 0.74),
-    (0.20, 0.42, 0.24),
-    (0.76, 0.56, 0.16),
-)
+_SCALES = {"human.pedestrian.child": (0.63, 0.80), "human.pedestrian.adult": (0.90, 1.09)}
 
 
 @dataclass(frozen=True)
@@ -84,10 +75,9 @@ def in_the_way(actor: Actor, time: float, ego: Pose) -> bool:
     cos, sin = math.cos(ego[2]), math.sin(ego[2])
     dx, dy = x - ego[0], y - ego[1]
     along, across = cos * dx + sin * dy - 1.4, -sin * dx + cos * dy
-    turn = heading - ego[2]
+    cos, sin = abs(math.cos(heading - ego[2])), abs(math.sin(heading - ego[2]))
     width, length = actor.size[0] / 2, actor.size[1] / 2
-    reach = abs(length * math.cos(turn)) + abs(width * math.sin(turn))
-    breadth = abs(length * math.sin(turn)) + abs(width * math.cos(turn))
+    reach, breadth = length * cos + width * sin, length * sin + width * cos
     return abs(along) < reach + 3.6 and abs(across) < breadth + 1.15
 
 
@@ -98,46 +88,31 @@ class _Crowd:
         self.rng = rng
         self.actors: list[Actor] = []
 
-    def add(
-        self, category: str, start: Pose, attribute: str, speed: float = 0.0, variant: str = ""
-    ) -> None:
+    def add(self, category: str, start: Pose, attribute: str = "", speed: float = 0.0) -> None:
         """Add something of a category, at random scale and colour."""
-        rng = self.rng
-        human = category.startswith("human")
-        models = MODELS["human.pedestrian" if human else category, variant]
-        model = models[int(rng.choice(len(models), p=[model.share for model in models]))]
-        spread = {"human.pedestrian.child": (0.63, 0.80), "human.pedestrian.adult": (0.90, 1.09)}
-        palette = _CLOTHES if human else _VEHICLE_COLOURS
-        self.actors.append(
-            Actor(
-                len(self.actors) + 1,
-                category,
-                attribute,
-                model,
-                float(rng.uniform(*spread.get(category, (0.96, 1.05)))),
-                model.colour or palette[int(rng.integers(len(palette)))],
-                start,
-                speed,
-            )
-        )
+        key = "human.pedestrian" if category.startswith("human") else category
+        if attribute in ("cycle.with_rider", "pedestrian.moving"):
+            key += ".moving"
+        models = MODELS[key]
+        model = models[self.rng.choice(len(models), p=[model.share for model in models])]
+        scale = float(self.rng.uniform(*_SCALES.get(category, (0.96, 1.05))))
+        colour = model.colour or _COLOURS[self.rng.integers(len(_COLOURS))]
+        number = len(self.actors) + 1
+        self.actors.append(Actor(number, category, attribute, model, scale, colour, start, speed))
 
-    def vehicle(self, shares: dict[str, float], start: Pose, state: str, speed: float) -> None:
+    def vehicle(self, start: Pose, state: str, speed: float = 0.0) -> None:
         """Add a vehicle; ``state`` is "moving", "stopped" or "parked"."""
+        shares = _PARKED if state == "parked" else _MOVING
         category = str(self.rng.choice(list(shares), p=list(shares.values())))
-        if (category, "rider") not in MODELS:
-            self.add(category, start, f"vehicle.{state}", speed)
-        elif state == "parked":
-            self.add(category, start, "cycle.without_rider")
-        else:
-            self.add(category, start, "cycle.with_rider", speed, "rider")
+        attribute = f"vehicle.{state}"
+        if f"{category}.moving" in MODELS:
+            attribute = "cycle.without_rider" if state == "parked" else "cycle.with_rider"
+        self.add(category, start, attribute, speed)
 
     def person(self, start: Pose, speed: float) -> None:
         """Add an adult or, seldom, a child."""
         category = "human.pedestrian." + ("child" if self.rng.random() < 0.08 else "adult")
-        if speed:
-            self.add(category, start, "pedestrian.moving", speed, "walker")
-        else:
-            self.add(category, start, "pedestrian.standing")
+        self.add(category, start, "pedestrian." + ("moving" if speed else "standing"), speed)
 
 
 def populate(
@@ -155,27 +130,29 @@ def populate(
         Actors with ids 1, 2, ...; some may be in the ego car's way: the caller drops them.
     """
     crowd = _Crowd(rng)
-    occupancy = float(rng.uniform(0.45, 0.85))
-    for x, y, heading in layout.bays:
+    occupancy = float(rng.uniform(0.4, 0.75))
+    for bay in layout.bays:
         if rng.random() < occupancy:
-            turn = (math.pi if rng.random() < 0.08 else 0.0) + float(rng.normal(0, 0.015))
-            crowd.vehicle(_PARKED, (x, y, heading + turn), "parked", 0.0)
+            crowd.vehicle(bay, "parked")
     for number, arm in enumerate(layout.arms):
         main = number % 2 == 0
         for lane in range(arm.section.lanes):
-            speed = ego_speed if main else 6.0
-            _outwards(crowd, arm, lane, speed + (float(rng.uniform(0, 2.5)) if lane else 0.0))
-            _inwards(crowd, arm, lane, 0.0 if ego_turns or not main else ego_speed)
+            speed = (ego_speed if main else 6.0) + (float(rng.uniform(0, 2.5)) if lane else 0.0)
+            _in_lane(crowd, arm, lane, speed, ego_speed if main and not ego_turns else 0.0)
         _on_sidewalks(crowd, arm)
-        _on_crosswalk(crowd, arm)
-    _roadworks(crowd, layout.arms[int(rng.integers(2)) * 2])
+        for _ in range(int(rng.integers(1, 4))):  # people who walk across the street
+            s = arm.start + float(rng.uniform(CROSSWALK[0] + 0.6, CROSSWALK[1] - 0.6))
+            turn = math.copysign(math.pi / 2, rng.uniform(-1, 1))
+            pose = arm.pose(s, float(rng.uniform(-1, 1)) * arm.section.road, turn)
+            crowd.person(pose, float(rng.uniform(0.9, 1.5)))
+    # A short row of cones and barriers at the outer edge of the road.
+    arm = layout.arms[2 * int(rng.integers(2))]
+    s, t = arm.start + float(rng.uniform(15, 60)), rng.choice([-1, 1]) * (arm.section.road - 0.4)
+    for number in range(5):
+        crowd.add("movable_object.trafficcone", arm.pose(s + 2.2 * number, t))
+    for number in range(2):
+        crowd.add("movable_object.barrier", arm.pose(s + 13 + 2.6 * number, t))
     return crowd.actors
-
-
-def _along(arm: Arm, s: float, t: float, outwards: bool) -> Pose:
-    """Pose at (s, t) of an arm, along it."""
-    x, y = arm.xy(s, t)
-    return float(x), float(y), arm.heading + (0.0 if outwards else math.pi)
 
 
 def _places(rng: np.random.Generator, begin: float, end: float, gap) -> Iterator[float]:
@@ -186,52 +163,25 @@ def _places(rng: np.random.Generator, begin: float, end: float, gap) -> Iterator
         s += float(rng.uniform(*gap))
 
 
-def _outwards(crowd: _Crowd, arm: Arm, lane: int, speed: float) -> None:
-    """Vehicles that drive away from the junction."""
-    t = -arm.section.lane_centre(lane)
-    for s in _places(crowd.rng, arm.start + 16, arm.end - 8, (13, 42)):
-        crowd.vehicle(_MOVING, _along(arm, s, t, True), "moving", speed)
-
-
-def _inwards(crowd: _Crowd, arm: Arm, lane: int, speed: float) -> None:
-    """Vehicles that drive towards the junction; with no speed, a queue behind the stop line."""
+def _in_lane(crowd: _Crowd, arm: Arm, lane: int, outwards: float, inwards: float) -> None:
+    """Vehicles in a lane of both directions at their speeds; at 0 they queue at the stop line."""
     t = arm.section.lane_centre(lane)
+    for s in _places(crowd.rng, arm.start + 16, arm.end - 8, (13, 42)):
+        crowd.vehicle(arm.pose(s, -t), "moving", outwards)
     line = arm.start + STOP_LINE + 7
-    end = arm.end - 8 if speed else line + 13.6 * crowd.rng.uniform(0, 3)
-    for s in _places(crowd.rng, line, end, (13, 42) if speed else (13.5, 15)):
-        crowd.vehicle(_MOVING, _along(arm, s, t, False), "moving" if speed else "stopped", speed)
+    end = arm.end - 8 if inwards else line + 13.6 * crowd.rng.uniform(0, 3)
+    for s in _places(crowd.rng, line, end, (13, 42) if inwards else (13.5, 15)):
+        crowd.vehicle(arm.pose(s, t, math.pi), "moving" if inwards else "stopped", inwards)
 
 
 def _on_sidewalks(crowd: _Crowd, arm: Arm) -> None:
     """People and parked bicycles on both sidewalks."""
     rng, section = crowd.rng, arm.section
     for side in (-1, 1):
-        for s in _places(rng, arm.start + 3, arm.end - 5, (2, 22)):
-            t = side * float(rng.uniform(section.road + section.parking + 1.3, section.edge - 0.5))
+        for s in _places(rng, arm.start + 3, arm.end - 5, (3, 28)):
+            t = side * float(rng.uniform(section.kerb + 1.3, section.edge - 0.5))
             speed = float(rng.uniform(0.8, 1.6)) if rng.random() < 0.8 else 0.0
-            crowd.person(_along(arm, s, t, bool(rng.random() < 0.5)), speed)
+            crowd.person(arm.pose(s, t, math.pi * int(rng.integers(2))), speed)
             if rng.random() < 0.12:
-                bicycle = _along(arm, s + 2.4, side * (section.edge - 0.4), True)
+                bicycle = arm.pose(s + 2.4, side * (section.edge - 0.4))
                 crowd.add("vehicle.bicycle", bicycle, "cycle.without_rider")
-
-
-def _on_crosswalk(crowd: _Crowd, arm: Arm) -> None:
-    """People who walk across a street."""
-    rng = crowd.rng
-    for _ in range(int(rng.integers(1, 4))):
-        s = arm.start + float(rng.uniform(CROSSWALK[0] + 0.6, CROSSWALK[1] - 0.6))
-        x, y, heading = _along(arm, s, float(rng.uniform(-1, 1)) * arm.section.road, True)
-        heading += math.copysign(math.pi / 2, rng.uniform(-1, 1))
-        crowd.person((x, y, heading), float(rng.uniform(0.9, 1.5)))
-
-
-def _roadworks(crowd: _Crowd, arm: Arm) -> None:
-    """A short row of cones and barriers at the outer edge of the road."""
-    s = arm.start + float(crowd.rng.uniform(15, 60))
-    t = float(crowd.rng.choice([-1, 1])) * (arm.section.road - 0.4)
-    for number in range(5):
-        pose = _along(arm, s + 2.2 * number, t, True)
-        crowd.add("movable_object.trafficcone", pose, "")
-    for number in range(2):
-        pose = _along(arm, s + 13 + 2.6 * number, t, True)
-        crowd.add("movable_object.barrier", pose, "")
