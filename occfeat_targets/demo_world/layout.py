@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -22,30 +23,19 @@ _FILLET = 3.5
 SHADOW = 128
 
 
-@dataclass(frozen=True)
-class Section:
-    """Cross-section of a street: widths in metres, lanes per direction."""
+class Section(NamedTuple):
+    """Cross-section of a street: lanes per direction, widths of a lane and the median in metres.
 
-    lane: float
+    From the centre line the carriageway reaches to ``road``, the parking places to ``kerb``, the
+    sidewalk to ``edge``.
+    """
+
     lanes: int
+    lane: float
     median: float
-    parking: float
-    walk: float
-
-    @property
-    def road(self) -> float:
-        """Half width of the carriageway."""
-        return self.median / 2 + self.lane * self.lanes
-
-    @property
-    def kerb(self) -> float:
-        """Distance from the centre line to the sidewalk behind the parking places."""
-        return self.road + self.parking
-
-    @property
-    def edge(self) -> float:
-        """Distance from the centre line to the back of the sidewalk."""
-        return self.kerb + self.walk
+    road: float
+    kerb: float
+    edge: float
 
     def lane_centre(self, lane: int) -> float:
         """Distance of a lane's centre from the centre line; lane 0 is the innermost."""
@@ -91,8 +81,8 @@ class Layout:
     ``arms`` from +x counter-clockwise, the main street's are those of even number; ``polygons``
     and ``lines`` map a layer's name in the map expansion to its shapes (N, 2), not closed;
     ``paint`` lists (material, polygon (N, 2)) in painting order for what the map does not hold as
-    areas; ``bays`` poses of parking places; ``islands`` (arm, s0, s1) on the median and ``holes``
-    what they cut out of the drivable area.
+    areas; ``bays`` poses of parking places; ``holes`` the islands (4, 2) on the median, which are
+    cut out of the drivable area.
     """
 
     arms: list[Arm]
@@ -100,15 +90,23 @@ class Layout:
     lines: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
     paint: list[tuple[Material, np.ndarray]] = field(default_factory=list)
     bays: list[tuple[float, float, float]] = field(default_factory=list)
-    islands: list[tuple[Arm, float, float]] = field(default_factory=list)
     holes: list[np.ndarray] = field(default_factory=list)
+
+    def mark(self, material: Material, area: np.ndarray) -> None:
+        """Paint an area (N, 2) with a material that the map does not hold."""
+        self.paint.append((material, area))
+
+
+def _section(lanes: int, lane: float, median: float, walk: float) -> Section:
+    road = median / 2 + lane * lanes
+    return Section(lanes, lane, median, road, road + 2.4, road + 2.4 + walk)
 
 
 def build_layout(rng: np.random.Generator, radius: float) -> Layout:
     """Draw the streets of one scene at random; they end ``radius`` metres from its origin."""
     lane, lanes = float(rng.uniform(3.2, 3.7)), int(rng.integers(1, 3))
-    main = Section(lane, lanes, 1.8, 2.4, float(rng.uniform(3.0, 5.0)))
-    side = Section(lane, int(rng.integers(1, lanes + 1)), 0.0, 2.3, float(rng.uniform(2.6, 3.6)))
+    main = _section(lanes, lane, 1.8, float(rng.uniform(3.0, 5.0)))
+    side = _section(int(rng.integers(1, lanes + 1)), lane, 0.0, float(rng.uniform(2.6, 3.6)))
     layout = Layout([])
     box = [(-side.road, -main.road), (side.road, -main.road), (side.road, main.road)]
     layout.polygons["road_segment"].append(np.array([*box, (-side.road, main.road)]))
@@ -143,14 +141,14 @@ def _crosswalk(layout: Layout, arm: Arm) -> None:
     layout.polygons["road_segment"].append(arm.rectangle(arm.start, arm.end, -hw, hw))
     area = arm.rectangle(s0, s1, -hw, hw)
     layout.polygons["ped_crossing"].append(area)
-    layout.paint.append((Material.CROSSING, area))
+    layout.mark(Material.CROSSING, area)
     count = int(2 * hw / 1.1)
     for t in (np.arange(count) + 0.5) * 2 * hw / count - hw:
         stripe = arm.rectangle(s0 + 0.1, s1 - 0.1, t - 0.27, t + 0.27)
-        layout.paint.append((Material.CROSSING_STRIPE, stripe))
+        layout.mark(Material.CROSSING_STRIPE, stripe)
     s = arm.start + STOP_LINE
     stop = arm.rectangle(s, s + 0.4, arm.section.median / 2 + 0.1, hw - 0.1)
-    layout.paint.append((Material.LANE_LINE, stop))
+    layout.mark(Material.LANE_LINE, stop)
 
 
 def _dividers(layout: Layout, arm: Arm) -> None:
@@ -158,11 +156,9 @@ def _dividers(layout: Layout, arm: Arm) -> None:
     section, s0 = arm.section, arm.start + STOP_LINE + 0.6
     s = s0
     while section.median and s + 36 < arm.end:
-        layout.islands.append((arm, s, s + 22))
         half = section.median / 2 - 0.2
         layout.holes.append(arm.rectangle(s, s + 22, -half, half)[::-1])
-        planted = arm.rectangle(s + 0.2, s + 21.8, 0.2 - half, half - 0.2)
-        layout.paint.append((Material.ISLAND, planted))
+        layout.mark(Material.ISLAND, arm.rectangle(s + 0.2, s + 21.8, 0.2 - half, half - 0.2))
         _double_line(layout, arm, s + 22, s + 36)
         s += 36
     _double_line(layout, arm, s, arm.end)
@@ -170,15 +166,13 @@ def _dividers(layout: Layout, arm: Arm) -> None:
     for t in [*-offsets, *offsets]:
         layout.lines["lane_divider"].append(arm.xy([s0, arm.end], t))
         for dash in np.arange(s0, arm.end - 3, 9.0):
-            line = arm.rectangle(dash, dash + 3, t - 0.075, t + 0.075)
-            layout.paint.append((Material.LANE_LINE, line))
+            layout.mark(Material.LANE_LINE, arm.rectangle(dash, dash + 3, t - 0.07, t + 0.07))
 
 
 def _double_line(layout: Layout, arm: Arm, s0: float, s1: float) -> None:
     layout.lines["road_divider"].append(arm.xy([s0, s1], 0.0))
     for t in (-0.16, 0.16):
-        line = arm.rectangle(s0, s1, t - 0.07, t + 0.07)
-        layout.paint.append((Material.DIVIDER_LINE, line))
+        layout.mark(Material.DIVIDER_LINE, arm.rectangle(s0, s1, t - 0.07, t + 0.07))
 
 
 def _kerbside(layout: Layout, arm: Arm, flip: int, rng: np.random.Generator) -> None:
@@ -198,7 +192,7 @@ def _kerbside(layout: Layout, arm: Arm, flip: int, rng: np.random.Generator) -> 
         borders = np.linspace(s0, s, count + 1)
         for border in np.clip(borders, s0 + 0.06, s - 0.06):
             line = arm.rectangle(border - 0.06, border + 0.06, t0, t1)
-            layout.paint.append((Material.PARKING_LINE, line))
+            layout.mark(Material.PARKING_LINE, line)
         turn = math.pi if flip > 0 else 0.0  # as the traffic on this side
         layout.bays += [arm.pose(m, (t0 + t1) / 2, turn) for m in (borders[1:] + borders[:-1]) / 2]
         s0 = s + float(rng.uniform(3, 9))
@@ -230,12 +224,8 @@ def paint_ground(
 ) -> Raster:
     """Paint a square of the scene frame.
 
-    Args:
-        layout: the scene's streets.
-        shadows: (P, n, 2) outlines of the shadows of things, scene frame, metres.
-        centre: (x, y) of the square, metres.
-        texel: size of a texel in metres.
-        reach: half the size of the square in metres.
+    It lies around ``centre`` (x, y) up to ``reach``, with texels of ``texel`` metres; ``shadows``
+    (P, n, 2) are the outlines of the shadows of things, all in the scene frame, metres.
     """
     size = (int(2 * reach / texel),) * 2
     corner = np.array(centre) - reach

@@ -6,7 +6,6 @@ has length 1 along the optical axis, so the ray parameter is the z-depth.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -72,14 +71,10 @@ class _Rays:
 def render_camera(
     world: World, K: np.ndarray, global_T_cam: np.ndarray, height: int, width: int
 ) -> View:
-    """Render one camera.
+    """Render one camera of ``height`` x ``width`` pixels.
 
-    Args:
-        world: the frozen world of a keyframe.
-        K: (3, 3) intrinsics to continuous pixels of this height and width.
-        global_T_cam: (4, 4) float64 camera pose; x right, y down, z forward.
-        height: rows.
-        width: columns.
+    ``K`` (3, 3) goes to continuous pixels of that image; ``global_T_cam`` (4, 4) float64, with x
+    right, y down, z forward.
     """
     rays = _Rays(K, global_T_cam, height, width)
     depth, solid, silhouette = _trace(world.solids, rays)
@@ -221,63 +216,39 @@ def cast_rays(
     max_range: float = 2000.0,
     ego_car: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Nearest surface along rays.
+    """Nearest surfaces along rays from ``origin`` (3,) in ``directions`` (N, 3), unit; global.
 
-    Args:
-        world: the frozen world of a keyframe.
-        origin: (3,) common start of the rays, global, metres.
-        directions: (N, 3) unit vectors, global.
-        max_range: metres; what is farther is not hit.
-        ego_car: whether the rays can hit the ego car's own body.
+    What is farther than ``max_range`` metres is not hit, nor the car's own body but by ``ego_car``.
 
     Returns:
         range (N,) float32 metres, inf where nothing is hit; object_id (N,) int32, -1 nothing,
         0 ground, else the thing's id; material (N,) uint8, a Material.
     """
-    origin = np.asarray(origin, dtype=np.float64)
-    azimuth = np.arctan2(directions[:, 1], directions[:, 0])
-    order = np.argsort(azimuth, kind="stable")
-    d = np.ascontiguousarray(directions[order].T.astype(np.float32))
+    solids, d = world.solids, directions.T.astype(np.float32)
     with np.errstate(divide="ignore"):
-        nearest = np.where(d[2] < 0, np.float32(-origin[2]) / d[2], np.float32(np.inf))
-    nearest[nearest > max_range] = np.inf
-    which = np.where(np.isfinite(nearest), -2, -1).astype(np.int32)
-    solids = world.solids
-    for index, part in _azimuth_slices(solids, origin, azimuth[order], max_range):
-        if solids.lidar_only[index] and not ego_car:
-            continue
+        distance = np.where(d[2] < 0, np.float32(-origin[2]) / d[2], np.float32(np.inf))
+    distance[distance > max_range] = np.inf
+    hit = np.where(np.isfinite(distance), -2, -1).astype(np.int32)
+    # Seen from above, only rays within a narrow angle of its centre can meet a solid.
+    flat = (d[:2] / np.hypot(d[0], d[1])).T
+    away = solids.centre[:, :2] - origin[:2]
+    far = np.maximum(np.hypot(away[:, 0], away[:, 1]), 1e-9)
+    radius = np.hypot(solids.half[:, 0], solids.half[:, 1]) * 1.01 + 1e-3
+    cosine = np.where(far > radius, np.sqrt(np.maximum(1 - (radius / far) ** 2, 0)) - 1e-5, -2)
+    towards = (away / far[:, None]).astype(np.float32)
+    for index in np.flatnonzero((far - radius < max_range) & (ego_car | ~solids.lidar_only)):
+        chosen = np.flatnonzero(flat @ towards[index] > cosine[index])
         rotation = solids.local_R_global(index)
         start = rotation @ (origin - solids.centre[index])
-        t = intersect(solids, index, start, rotation.astype(np.float32) @ d[:, part])
-        nearer = (t < nearest[part]) & (t <= max_range)
-        nearest[part][nearer] = t[nearer]
-        which[part][nearer] = index
-    distance, hit = np.empty_like(nearest), np.empty_like(which)
-    distance[order], hit[order] = nearest, which
+        t = intersect(solids, index, start, rotation.astype(np.float32) @ d[:, chosen])
+        nearer = (t < distance[chosen]) & (t <= max_range)
+        distance[chosen[nearer]] = t[nearer]
+        hit[chosen[nearer]] = index
     material = np.concatenate([solids.material, [0, Material.NOTHING]]).astype(np.uint8)[hit]
     on_ground = hit == -2
     xy = origin[:2] + distance[on_ground, None].astype(np.float64) * directions[on_ground, :2]
     material[on_ground] = ground_material(world, xy)
     return distance, _ids(solids)[hit], material
-
-
-def _azimuth_slices(
-    solids: Solids, origin: np.ndarray, azimuth: np.ndarray, max_range: float
-) -> Iterator[tuple[int, slice]]:
-    """For every solid within range, the slices of rays, sorted by azimuth, that may meet it."""
-    offset = solids.centre[:, :2] - origin[:2]
-    distance = np.hypot(offset[:, 0], offset[:, 1])
-    radius = np.hypot(solids.half[:, 0], solids.half[:, 1]) * 1.001 + 1e-3
-    middle = np.arctan2(offset[:, 1], offset[:, 0])
-    spread = np.arcsin(np.minimum(radius / np.maximum(distance, 1e-9), 1.0)) + 1e-3
-    spread[distance <= radius] = np.pi  # the origin is inside or close: any ray may meet it
-    for index in np.flatnonzero(distance - radius < max_range):
-        # Three copies of the window, for those that reach over the seam at plus or minus pi.
-        for turn in (-2 * np.pi, 0.0, 2 * np.pi):
-            window = middle[index] + turn + spread[index] * np.array([-1, 1])
-            first, last = np.searchsorted(azimuth, window)
-            if first < last:
-                yield int(index), slice(first, last)
 
 
 def ground_material(world: World, xy: np.ndarray) -> np.ndarray:

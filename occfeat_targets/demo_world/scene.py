@@ -56,28 +56,25 @@ class Plan:
 
 @dataclass(frozen=True)
 class Drive:
-    """The ego car's way: ``before`` metres straight on, a turn by ``angle`` radians, straight on.
+    """The ego car's way: ``before`` metres straight on, a left turn by 90 degrees, straight on.
 
-    ``start`` is the pose at the first keyframe; ``radius`` of the turn in metres; ``speed`` m/s.
+    ``start`` is the pose at the first keyframe, with heading 0; ``radius`` of the turn in metres;
+    ``speed`` m/s.
     """
 
     start: Pose
     speed: float
     before: float = math.inf
-    angle: float = 0.0
     radius: float = 1.0
 
     def pose(self, time: float) -> Pose:
         """Pose ``time`` seconds after the first keyframe."""
-        x, y, heading = self.start
+        x, y, _ = self.start
         distance = self.speed * time
-        arc = min(max(distance - self.before, 0.0), abs(self.angle) * self.radius)
-        signed = math.copysign(self.radius, self.angle)
-        turned = heading + arc / signed
-        straight, after = min(distance, self.before), max(distance - self.before - arc, 0.0)
-        x += straight * math.cos(heading) + signed * (math.sin(turned) - math.sin(heading))
-        y += straight * math.sin(heading) - signed * (math.cos(turned) - math.cos(heading))
-        return x + after * math.cos(turned), y + after * math.sin(turned), turned
+        turned = min(max((distance - self.before) / self.radius, 0.0), math.pi / 2)
+        after = max(distance - self.before - turned * self.radius, 0.0)
+        x += min(distance, self.before) + self.radius * math.sin(turned)
+        return x, y + self.radius * (1 - math.cos(turned)) + after, turned
 
 
 @dataclass
@@ -169,7 +166,7 @@ def build_scene(plan: Plan, index: int) -> Scene:
     ego = [(time, drive.pose(time)) for time in np.arange(-0.25, duration + 0.25, 0.25)]
     actors = [
         actor
-        for actor in populate(layout, rng, drive.speed, drive.angle != 0)
+        for actor in populate(layout, rng, drive.speed, drive.before < math.inf)
         if not any(in_the_way(actor, time, pose) for time, pose in ego)
     ]
     elevation, azimuth = rng.uniform(0.6, 1.05), rng.uniform(-math.pi, math.pi)
@@ -198,13 +195,8 @@ def _drive(
         start = -0.6 * length - float(rng.uniform(5, 35))
         return Drive((start, -main.lane_centre(0), 0.0), speed)
     before = max(4.0, 0.35 * length)
-    if rng.random() < 0.4:  # to the right, from and to the outermost lanes
-        curve = 3.5 + main.lane / 2
-        start = -side.lane_centre(side.lanes - 1) - curve - before
-        pose = (start, -main.lane_centre(main.lanes - 1), 0.0)
-        return Drive(pose, speed, before, -math.pi / 2, curve)
     pose = (side.lane_centre(0) - 9.0 - before, -main.lane_centre(0), 0.0)
-    return Drive(pose, speed, before, math.pi / 2, 9.0)
+    return Drive(pose, speed, before, 9.0)
 
 
 def _scenery(layout: Layout, rng: np.random.Generator, radius: float) -> Iterator[tuple]:
@@ -219,9 +211,10 @@ def _scenery(layout: Layout, rng: np.random.Generator, radius: float) -> Iterato
         # A few towers behind the first row.
         for s, t in rng.uniform((60, 55), (radius - 10, radius - 10), (6, 2)):
             yield _building(rng, arm.pose(s, t), rng.uniform(14, 26, 2), (7, 19))
-    for arm, s0, s1 in layout.islands:
-        for s in np.arange(s0 + 3, s1 - 2, 7.5):
-            yield _tree(rng, arm.pose(s, 0.0), (0.50, 0.70))
+    for island in layout.holes:
+        for share in (0.15, 0.5, 0.85):
+            xy = island[:2].mean(axis=0) * share + island[2:].mean(axis=0) * (1 - share)
+            yield _tree(rng, (*xy, 0.0), (0.50, 0.70))
 
 
 def _building(rng: np.random.Generator, pose: Pose, footprint, storeys: tuple[int, int]) -> tuple:
@@ -295,8 +288,8 @@ def frame_world(plan: Plan, scene_index: int, sample: int) -> World:
     """
     if not (0 <= scene_index < plan.scenes and 0 <= sample < plan.samples):
         raise IndexError(
-            f"no sample {sample} of scene {scene_index}: the demo world has "
-            f"{plan.scenes} scenes of {plan.samples} samples"
+            f"the demo world has {plan.scenes} scenes of {plan.samples} samples, so no sample "
+            f"{sample} of scene {scene_index}"
         )
     scene = build_scene(plan, scene_index)
     timestamp = scene.timestamp(sample)
@@ -316,8 +309,7 @@ def frame_world(plan: Plan, scene_index: int, sample: int) -> World:
     xy = scene.xy_scene(everything.centre[:, :2])
     shaded = (scene.ground.sample(*xy.T) >= SHADOW) & (everything.centre[:, 2] < 5)
     lit = np.where(shaded & ~everything.is_building, 0.0, 1.0).astype(np.float32)
-    near = (np.hypot(*(xy - ego[:2]).T) < 80) | everything.is_building
-    shadows = scene.xy_scene(shadow_outlines(everything, scene.sun)[near])
+    shadows = scene.xy_scene(shadow_outlines(everything, scene.sun))
     levels = ((0.0125, 18.0), (0.04, 62.0))
     fine = [paint_ground(scene.layout, shadows, ego[:2], *level) for level in levels]
     return World(scene, timestamp, everything, lit, [*fine, scene.ground], placed)

@@ -135,18 +135,11 @@ def join(groups: Iterable[Solids]) -> Solids:
 
 
 def intersect(solids: Solids, index: int, origin: np.ndarray, direction) -> np.ndarray:
-    """Where rays enter one solid.
+    """Where rays enter one solid: float32, in units of the direction's length.
 
-    Args:
-        solids: all solids.
-        index: which one.
-        origin: (3,) start of all rays in the solid's frame, metres.
-        direction: three arrays of one shape (or broadcastable), x, y, z of each ray in that frame;
-            any length.
-
-    Returns:
-        Ray parameter of the entry point, float32, in units of the direction's length; inf where a
-        ray misses the solid or starts inside or beyond it.
+    It is inf where a ray misses the solid or starts inside or beyond it. In the solid's frame,
+    ``origin`` (3,) is the start of all rays, metres, and ``direction`` three arrays of one shape,
+    x, y, z of each ray, of any length.
     """
     shape, taper = solids.shape[index], solids.taper[index]
     half, origin = solids.half[index].astype(np.float32), origin.astype(np.float32)

@@ -143,16 +143,10 @@ def noise(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def albedo(solids: Solids, index: int, point: np.ndarray, face: np.ndarray) -> np.ndarray:
-    """Surface colours of points on one solid.
+    """Surface colours (n, 3) float32 in 0..1 of one solid, before light and haze.
 
-    Args:
-        solids: all solids.
-        index: which one.
-        point: (3, n) float32 points on the solid, in its frame, metres.
-        face: (n,) which face each is on, as ``surface_normals`` numbers them.
-
-    Returns:
-        (n, 3) float32 colours in 0..1, before light and haze.
+    ``point`` (3, n) float32 on the solid, in its frame, metres; ``face`` (n,) which face each is
+    on, as ``surface_normals`` numbers them.
     """
     half, taper = solids.half[index].astype(np.float32), solids.taper[index].astype(np.float32)
     out = np.tile(solids.colour[index], (point.shape[1], 1))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 
+import numpy as np
+
 from occfeat_targets.demo_world import rig
 from occfeat_targets.demo_world.scene import MAP_SIZE, Plan, Scene
 
@@ -40,14 +42,9 @@ Tables = dict[str, list[dict]]
 
 
 def scene_names(version: str, scenes: int) -> list[str]:
-    """Official names for that many scenes, about one in four from the val split, at least one each.
+    """Official names for that many scenes, those of the train split first.
 
-    Args:
-        version: "v1.0-mini" (at most 10 scenes) or "v1.0-trainval" (at most 64).
-        scenes: how many, at least 2.
-
-    Returns:
-        The train scenes' names, then the val scenes' names.
+    About one in four is of the val split, at least one of each.
 
     Raises:
         ValueError: unknown version, or a number of scenes that the version has no names for.
@@ -78,16 +75,10 @@ def map_image_name(plan: Plan) -> str:
 def build_tables(
     plan: Plan, names: list[str], scenes: list[Scene], results: list[list[list[dict]]]
 ) -> Tables:
-    """All records of a world.
+    """All records of a world: table name -> records, as written to <version>/<name>.json.
 
-    Args:
-        plan: the world's parameters.
-        names: official name of every scene.
-        scenes: the scenes, in the same order.
-        results: what was measured in each frame, by scene and sample (see ``frames.read_result``).
-
-    Returns:
-        Table name -> records, as written to <version>/<name>.json.
+    ``names`` are the official ones of ``scenes``; ``results`` what was measured in each frame, by
+    scene and sample (see ``frames.read_result``).
     """
     tables: Tables = defaultdict(list)
     for table, groups in (("category", _CATEGORIES), ("attribute", _ATTRIBUTES)):
@@ -251,25 +242,20 @@ def map_expansion(scenes: list[Scene], seed: int) -> dict:
         layers[layer].append({"token": key, **fields})
         return key
 
+    def nodes(scene: Scene, points: np.ndarray) -> list[str]:
+        xy = scene.xy_global(points).round(9).tolist()  # to the nanometre
+        return [add("node", x=x, y=y) for x, y in xy]
+
     for scene in scenes:
-
-        def nodes(points, scene=scene) -> list[str]:
-            xy = scene.xy_global(points).round(9).tolist()  # to the nanometre
-            return [add("node", x=x, y=y) for x, y in xy]
-
         for layer, polygons in scene.layout.polygons.items():
-            is_road = layer == "drivable_area"
-            holes = [{"node_tokens": nodes(h)} for h in scene.layout.holes] if is_road else []
-            for number, points in enumerate(polygons):
-                key = add("polygon", exterior_node_tokens=nodes(points), holes=holes)
-                if is_road:
-                    add(layer, polygon_tokens=[key])
-                elif layer == "road_segment":  # the first is the junction
-                    add(layer, polygon_token=key, is_intersection=number == 0)
-                else:
-                    add(layer, polygon_token=key)
+            whole = layer == "drivable_area"
+            rings = [nodes(scene, hole) for hole in scene.layout.holes] if whole else []
+            holes = [{"node_tokens": ring} for ring in rings]
+            for points in polygons:
+                key = add("polygon", exterior_node_tokens=nodes(scene, points), holes=holes)
+                add(layer, **({"polygon_tokens": [key]} if whole else {"polygon_token": key}))
         for layer, lines in scene.layout.lines.items():
             for points in lines:
-                add(layer, line_token=add("line", node_tokens=nodes(points)))
+                add(layer, line_token=add("line", node_tokens=nodes(scene, points)))
     canvas = {"version": "1.3", "canvas_edge": list(MAP_SIZE)}
     return {**canvas, **layers, "arcline_path_3": {}, "connectivity": {}}

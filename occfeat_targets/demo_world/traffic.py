@@ -118,16 +118,10 @@ class _Crowd:
 def populate(
     layout: Layout, rng: np.random.Generator, ego_speed: float, ego_turns: bool
 ) -> list[Actor]:
-    """Draw the annotated things of a scene at random.
+    """Draw the annotated things of a scene at random, with ids 1, 2, ...
 
-    Args:
-        layout: the scene's streets.
-        rng: source of all random choices.
-        ego_speed: of the ego car in m/s, which the traffic around it keeps.
-        ego_turns: whether the ego car turns at the junction: then all others wait for it.
-
-    Returns:
-        Actors with ids 1, 2, ...; some may be in the ego car's way: the caller drops them.
+    The traffic around the ego car keeps its speed (m/s); if it turns at the junction, all others
+    wait for it. Some may still be in its way: the caller drops them.
     """
     crowd = _Crowd(rng)
     occupancy = float(rng.uniform(0.4, 0.75))
