@@ -13,13 +13,9 @@ from PIL import Image
 
 from occfeat_targets.demo_world import rig
 from occfeat_targets.demo_world.render import render_camera, sweep
-from occfeat_targets.demo_world.scene import Plan, World, build_scene, frame_world, global_T_ego
+from occfeat_targets.demo_world.scene import Plan, World, build_scene, frame_world
 from occfeat_targets.demo_world.solids import FIRST_STATIC_ID
 from occfeat_targets.geometry import transform
-
-RESULTS_FOLDER = "demo_world_frames"
-#: Lower bounds of the visible share of visibility levels "1" to "4".
-VISIBILITY_BOUNDS = (0.0, 0.4, 0.6, 0.8)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -32,7 +28,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def _result_file(out: Path, index: int, sample: int) -> Path:
     """File that holds a frame's measurements; written last, it says that the frame is complete."""
-    return out / RESULTS_FOLDER / f"{index:04d}_{sample:04d}.json"
+    return out / "demo_world_frames" / f"{index:04d}_{sample:04d}.json"
 
 
 def read_result(out: Path, index: int, sample: int) -> list[dict]:
@@ -50,7 +46,7 @@ def is_complete(out: Path, plan: Plan, index: int, sample: int) -> bool:
 def visibility_level(visible: int, silhouette: int) -> str:
     """Visibility token "1".."4" from the pixels seen and the pixels of the whole silhouette."""
     share = visible / silhouette if silhouette else 0.0
-    return str(sum(share >= bound for bound in VISIBILITY_BOUNDS))
+    return str(1 + sum(share >= bound for bound in (0.4, 0.6, 0.8)))
 
 
 def make_frame(out: Path, plan: Plan, index: int, sample: int) -> None:
@@ -61,7 +57,7 @@ def make_frame(out: Path, plan: Plan, index: int, sample: int) -> None:
     world = frame_world(plan, index, sample)
     silhouette, visible = Counter(), Counter()  # object id -> pixels
     for sensor in rig.CAMERAS:
-        pose = global_T_ego(world, world.timestamp - sensor.early_us) @ sensor.ego_T_sensor()
+        pose = world.scene.global_T_ego(world.timestamp - sensor.early_us) @ sensor.ego_T_sensor()
         size = rig.IMAGE_HEIGHT, rig.IMAGE_WIDTH
         view = render_camera(world, sensor.camera_matrix(), pose, *size)
         buffer = io.BytesIO()
@@ -85,7 +81,7 @@ def make_frame(out: Path, plan: Plan, index: int, sample: int) -> None:
 
 def _points_in_boxes(world: World, points: np.ndarray) -> list[int]:
     """Lidar returns inside each annotated box, counted from the points as they are stored."""
-    global_T_lidar = global_T_ego(world, world.timestamp) @ rig.LIDAR_SENSOR.ego_T_sensor()
+    global_T_lidar = world.scene.global_T_ego(world.timestamp) @ rig.LIDAR_SENSOR.ego_T_sensor()
     xyz = transform(global_T_lidar, points[:, :3])
     counts = []
     for placed in world.placed:

@@ -1,8 +1,7 @@
 """Layout of a scene, two crossing streets as the map's polygons, and the painting of its ground.
 
-Scene frame: origin at the centre of the junction, x along the main street, y to its left, metres.
-Traffic keeps to the right. The polygons that are painted are those of the map expansion, so labels
-and pictures agree to a texel.
+All coordinates are global, metres. Traffic keeps to the right. The polygons that are painted are
+those of the map expansion, so labels and pictures agree to a texel.
 """
 
 from __future__ import annotations
@@ -46,22 +45,24 @@ class Section(NamedTuple):
 class Arm:
     """One arm of the junction, in its own coordinates (s, t), metres.
 
-    s runs from the junction's centre outwards in direction ``heading`` (radians), t to its left.
-    The road begins at ``start`` and the sidewalks at ``corner``; all end at ``end``. Traffic drives
-    outwards where t < 0.
+    s runs from the junction's centre ``origin`` (x, y) outwards in direction ``heading`` (radians),
+    t to its left. The road begins at ``start`` and the sidewalks at ``corner``; all end at ``end``.
+    Traffic drives outwards where t < 0.
     """
 
     section: Section
+    origin: tuple[float, float]
     heading: float
     start: float
     corner: float
     end: float
 
     def xy(self, s, t) -> np.ndarray:
-        """Scene coordinates (..., 2) of arm coordinates s, t (...,)."""
+        """Global coordinates (..., 2) of arm coordinates s, t (...,)."""
         s, t = np.broadcast_arrays(np.asarray(s, float), np.asarray(t, float))
         cos, sin = math.cos(self.heading), math.sin(self.heading)
-        return np.stack([cos * s - sin * t, sin * s + cos * t], axis=-1)
+        x, y = self.origin
+        return np.stack([x + cos * s - sin * t, y + sin * s + cos * t], axis=-1)
 
     def pose(self, s: float, t: float, turn: float = 0.0) -> tuple[float, float, float]:
         """Pose (x, y, heading) at (s, t), turned from the arm's direction by ``turn`` radians."""
@@ -78,7 +79,7 @@ class Arm:
 class Layout:
     """Streets of one scene with their map layers.
 
-    ``arms`` from +x counter-clockwise, the main street's are those of even number; ``polygons``
+    ``arms`` are counter-clockwise, the main street's are those of even number; ``polygons``
     and ``lines`` map a layer's name in the map expansion to its shapes (N, 2), not closed;
     ``paint`` lists (material, polygon (N, 2)) in painting order for what the map does not hold as
     areas; ``bays`` poses of parking places; ``holes`` the islands (4, 2) on the median, which are
@@ -102,18 +103,17 @@ def _section(lanes: int, lane: float, median: float, walk: float) -> Section:
     return Section(lanes, lane, median, road, road + 2.4, road + 2.4 + walk)
 
 
-def build_layout(rng: np.random.Generator, radius: float) -> Layout:
-    """Draw the streets of one scene at random; they end ``radius`` metres from its origin."""
+def build_layout(rng: np.random.Generator, origin: tuple[float, float], radius: float) -> Layout:
+    """Draw the streets of one scene at random; they end ``radius`` metres from ``origin``."""
+    yaw = float(rng.uniform(-math.pi, math.pi))
     lane, lanes = float(rng.uniform(3.2, 3.7)), int(rng.integers(1, 3))
     main = _section(lanes, lane, 1.8, float(rng.uniform(3.0, 5.0)))
     side = _section(int(rng.integers(1, lanes + 1)), lane, 0.0, float(rng.uniform(2.6, 3.6)))
     layout = Layout([])
-    box = [(-side.road, -main.road), (side.road, -main.road), (side.road, main.road)]
-    layout.polygons["road_segment"].append(np.array([*box, (-side.road, main.road)]))
     outline = []
     for number in range(4):
         own, other = (main, side) if number % 2 == 0 else (side, main)
-        arm = Arm(own, number * math.pi / 2, other.road, other.edge, radius)
+        arm = Arm(own, origin, yaw + number * math.pi / 2, other.road, other.edge, radius)
         layout.arms.append(arm)
         outline += [arm.xy([arm.end, arm.end], [-own.road, own.road]), _corner(layout, arm)]
         _crosswalk(layout, arm)
@@ -121,6 +121,8 @@ def build_layout(rng: np.random.Generator, radius: float) -> Layout:
         for flip in (-1, 1):
             _kerbside(layout, arm, flip, rng)
     layout.polygons["drivable_area"].append(np.concatenate(outline))
+    junction = layout.arms[0].rectangle(-side.road, side.road, -main.road, main.road)
+    layout.polygons["road_segment"].append(junction)
     return layout
 
 
@@ -186,8 +188,8 @@ def _kerbside(layout: Layout, arm: Arm, flip: int, rng: np.random.Generator) -> 
     s, s0 = arm.corner, arm.start + 13
     while s0 < arm.end - 16:
         walkways.append(arm.rectangle(s, s0, t0, t1))
-        count = int(rng.integers(2, 8))
-        s = s0 + min(6 * count, arm.end - 3 - s0)
+        count = min(int(rng.integers(2, 8)), int((arm.end - 3 - s0) / 6))
+        s = s0 + 6 * count
         layout.polygons["carpark_area"].append(arm.rectangle(s0, s, t0, t1))
         borders = np.linspace(s0, s, count + 1)
         for border in np.clip(borders, s0 + 0.06, s - 0.06):
@@ -201,7 +203,7 @@ def _kerbside(layout: Layout, arm: Arm, flip: int, rng: np.random.Generator) -> 
 
 @dataclass
 class Raster:
-    """A square texture of the scene frame around ``centre`` (x, y) up to ``reach``, metres.
+    """A square texture around ``centre`` (x, y) up to ``reach``, metres.
 
     ``values`` (n, n) uint8, row along y: a Material, and the bit SHADOW in the shadow of things.
     """
@@ -211,7 +213,7 @@ class Raster:
     reach: float
 
     def sample(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Values (N,) uint8 at scene points x, y (N,); outside, those of the border."""
+        """Values (N,) uint8 at points x, y (N,); outside, those of the border."""
         last, per_metre = len(self.values) - 1, np.float32(len(self.values) / (2 * self.reach))
         column = (x - np.float32(self.centre[0] - self.reach)) * per_metre
         row = (y - np.float32(self.centre[1] - self.reach)) * per_metre
@@ -222,10 +224,10 @@ class Raster:
 def paint_ground(
     layout: Layout, shadows: np.ndarray, centre: tuple[float, float], texel: float, reach: float
 ) -> Raster:
-    """Paint a square of the scene frame.
+    """Paint a square of the ground.
 
     It lies around ``centre`` (x, y) up to ``reach``, with texels of ``texel`` metres; ``shadows``
-    (P, n, 2) are the outlines of the shadows of things, all in the scene frame, metres.
+    (P, n, 2) are the outlines of the shadows of things, metres.
     """
     size = (int(2 * reach / texel),) * 2
     corner = np.array(centre) - reach
@@ -257,7 +259,7 @@ def paint_ground(
 
 
 def sample_ground(rasters: list[Raster], x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Values (N,) uint8 at scene points x, y (N,) of the first raster that reaches there.
+    """Values (N,) uint8 at points x, y (N,) of the first raster that reaches there.
 
     Rasters go from the finest, around the car, to the coarsest, which serves all the rest.
     """

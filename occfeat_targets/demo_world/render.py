@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 
 from occfeat_targets.demo_world import rig
 from occfeat_targets.demo_world.layout import SHADOW, sample_ground
-from occfeat_targets.demo_world.scene import World, global_T_ego
+from occfeat_targets.demo_world.scene import World
 from occfeat_targets.demo_world.solids import FIRST_STATIC_ID, Solids, intersect, surface_normals
 from occfeat_targets.demo_world.surface import Material, albedo, noise
 
@@ -180,10 +180,8 @@ def _shade(world: World, rays: _Rays, depth: np.ndarray, solid: np.ndarray) -> n
 
 def _ground(world: World, rays: _Rays, chosen: np.ndarray, depth: np.ndarray) -> np.ndarray:
     """Ground colours (n, 3)."""
-    scene_R_global = np.eye(3)
-    scene_R_global[:2, :2] = world.scene.scene_R_global
-    origin = world.scene.xy_scene(rays.origin[:2]).astype(np.float32)
-    x, y = origin[:, None] + depth * rays.pixels(scene_R_global, chosen)[:2]
+    direction = rays.pixels(np.eye(3), chosen)
+    x, y = rays.origin[:2, None].astype(np.float32) + depth * direction[:2]
     # Grain too fine for the distance would flicker.
     grain = 0.055 * np.clip(1.1 - depth / 30, 0, 1) * noise(x * 45, y * 45)
     grain += 0.05 * np.clip(1.1 - depth / 120, 0, 1) * noise(x * 2.7 + 50, y * 2.7)
@@ -253,7 +251,7 @@ def cast_rays(
 
 def ground_material(world: World, xy: np.ndarray) -> np.ndarray:
     """Materials (N,) uint8 of the ground at global points (N, 2)."""
-    return sample_ground(world.ground, *world.scene.xy_scene(xy).T) & (SHADOW - 1)
+    return sample_ground(world.ground, *xy.T) & (SHADOW - 1)
 
 
 def sweep(world: World, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -263,7 +261,7 @@ def sweep(world: World, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarra
         points (N, 5) float32: x, y, z in the lidar frame in metres, intensity 0..255, ring 0..31;
         object_id (N,) int32 and material (N,) uint8 of what each return hit, as in cast_rays.
     """
-    global_T_lidar = global_T_ego(world, world.timestamp) @ rig.LIDAR_SENSOR.ego_T_sensor()
+    global_T_lidar = world.scene.global_T_ego(world.timestamp) @ rig.LIDAR_SENSOR.ego_T_sensor()
     directions, ring = rig.lidar_directions()
     turned = directions @ global_T_lidar[:3, :3].T
     distance, object_id, material = cast_rays(

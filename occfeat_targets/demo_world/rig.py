@@ -34,9 +34,7 @@ class Sensor:
     early_us: int
 
     def camera_matrix(self) -> np.ndarray:
-        """Intrinsics K, (3, 3) float64, from camera coordinates to continuous pixels (u, v)."""
-        if self.intrinsics is None:
-            raise ValueError(f"{self.channel} is not a camera and has no intrinsics")
+        """A camera's K, (3, 3) float64, from camera coordinates to continuous pixels (u, v)."""
         focal, centre_u, centre_v = self.intrinsics
         return np.array([[focal, 0, centre_u], [0, focal, centre_v], [0, 0, 1]], dtype=np.float64)
 

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -27,12 +26,13 @@ from occfeat_targets.demo_world.layout import (
 )
 from occfeat_targets.demo_world.rig import KEYFRAME_SECONDS, Sensor, quaternion_from_euler
 from occfeat_targets.demo_world.solids import Solids, place, shadow_outlines
-from occfeat_targets.demo_world.surface import FACADES
+from occfeat_targets.demo_world.surface import FACADES, Material
 from occfeat_targets.demo_world.traffic import Actor, Pose, in_the_way, populate
 from occfeat_targets.geometry import rigid
 
 MAP_SIZE = (2979.5, 2118.1)
 ANNOTATED_WITHIN = 100.0
+_TURN_RADIUS = 9.0
 _START_US = 1_532_402_900_000_000
 _WALLS = (
     (0.58, 0.33, 0.25),
@@ -58,44 +58,41 @@ class Plan:
 class Drive:
     """The ego car's way: ``before`` metres straight on, a left turn by 90 degrees, straight on.
 
-    ``start`` is the pose at the first keyframe, with heading 0; ``radius`` of the turn in metres;
-    ``speed`` m/s.
+    ``start`` is the pose at the first keyframe; ``speed`` in m/s.
     """
 
     start: Pose
     speed: float
     before: float = math.inf
-    radius: float = 1.0
 
     def pose(self, time: float) -> Pose:
         """Pose ``time`` seconds after the first keyframe."""
-        x, y, _ = self.start
+        x, y, heading = self.start
         distance = self.speed * time
-        turned = min(max((distance - self.before) / self.radius, 0.0), math.pi / 2)
-        after = max(distance - self.before - turned * self.radius, 0.0)
-        x += min(distance, self.before) + self.radius * math.sin(turned)
-        return x, y + self.radius * (1 - math.cos(turned)) + after, turned
+        turned = min(max((distance - self.before) / _TURN_RADIUS, 0.0), math.pi / 2)
+        after = max(distance - self.before - turned * _TURN_RADIUS, 0.0)
+        ahead = min(distance, self.before) + _TURN_RADIUS * math.sin(turned)
+        left = _TURN_RADIUS * (1 - math.cos(turned)) + after
+        cos, sin = math.cos(heading), math.sin(heading)
+        return x + cos * ahead - sin * left, y + sin * ahead + cos * left, heading + turned
 
 
 @dataclass
 class Scene:
     """A scene, fixed but for the time.
 
-    ``origin`` (x, y) and ``yaw`` place the scene frame in the global frame. ``actors`` are
-    annotated things, ids from 1; ``sun`` (3,) is the unit vector towards the sun, global;
-    ``solids`` what stands still and is not annotated, ids from FIRST_STATIC_ID, global; ``ground``
+    ``actors`` are annotated things, ids from 1; ``sun`` (3,) is the unit vector towards the sun,
+    global; ``solids`` what stands still and is not annotated, ids from FIRST_STATIC_ID; ``ground``
     the coarse texture of the whole scene with the shadows of buildings.
     """
 
     index: int
-    origin: tuple[float, float]
-    yaw: float
     layout: Layout
     drive: Drive
     actors: list[Actor]
     sun: np.ndarray
-    solids: Solids | None = None
-    ground: Raster | None = None
+    solids: Solids
+    ground: Raster
 
     def timestamp(self, sample: int) -> int:
         """Timestamp of a keyframe (that of its lidar turn), microseconds."""
@@ -120,29 +117,15 @@ class Scene:
     def ego_pose(self, timestamp: int) -> tuple[list[float], list[float]]:
         """Global pose of the car: translation (3,) metres and quaternion wxyz (4,)."""
         time, wobble = self.seconds(timestamp), 0.012 * (self.index % 3)
-        x, y, heading = self.to_global(self.drive.pose(time))
+        x, y, heading = self.drive.pose(time)
         pitch = wobble * (0.4 + math.sin(2.3 * time + self.index))
         roll = wobble * 0.7 * math.sin(1.7 * time + 2 * self.index)
         return [x, y, 0.0], quaternion_from_euler(heading, pitch, roll)
 
-    def to_global(self, pose: Pose) -> Pose:
-        """Global (x, y, heading) of a pose in the scene frame."""
-        x, y = self.xy_global(np.array(pose[:2]))
-        return float(x), float(y), pose[2] + self.yaw
-
-    def xy_global(self, xy: np.ndarray) -> np.ndarray:
-        """Global coordinates (..., 2) of scene points (..., 2)."""
-        return xy @ self.scene_R_global + self.origin
-
-    def xy_scene(self, xy: np.ndarray) -> np.ndarray:
-        """Scene coordinates (..., 2) of global points (..., 2)."""
-        return (xy - self.origin) @ self.scene_R_global.T
-
-    @property
-    def scene_R_global(self) -> np.ndarray:
-        """Rotation (2, 2) from the global frame to the scene frame."""
-        cos, sin = math.cos(self.yaw), math.sin(self.yaw)
-        return np.array([[cos, sin], [-sin, cos]])
+    def global_T_ego(self, timestamp: int) -> np.ndarray:
+        """The car's pose at a time in microseconds, (4, 4) float64."""
+        translation, rotation = self.ego_pose(timestamp)
+        return rigid(rotation, translation)
 
 
 def _cell(plan: Plan, index: int) -> tuple[tuple[float, float], float]:
@@ -159,8 +142,7 @@ def build_scene(plan: Plan, index: int) -> Scene:
     """Draw a scene at random from the plan's seed; the same for the same arguments."""
     rng = np.random.default_rng([plan.seed, index, 1])
     origin, radius = _cell(plan, index)
-    yaw = float(rng.uniform(-math.pi, math.pi))
-    layout = build_layout(rng, radius)
+    layout = build_layout(rng, origin, radius)
     duration = (plan.samples - 1) * KEYFRAME_SECONDS + 0.1
     drive = _drive(layout, rng, index % 4 == 2, duration, radius)
     ego = [(time, drive.pose(time)) for time in np.arange(-0.25, duration + 0.25, 0.25)]
@@ -172,35 +154,32 @@ def build_scene(plan: Plan, index: int) -> Scene:
     elevation, azimuth = rng.uniform(0.6, 1.05), rng.uniform(-math.pi, math.pi)
     level = math.cos(elevation)
     sun = np.array([math.cos(azimuth) * level, math.sin(azimuth) * level, math.sin(elevation)])
-    scene = Scene(index, origin, yaw, layout, drive, actors, sun)
-    ids = count(solids.FIRST_STATIC_ID)
-    scene.solids = solids.join(
-        place(parts, scene.to_global(pose), next(ids), colour, scale)
-        for parts, pose, colour, scale in _scenery(layout, rng, radius)
+    scenery = enumerate(_scenery(layout, rng, radius), start=solids.FIRST_STATIC_ID)
+    still = solids.join(
+        place(parts, pose, object_id, colour, scale)
+        for object_id, (parts, pose, colour, scale) in scenery
     )
-    shadows = scene.xy_scene(shadow_outlines(scene.solids, sun)[scene.solids.is_building])
-    scene.ground = paint_ground(layout, shadows, (0.0, 0.0), 0.2, radius + 45)
-    return scene
+    shadows = shadow_outlines(still, sun)[still.material == Material.MASONRY]
+    ground = paint_ground(layout, shadows, origin, 0.2, radius + 45)
+    return Scene(index, layout, drive, actors, sun, still, ground)
 
 
 def _drive(
     layout: Layout, rng: np.random.Generator, turns: bool, duration: float, radius: float
 ) -> Drive:
     """A drive of ``duration`` seconds along the main street, or by a turn off it."""
-    main, side = layout.arms[0].section, layout.arms[1].section
+    arm, side = layout.arms[0], layout.arms[1].section
     speed = float(rng.uniform(4, 6) if turns else rng.uniform(6, 12))
     speed = min(speed, 2 * (radius - 75) / duration)
-    length = speed * duration
+    length, t = speed * duration, -arm.section.lane_centre(0)
     if not turns:
-        start = -0.6 * length - float(rng.uniform(5, 35))
-        return Drive((start, -main.lane_centre(0), 0.0), speed)
+        return Drive(arm.pose(-0.6 * length - float(rng.uniform(5, 35)), t), speed)
     before = max(4.0, 0.35 * length)
-    pose = (side.lane_centre(0) - 9.0 - before, -main.lane_centre(0), 0.0)
-    return Drive(pose, speed, before, 9.0)
+    return Drive(arm.pose(side.lane_centre(0) - _TURN_RADIUS - before, t), speed, before)
 
 
 def _scenery(layout: Layout, rng: np.random.Generator, radius: float) -> Iterator[tuple]:
-    """What stands along the streets: yields (parts, pose in the scene frame, colour, scale)."""
+    """What stands along the streets: yields (parts, pose, colour, scale)."""
     for number, arm in enumerate(layout.arms):
         # The main street's buildings own the corners.
         first = arm.corner + (0.5 if number % 2 == 0 else 24)
@@ -267,9 +246,9 @@ class Placed(NamedTuple):
 class World:
     """Everything that a keyframe's sensors see.
 
-    ``timestamp`` microseconds; ``solids`` in the global frame; ``lit`` (P,) float32, how much sun
-    each gets (0 in the shadow of a building); ``ground`` rasters as for sample_ground; ``placed``
-    the annotated things within 100 m of the car.
+    ``timestamp`` microseconds; ``lit`` (P,) bool, whether the sun reaches each of ``solids`` past
+    the buildings; ``ground`` rasters as for sample_ground; ``placed`` the annotated things within
+    100 m of the car.
     """
 
     scene: Scene
@@ -281,41 +260,25 @@ class World:
 
 
 def frame_world(plan: Plan, scene_index: int, sample: int) -> World:
-    """The frozen world of one keyframe; the same for the same arguments.
-
-    Raises:
-        IndexError: there is no such scene or sample.
-    """
-    if not (0 <= scene_index < plan.scenes and 0 <= sample < plan.samples):
-        raise IndexError(
-            f"the demo world has {plan.scenes} scenes of {plan.samples} samples, so no sample "
-            f"{sample} of scene {scene_index}"
-        )
+    """The frozen world of one keyframe; the same for the same arguments."""
     scene = build_scene(plan, scene_index)
+    arm = scene.layout.arms[0]
     timestamp = scene.timestamp(sample)
     time = scene.seconds(timestamp)
     ego = scene.drive.pose(time)
-    ego_body = place(things.EGO_BODY, scene.to_global(ego), solids.EGO_ID)
-    placed, groups = [], [scene.solids, ego_body]
+    placed, groups = [], [scene.solids, place(things.EGO_BODY, ego, solids.EGO_ID)]
     for actor in scene.actors:
-        x, y, heading = actor.pose(time)
-        beyond = max(abs(x), abs(y)) > scene.layout.arms[0].end - 7  # where buildings stand
-        if math.dist((x, y), ego[:2]) > ANNOTATED_WITHIN or beyond:
+        pose = actor.pose(time)
+        beyond = math.dist(pose[:2], arm.origin) > arm.end - 7  # where buildings stand
+        if beyond or math.dist(pose[:2], ego[:2]) > ANNOTATED_WITHIN:
             continue
-        pose = scene.to_global((x, y, heading))
         placed.append(Placed(actor, (*pose[:2], actor.size[2] / 2), pose[2]))
         groups.append(place(actor.model.parts, pose, actor.object_id, actor.colour, actor.scale))
     everything = solids.join(groups)
-    xy = scene.xy_scene(everything.centre[:, :2])
-    shaded = (scene.ground.sample(*xy.T) >= SHADOW) & (everything.centre[:, 2] < 5)
-    lit = np.where(shaded & ~everything.is_building, 0.0, 1.0).astype(np.float32)
-    shadows = scene.xy_scene(shadow_outlines(everything, scene.sun))
+    x, y, z = everything.centre.T
+    shaded = (scene.ground.sample(x, y) >= SHADOW) & (z < 5)
+    lit = ~shaded | (everything.material == Material.MASONRY)
+    shadows = shadow_outlines(everything, scene.sun)
     levels = ((0.0125, 18.0), (0.04, 62.0))
     fine = [paint_ground(scene.layout, shadows, ego[:2], *level) for level in levels]
     return World(scene, timestamp, everything, lit, [*fine, scene.ground], placed)
-
-
-def global_T_ego(world: World, timestamp: int) -> np.ndarray:
-    """The car's pose at a time in microseconds, (4, 4) float64."""
-    translation, rotation = world.scene.ego_pose(timestamp)
-    return rigid(rotation, translation)

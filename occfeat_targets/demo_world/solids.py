@@ -74,11 +74,6 @@ class Solids:
         """Parts of the ego car (P,) bool, which no camera sees."""
         return self.object_id == EGO_ID
 
-    @property
-    def is_building(self) -> np.ndarray:
-        """What is wide enough to be a building, (P,) bool."""
-        return self.half[:, :2].min(axis=1) > 3.0
-
     def local_R_global(self, index: int) -> np.ndarray:
         """Rotation (3, 3) float64 from the global frame to a solid's frame."""
         cos, sin = math.cos(self.yaw[index]), math.sin(self.yaw[index])
@@ -213,9 +208,7 @@ def surface_normals(solids: Solids, index: int, point: np.ndarray) -> tuple[np.n
         return table[face].T, face
     normal = point / (half * half)[:, None]
     if shape == Shape.CYLINDER:
-        cap = np.abs(point[2]) / half[2] > np.hypot(*(point[:2] / half[:2, None]))
-        normal[:, cap] *= np.array([[0], [0], [1]], np.float32)
-        normal[2, ~cap] = 0
+        normal[2] = 0  # their ends lie hidden in other solids
     normal /= np.sqrt((normal * normal).sum(axis=0))
     axis = np.abs(normal).argmax(axis=0)
     return normal, 2 * axis + (np.take_along_axis(normal, axis[None], axis=0)[0] < 0)

@@ -39,6 +39,24 @@ _MAP_LAYERS = (
     "carpark_area road_divider lane_divider traffic_light lane_connector"
 )
 Tables = dict[str, list[dict]]
+# Fields of the records of every table.
+_COLUMNS = {
+    "category": "token name description",
+    "attribute": "token name description",
+    "visibility": "token level description",
+    "sensor": "token channel modality",
+    "log": "token logfile vehicle date_captured location",
+    "map": "token category filename log_tokens",
+    "scene": "token log_token name description nbr_samples first_sample_token last_sample_token",
+    "sample": "token prev next scene_token timestamp",
+    "calibrated_sensor": "token sensor_token translation rotation camera_intrinsic",
+    "ego_pose": "token timestamp translation rotation",
+    "sample_data": "token prev next timestamp sample_token ego_pose_token calibrated_sensor_token "
+    "is_key_frame fileformat height width filename",
+    "instance": "token category_token nbr_annotations first_annotation_token last_annotation_token",
+    "sample_annotation": "token prev next sample_token instance_token attribute_tokens "
+    "visibility_token translation size rotation num_lidar_pts num_radar_pts",
+}
 
 
 def scene_names(version: str, scenes: int) -> list[str]:
@@ -80,154 +98,85 @@ def build_tables(
     ``names`` are the official ones of ``scenes``; ``results`` what was measured in each frame, by
     scene and sample (see ``frames.read_result``).
     """
-    tables: Tables = defaultdict(list)
+    tables: Tables = {name: [] for name in _COLUMNS}
     for table, groups in (("category", _CATEGORIES), ("attribute", _ATTRIBUTES)):
         for name in (group + name for group in groups for name in groups[group].split()):
-            tables[table].append({"token": token(table, name), "name": name, "description": name})
+            _add(tables, table, token(table, name), name, name)
     for number, level in enumerate(_LEVELS, start=1):
         text = f"visibility of whole object is {level[1:]} %"
-        tables["visibility"].append({"token": str(number), "level": level, "description": text})
+        _add(tables, "visibility", str(number), level, text)
     for sensor in rig.SENSORS:
-        key, modality = token("sensor", sensor.channel), "camera" if sensor.intrinsics else "lidar"
-        tables["sensor"].append({"token": key, "channel": sensor.channel, "modality": modality})
+        modality = "camera" if sensor.intrinsics else "lidar"
+        _add(tables, "sensor", token("sensor", sensor.channel), sensor.channel, modality)
     for name, scene, measured in zip(names, scenes, results, strict=True):
-        samples = _scene_records(tables, plan, name, scene)
-        _sensor_records(tables, plan, name, scene, samples)
-        _annotation_records(tables, plan, name, scene, samples, measured)
-    tables["map"] = [
-        {
-            "token": token("map", plan.seed),
-            "category": "semantic_prior",
-            "filename": map_image_name(plan),
-            "log_tokens": [log["token"] for log in tables["log"]],
-        }
-    ]
+        owner = f"{plan.seed}/{name}"
+        samples = [token("sample", owner, number) for number in range(plan.samples)]
+        _scene_records(tables, owner, name, scene, samples)
+        _sensor_records(tables, owner, scene, samples)
+        _annotation_records(tables, owner, scene, samples, measured)
+    logs = [log["token"] for log in tables["log"]]
+    _add(tables, "map", token("map", plan.seed), "semantic_prior", map_image_name(plan), logs)
     return tables
 
 
-def _chain(table: str, *parts: object, count: int) -> list[dict[str, str]]:
-    """Tokens of ``count`` records that follow one another, with those before and after."""
-    keys = ["", *(token(table, *parts, number) for number in range(count)), ""]
-    return [
-        {"token": key, "prev": before, "next": after}
-        for before, key, after in zip(keys, keys[1:], keys[2:], strict=False)
-    ]
+def _add(tables: Tables, table: str, *values: object) -> None:
+    """Append a record with the values of its table's columns."""
+    tables[table].append(dict(zip(_COLUMNS[table].split(), values, strict=True)))
 
 
-def _scene_records(tables: Tables, plan: Plan, name: str, scene: Scene) -> list[str]:
-    """A scene with its log and samples; returns the samples' tokens."""
-    log, key = token("log", plan.seed, name), token("scene", plan.seed, name)
-    samples = _chain("sample", plan.seed, name, count=plan.samples)
-    tables["log"].append(
-        {
-            "token": log,
-            "logfile": scene.log,
-            "vehicle": "n000",
-            "date_captured": "2018-07-24",
-            "location": LOCATION,
-        }
-    )
-    tables["scene"].append(
-        {
-            "token": key,
-            "log_token": log,
-            "nbr_samples": plan.samples,
-            "first_sample_token": samples[0]["token"],
-            "last_sample_token": samples[-1]["token"],
-            "name": name,
-            "description": f"Synthetic street, {scene.drive.speed:.1f} m/s",
-        }
-    )
-    tables["sample"] += [
-        {**links, "timestamp": scene.timestamp(number), "scene_token": key}
-        for number, links in enumerate(samples)
-    ]
-    return [links["token"] for links in samples]
+def _chain(tokens: list[str]) -> list[tuple[str, str, str]]:
+    """Links of records that follow one another: (token, prev, next) of each."""
+    return list(zip(tokens, ["", *tokens[:-1]], [*tokens[1:], ""], strict=True))
 
 
-def _sensor_records(
-    tables: Tables, plan: Plan, name: str, scene: Scene, samples: list[str]
-) -> None:
+def _scene_records(tables: Tables, owner: str, name: str, scene: Scene, samples: list[str]) -> None:
+    """A scene with its log and samples; ``owner`` makes its tokens differ from other scenes'."""
+    log, key = token("log", owner), token("scene", owner)
+    _add(tables, "log", log, scene.log, "n000", "2018-07-24", LOCATION)
+    text = f"Synthetic street, {scene.drive.speed:.1f} m/s"
+    _add(tables, "scene", key, log, name, text, len(samples), samples[0], samples[-1])
+    for number, links in enumerate(_chain(samples)):
+        _add(tables, "sample", *links, key, scene.timestamp(number))
+
+
+def _sensor_records(tables: Tables, owner: str, scene: Scene, samples: list[str]) -> None:
     """Calibration, poses and files of all sensors in one scene."""
     for sensor in rig.SENSORS:
-        camera = sensor.intrinsics is not None
-        calibrated = token("calibrated_sensor", plan.seed, name, sensor.channel)
-        tables["calibrated_sensor"].append(
-            {
-                "token": calibrated,
-                "sensor_token": token("sensor", sensor.channel),
-                "translation": list(sensor.translation),
-                "rotation": list(sensor.rotation),
-                "camera_intrinsic": sensor.camera_matrix().tolist() if camera else [],
-            }
-        )
-        chain = _chain("sample_data", plan.seed, name, sensor.channel, count=plan.samples)
+        channel, camera = sensor.channel, sensor.intrinsics is not None
+        calibrated = token("calibrated_sensor", owner, channel)
+        pose = list(sensor.translation), list(sensor.rotation)
+        matrix = sensor.camera_matrix().tolist() if camera else []
+        _add(tables, "calibrated_sensor", calibrated, token("sensor", channel), *pose, matrix)
+        kind = ("jpg", rig.IMAGE_HEIGHT, rig.IMAGE_WIDTH) if camera else ("pcd", 0, 0)
+        chain = _chain([token("sample_data", owner, channel, n) for n in range(len(samples))])
         for number, links in enumerate(chain):
             timestamp = scene.timestamp(number) - sensor.early_us
-            translation, rotation = scene.ego_pose(timestamp)
-            moment = {"token": links["token"], "timestamp": timestamp}
-            tables["ego_pose"].append({**moment, "rotation": rotation, "translation": translation})
-            tables["sample_data"].append(
-                {
-                    **links,
-                    **moment,
-                    "sample_token": samples[number],
-                    "ego_pose_token": links["token"],
-                    "calibrated_sensor_token": calibrated,
-                    "fileformat": "jpg" if camera else "pcd",
-                    "is_key_frame": True,
-                    "height": rig.IMAGE_HEIGHT if camera else 0,
-                    "width": rig.IMAGE_WIDTH if camera else 0,
-                    "filename": scene.file_name(number, sensor),
-                }
-            )
+            _add(tables, "ego_pose", links[0], timestamp, *scene.ego_pose(timestamp))
+            owners = samples[number], links[0], calibrated
+            file = scene.file_name(number, sensor)
+            _add(tables, "sample_data", *links, timestamp, *owners, True, *kind, file)
 
 
 def _annotation_records(
-    tables: Tables,
-    plan: Plan,
-    name: str,
-    scene: Scene,
-    samples: list[str],
-    measured: list[list[dict]],
+    tables: Tables, owner: str, scene: Scene, samples: list[str], measured: list[list[dict]]
 ) -> None:
     """Annotations of a scene, and an instance for everything that is annotated at least once."""
     found: dict[int, list[tuple[int, dict]]] = defaultdict(list)
     for number, entries in enumerate(measured):
         for entry in entries:
             found[entry["object_id"]].append((number, entry))
-    for actor in scene.actors:
+    for actor in (actor for actor in scene.actors if actor.object_id in found):
         entries = found[actor.object_id]
-        if not entries:
-            continue
-        instance = token("instance", plan.seed, name, actor.object_id)
-        chain = _chain("sample_annotation", plan.seed, name, actor.object_id, count=len(entries))
-        tables["instance"].append(
-            {
-                "token": instance,
-                "category_token": token("category", actor.category),
-                "nbr_annotations": len(chain),
-                "first_annotation_token": chain[0]["token"],
-                "last_annotation_token": chain[-1]["token"],
-            }
-        )
-        for links, (number, entry) in zip(chain, entries, strict=True):
-            x, y, yaw = scene.to_global(actor.pose(scene.seconds(scene.timestamp(number))))
-            attributes = [token("attribute", actor.attribute)] if actor.attribute else []
-            tables["sample_annotation"].append(
-                {
-                    **links,
-                    "sample_token": samples[number],
-                    "instance_token": instance,
-                    "attribute_tokens": attributes,
-                    "visibility_token": entry["visibility"],
-                    "translation": [x, y, actor.size[2] / 2],
-                    "size": list(actor.size),
-                    "rotation": rig.quaternion_from_euler(yaw),
-                    "num_lidar_pts": entry["num_lidar_pts"],
-                    "num_radar_pts": 0,
-                }
-            )
+        instance, category = token("instance", owner, actor.object_id), actor.category
+        keys = [token("annotation", owner, actor.object_id, number) for number, _ in entries]
+        ends = keys[0], keys[-1]
+        _add(tables, "instance", instance, token("category", category), len(keys), *ends)
+        attributes = [token("attribute", actor.attribute)] if actor.attribute else []
+        for links, (number, entry) in zip(_chain(keys), entries, strict=True):
+            x, y, yaw = actor.pose(scene.seconds(scene.timestamp(number)))
+            owners = samples[number], instance, attributes, entry["visibility"]
+            box = [x, y, actor.size[2] / 2], list(actor.size), rig.quaternion_from_euler(yaw)
+            _add(tables, "sample_annotation", *links, *owners, *box, entry["num_lidar_pts"], 0)
 
 
 def map_expansion(scenes: list[Scene], seed: int) -> dict:
@@ -242,20 +191,19 @@ def map_expansion(scenes: list[Scene], seed: int) -> dict:
         layers[layer].append({"token": key, **fields})
         return key
 
-    def nodes(scene: Scene, points: np.ndarray) -> list[str]:
-        xy = scene.xy_global(points).round(9).tolist()  # to the nanometre
-        return [add("node", x=x, y=y) for x, y in xy]
+    def nodes(points: np.ndarray) -> list[str]:
+        return [add("node", x=x, y=y) for x, y in points.round(9).tolist()]  # to the nanometre
 
     for scene in scenes:
         for layer, polygons in scene.layout.polygons.items():
             whole = layer == "drivable_area"
-            rings = [nodes(scene, hole) for hole in scene.layout.holes] if whole else []
+            rings = [nodes(hole) for hole in scene.layout.holes] if whole else []
             holes = [{"node_tokens": ring} for ring in rings]
             for points in polygons:
-                key = add("polygon", exterior_node_tokens=nodes(scene, points), holes=holes)
+                key = add("polygon", exterior_node_tokens=nodes(points), holes=holes)
                 add(layer, **({"polygon_tokens": [key]} if whole else {"polygon_token": key}))
         for layer, lines in scene.layout.lines.items():
             for points in lines:
-                add(layer, line_token=add("line", node_tokens=nodes(scene, points)))
+                add(layer, line_token=add("line", node_tokens=nodes(points)))
     canvas = {"version": "1.3", "canvas_edge": list(MAP_SIZE)}
     return {**canvas, **layers, "arcline_path_3": {}, "connectivity": {}}

@@ -1,6 +1,6 @@
 """Who is in the streets: parked, waiting and moving vehicles, people, cones and barriers.
 
-A pose is (x, y, heading) in the scene frame, metres and radians.
+A pose is (x, y, heading) in the global frame, metres and radians.
 """
 
 from __future__ import annotations
