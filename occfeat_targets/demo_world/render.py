@@ -147,9 +147,8 @@ def _pixel_boxes(solids: Solids, rays: _Rays) -> tuple[np.ndarray, np.ndarray]:
     pixels = points[..., :2] / z * np.diag(rays.K)[:2] + rays.K[:2, 2]
     low = np.floor(np.where(valid, pixels, np.inf).min(axis=1))
     high = np.ceil(np.where(valid, pixels, -np.inf).max(axis=1))
-    height, width = rays.shape
-    u, v = (np.stack([low[:, k], high[:, k]], axis=1) for k in (0, 1))
-    boxes = np.concatenate([np.clip(v, 0, height), np.clip(u, 0, width)], axis=1)
+    boxes = np.stack([low[:, 1], high[:, 1], low[:, 0], high[:, 0]], axis=1)
+    boxes = np.clip(boxes, 0, np.repeat(rays.shape, 2))
     return boxes.astype(np.int64), np.maximum(corners[..., 2].min(axis=1), 0.0)
 
 

@@ -140,7 +140,7 @@ def _cell(plan: Plan, index: int) -> tuple[tuple[float, float], float]:
 @lru_cache(maxsize=2)
 def build_scene(plan: Plan, index: int) -> Scene:
     """Draw a scene at random from the plan's seed; the same for the same arguments."""
-    rng = np.random.default_rng([plan.seed, index, 1])
+    rng = np.random.default_rng([plan.seed, index, 5])
     origin, radius = _cell(plan, index)
     layout = build_layout(rng, origin, radius)
     duration = (plan.samples - 1) * KEYFRAME_SECONDS + 0.1
@@ -193,7 +193,7 @@ def _scenery(layout: Layout, rng: np.random.Generator, radius: float) -> Iterato
     for island in layout.holes:
         for share in (0.15, 0.5, 0.85):
             xy = island[:2].mean(axis=0) * share + island[2:].mean(axis=0) * (1 - share)
-            yield _tree(rng, (*xy, 0.0), (0.50, 0.70))
+            yield _tree(rng, (*xy, 0.0), (0.45, 0.60))
 
 
 def _building(rng: np.random.Generator, pose: Pose, footprint, storeys: tuple[int, int]) -> tuple:
@@ -229,7 +229,8 @@ def _kerb(arm: Arm, side: int, rng: np.random.Generator) -> Iterator[tuple]:
 def _tree(rng: np.random.Generator, pose: Pose, sizes: tuple[float, float]) -> tuple:
     """A tree of ``sizes`` (from, to) relative to the nominal one."""
     leaves = rng.uniform((0.17, 0.30, 0.10), (0.39, 0.43, 0.15))
-    height, spread = rng.uniform(*sizes), rng.uniform(*sizes) * 0.9
+    height = rng.uniform(*sizes)
+    spread = height * rng.uniform(0.55, 0.9)
     turned = (*pose[:2], rng.uniform(-math.pi, math.pi))
     return things.TREE, turned, leaves, (spread, spread, height)
 

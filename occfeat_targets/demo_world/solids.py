@@ -76,19 +76,21 @@ class Solids:
 
     def local_R_global(self, index: int) -> np.ndarray:
         """Rotation (3, 3) float64 from the global frame to a solid's frame."""
-        cos, sin = math.cos(self.yaw[index]), math.sin(self.yaw[index])
-        return np.array([[cos, sin, 0.0], [-sin, cos, 0.0], [0.0, 0.0, 1.0]])
+        return _rotation(self.yaw[index]).T
 
     def axes(self) -> np.ndarray:
         """Half axes of every solid as columns, (P, 3, 3) float64, global, metres."""
-        cos, sin, zero = np.cos(self.yaw), np.sin(self.yaw), np.zeros(len(self))
-        turned = np.array([[cos, -sin, zero], [sin, cos, zero], [zero, zero, zero + 1]])
-        return np.moveaxis(turned, 2, 0) * self.half[:, None, :]
+        return np.array([_rotation(yaw) for yaw in self.yaw]) * self.half[:, None, :]
 
     def corners(self) -> np.ndarray:
         """Corners of the bounding box of every solid, (P, 8, 3) float64, global, metres."""
         signs = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], float)
         return self.centre[:, None] + np.einsum("pij,cj->pci", self.axes(), signs)
+
+
+def _rotation(yaw: float) -> np.ndarray:
+    cos, sin = math.cos(yaw), math.sin(yaw)
+    return np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
 
 
 def place(
@@ -103,16 +105,13 @@ def place(
     ``colour`` is for the parts without one of their own; ``scale`` enlarges all parts along x, y
     and z.
     """
-    x, y, yaw = pose
     scale = np.broadcast_to(scale, 3)
     extent = np.array([(part.x, part.y, part.z) for part in parts]) * scale[:, None]
-    cos, sin = math.cos(yaw), math.sin(yaw)
-    turn = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
     return Solids(
         np.array([part.shape for part in parts], np.uint8),
-        extent.mean(axis=2) @ turn.T + (x, y, 0.0),
+        extent.mean(axis=2) @ _rotation(pose[2]).T + (*pose[:2], 0.0),
         (extent[..., 1] - extent[..., 0]) / 2,
-        np.full(len(parts), yaw),
+        np.full(len(parts), pose[2]),
         np.array([part.taper for part in parts]) * scale[[0, 0, 1]],
         np.full(len(parts), object_id, np.int32),
         np.array([part.material for part in parts], np.uint8),
@@ -139,21 +138,19 @@ def intersect(solids: Solids, index: int, origin: np.ndarray, direction) -> np.n
     shape, taper = solids.shape[index], solids.taper[index]
     half, origin = solids.half[index].astype(np.float32), origin.astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        if shape == Shape.ELLIPSOID:
-            near, far = _ball(origin / half, [d / h for d, h in zip(direction, half, strict=True)])
+        if shape != Shape.BOX:
+            axes = [0, 1] if shape == Shape.CYLINDER else [0, 1, 2]
+            intervals = [_ball((origin / half)[axes], [direction[k] / half[k] for k in axes])]
+        elif taper.any():
+            planes = side_planes(half, taper)
+            intervals = [_half_space(origin, direction, *plane) for plane in planes]
         else:
-            near, far = _slab(origin[2], direction[2], half[2])
-            if shape == Shape.CYLINDER:
-                sides = [
-                    _ball(origin[:2] / half[:2], [direction[0] / half[0], direction[1] / half[1]])
-                ]
-            elif taper.any():
-                planes = side_planes(half, taper)
-                sides = [_half_space(origin, direction, *plane) for plane in planes]
-            else:
-                sides = [_slab(origin[axis], direction[axis], half[axis]) for axis in (0, 1)]
-            for enter, leave in sides:
-                near, far = np.maximum(near, enter), np.minimum(far, leave)
+            intervals = [_slab(origin[k], direction[k], half[k]) for k in (0, 1)]
+        if shape != Shape.ELLIPSOID:
+            intervals.append(_slab(origin[2], direction[2], half[2]))
+        near, far = intervals[0]
+        for enter, leave in intervals[1:]:
+            near, far = np.maximum(near, enter), np.minimum(far, leave)
         return np.where((near <= far) & (near > 0), near, np.float32(np.inf))
 
 

@@ -124,7 +124,7 @@ def populate(
     wait for it. Some may still be in its way: the caller drops them.
     """
     crowd = _Crowd(rng)
-    occupancy = float(rng.uniform(0.4, 0.75))
+    occupancy = float(rng.uniform(0.45, 0.85))
     for bay in layout.bays:
         if rng.random() < occupancy:
             crowd.vehicle(bay, "parked")
@@ -172,7 +172,7 @@ def _on_sidewalks(crowd: _Crowd, arm: Arm) -> None:
     """People and parked bicycles on both sidewalks."""
     rng, section = crowd.rng, arm.section
     for side in (-1, 1):
-        for s in _places(rng, arm.start + 3, arm.end - 5, (3, 28)):
+        for s in _places(rng, arm.start + 3, arm.end - 5, (3, 24)):
             t = side * float(rng.uniform(section.kerb + 1.3, section.edge - 0.5))
             speed = float(rng.uniform(0.8, 1.6)) if rng.random() < 0.8 else 0.0
             crowd.person(arm.pose(s, t, math.pi * int(rng.integers(2))), speed)
