@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from occfeat_common.colours import feature_colours
+from occfeat_targets.store.colours import feature_colours
 from occfeat_targets.geometry import project
 from occfeat_targets.labels import footprint
 from occfeat_targets.store.schema import CAMERAS, TargetStore, dequantise, open_store

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from occfeat_common.colours import feature_colours
+from occfeat_targets.store.colours import feature_colours
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.schema import CAMERAS, StoreError, open_store
 from occfeat_train.data import FrameDataset, collate, select_frames

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_store import make_tiny_store
 from train_runs import SMALL, options
 
-from occfeat_common.colours import feature_colours
+from occfeat_targets.store.colours import feature_colours
 from occfeat_common.settings import load_settings
 from occfeat_targets.store.schema import dequantise, open_store
 from occfeat_train import view

@@ -51,6 +51,12 @@ SEVERITIES = ("easy", "mid", "hard")
 FAILED = -1
 """``n_voxels`` of a frame that could not be processed (``build --on-error skip``)."""
 
+INVISIBLE = 1
+"""nuScenes visibility 0-40 %: a box that is hardly seen."""
+JPEG_HOLE = bytes(512)
+"""JPEG data never has this many zero bytes in a row; a lost disk block does, and decoders paint it
+grey and say nothing."""
+
 _FEATURE_ROWS = 2048
 _VOXEL_ROWS = 4096
 _POINT_ROWS = 8192

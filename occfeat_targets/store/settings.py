@@ -65,6 +65,9 @@ class Settings(BaseModel):
         return self.model_copy(update=changes)
 
 
+_PARTS = re.compile(r'"[^"]*"|[^."]+')
+
+
 def read_yaml(path: Path) -> dict:
     """The mapping a YAML file holds.
 
@@ -85,7 +88,8 @@ def read_yaml(path: Path) -> dict:
 def override(values: dict, overrides: Sequence[str]) -> dict:
     """Nested settings with ``section.key=value`` texts laid over them, in place.
 
-    Values are YAML, so ``teacher.input_size=[252,448]`` works.
+    Values are YAML, so ``teacher.input_size=[252,448]`` works. A name that has dots itself, as a
+    plug-in's may, is quoted: ``tasks."toys.one:Task".weight=2``.
 
     Raises:
         ConfigError: a text is not of that form.
@@ -94,7 +98,7 @@ def override(values: dict, overrides: Sequence[str]) -> dict:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set wants section.key=value, got {text!r}")
-        *sections, leaf = key.strip().split(".")
+        *sections, leaf = (part.strip('"') for part in _PARTS.findall(key.strip())) or [""]
         target = values
         for section in sections:
             target = target.setdefault(section, {})
@@ -149,7 +153,10 @@ def _message(cls: type[BaseModel], error: ValidationError, section: str) -> str:
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown setting {name}; {did_you_mean(leaf, _known(cls, path), prefix)}"
     if first["type"] == "value_error":
-        text = str(first["ctx"]["error"])
+        error = first["ctx"]["error"]
+        text = str(error)
+        if isinstance(error, ConfigError):  # of settings within settings: it names its key
+            return text
         return text if not leaf or name in text else f"{name} {text}"
     rule = first["msg"].replace("Input should be", "must be")
     if first["type"] in ("model_type", "dataclass_type", "dict_type"):
