@@ -13,12 +13,19 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from occfeat_targets.store.registry import Registry
 from occfeat_train import __version__
-from occfeat_train.config import PRETRAININGS, TASKS
+from occfeat_train.objectives import OBJECTIVES
+from occfeat_train.tasks import TASKS
 
 if TYPE_CHECKING:
     from occfeat_train.distributed import Process
-    from occfeat_train.jobs import Job
+    from occfeat_train.runs.job import Job
+
+
+def _names(registry: Registry) -> str:
+    return f"{', '.join(registry.names)}, or a plug-in, package.module:Class"
+
 
 store_option = click.option(
     "--store",
@@ -36,7 +43,7 @@ set_option = click.option(
     "overrides",
     multiple=True,
     metavar="SECTION.KEY=VALUE",
-    help="One setting, over --config; repeatable. pipelines/train_paper.yaml lists all.",
+    help="One setting, over --config; repeatable. occfeat_train/presets/paper.yaml lists all.",
 )
 run_option = click.option(
     "--run-dir",
@@ -73,9 +80,9 @@ def main() -> None:
 @resume_option
 @click.option(
     "--objective",
-    type=click.Choice(PRETRAININGS),
-    help="What to learn: the paper's occfeat, or its baseline img-also. Short for --set "
-    "pretrain.objective=...  [default: what the settings say: occfeat]",
+    metavar="NAME",
+    help=f"What to learn: {_names(OBJECTIVES)}. Short for --set pretrain.objective=...  [default: "
+    "what the settings say]",
 )
 def pretrain(
     store: str | None,
@@ -85,25 +92,23 @@ def pretrain(
     resume: bool,
     objective: str | None,
 ) -> None:
-    """Pretrain without labels: predict occupancy and teacher features from images.
-
-    With --objective img-also: what is free and what occupied along lidar rays instead.
+    """Pretrain without labels: predict from images what the store has of lidar and a teacher.
 
     Ctrl-C saves and stops; --resume goes on, also after a crash.
     """
     with _session() as (process, say):
         from occfeat_targets.store.schema import absolute
-        from occfeat_train import choices
-        from occfeat_train.jobs import Job
+        from occfeat_train.runs import resolve
+        from occfeat_train.runs.job import Job
 
         if resume:
-            job, directory = choices.resumed("pretrain", run, store, overrides)
+            job, directory = resolve.resumed("pretrain", run, store, overrides, _given())
         else:
             store = absolute(store or "targets.zarr")
             if objective:
                 overrides = (*overrides, f"pretrain.objective={objective}")
-            settings = choices.settings(store, config, None, overrides, say)
-            job, directory = Job("pretrain", store, settings), run or choices.new_run("pretrain")
+            settings = resolve.settings(store, config, None, overrides, say)
+            job, directory = Job("pretrain", store, settings), run or resolve.new_run("pretrain")
         _train(job, directory, resume, process, say)
         say(f"Next: occfeat-train finetune --init {directory} --fraction 0.01")
 
@@ -116,10 +121,10 @@ def pretrain(
 @resume_option
 @click.option(
     "--task",
-    type=click.Choice(TASKS),
-    default=TASKS[0],
+    metavar="NAME",
+    default=TASKS.names[0],
     show_default=True,
-    help="What to segment: vehicles, or the map's road, sidewalk, crosswalk, parking and divider.",
+    help=f"What to learn: {_names(TASKS)}.",
 )
 @click.option(
     "--fraction",
@@ -152,23 +157,23 @@ def finetune(
     fraction_unit: str,
     init: str | None,
 ) -> None:
-    """Finetune for BEV segmentation of vehicles or the map with a share of the labels.
+    """Finetune for a task with a share of the labels.
 
     Epochs, batch and learning rate follow the paper for the share, unless set.
     """
     with _session() as (process, say):
         from occfeat_targets.store.schema import absolute
-        from occfeat_train import choices
-        from occfeat_train.jobs import Job
+        from occfeat_train.runs import resolve
+        from occfeat_train.runs.job import Job
 
         if resume:
-            job, directory = choices.resumed("finetune", run, store, overrides)
+            job, directory = resolve.resumed("finetune", run, store, overrides, _given())
         else:
-            pretraining = choices.pretraining(init, say)
+            pretraining = resolve.pretraining(init, say)
             if not store and pretraining:
                 store = pretraining.description()["store"]
             store = absolute(store or "targets.zarr")
-            settings = choices.settings(store, config, pretraining, overrides, say)
+            settings = resolve.settings(store, config, pretraining, overrides, say)
             job = Job(
                 "finetune",
                 store,
@@ -178,7 +183,7 @@ def finetune(
                 str(pretraining.path.resolve()) if pretraining else None,
                 task,
             )
-            directory = run or choices.new_run("finetune")
+            directory = run or resolve.new_run("finetune")
         _train(job, directory, resume, process, say)
         say(f"Next: occfeat-train evaluate --run-dir {directory}")
 
@@ -207,30 +212,24 @@ def evaluate(
 ) -> None:
     """IoU of a finetuned network on the validation split.
 
-    At probability 0.5, by distance, and at the best of seven thresholds. Vehicles: with and
-    without the cells where only those of visibility 0-40 % lie. Map: each class and their mean.
-    Written to result.json in the run.
+    At probability 0.5, by distance, and at the best of seven thresholds. Written to result.json
+    in the run.
 
     With --corrupted, IoU by corruption and severity of nuScenes-C, and the share of the clean IoU
     that remains: RR, and mRR over the corruptions. Written to corrupted.json in the run.
     """
     with _session() as (process, say):
-        from dataclasses import replace
-
-        from occfeat_common.settings import from_plain, override, to_plain
         from occfeat_targets.store.schema import absolute
-        from occfeat_train import choices, robustness
-        from occfeat_train.config import TrainConfig
+        from occfeat_train import robustness
         from occfeat_train.evaluate import evaluate as evaluate_run
         from occfeat_train.evaluate import table
-        from occfeat_train.jobs import Job
-        from occfeat_train.runs import Run, write_json
+        from occfeat_train.runs import resolve
+        from occfeat_train.runs.job import Job
+        from occfeat_train.runs.run import Run, write_json
 
-        finetuned = Run(run) if run else choices.newest_finished("finetune")
-        job = Job.of_run(finetuned, store and absolute(store))
+        finetuned = Run(run) if run else resolve.newest_finished("finetune")
+        job = resolve.changed(Job.of_run(finetuned, store and absolute(store)), overrides)
         tell = (lambda _: None) if as_json else say
-        config = from_plain(TrainConfig, override(to_plain(job.config), overrides))
-        job = replace(job, config=config)
         if corrupted:
             folder = absolute(corrupted)
             result = robustness.evaluate_corrupted(job, finetuned, process, folder, tell)
@@ -264,11 +263,11 @@ def export(run: Path | None, out: Path) -> None:
     occfeat_train.export.load_bev_net(DIRECTORY) loads it.
     """
     with _session() as (_, say):
-        from occfeat_train import choices
         from occfeat_train.export import export as export_run
-        from occfeat_train.runs import Run
+        from occfeat_train.runs import resolve
+        from occfeat_train.runs.run import Run
 
-        chosen = Run(run) if run else choices.newest_finished("pretrain")
+        chosen = Run(run) if run else resolve.newest_finished("pretrain")
         export_run(chosen, out)
         say(f"{out}: the BEV network of {chosen.path}")
 
@@ -279,7 +278,7 @@ def export(run: Path | None, out: Path) -> None:
     "--run-dir",
     "run",
     type=click.Path(path_type=Path),
-    help="A finetuning, or a pretraining by occfeat.  [default: the newest finished run in runs/]",
+    help="A run of either kind.  [default: the newest finished one in runs/]",
 )
 @click.option(
     "--frame", type=int, help="Frame number in the store.  [default: the first of validation]"
@@ -294,20 +293,27 @@ def export(run: Path | None, out: Path) -> None:
 def view(store: str | None, run: Path | None, frame: int | None, out: Path) -> None:
     """Draw what a network predicts for one frame, and what it should, to a PNG.
 
-    Of a finetuning: the masks. Of a pretraining: occupancy and features, seen from above.
+    Seen from above. What is drawn is up to what the network learned.
     """
     with _session() as (process, say):
         from occfeat_targets.store.schema import absolute
-        from occfeat_train import choices
-        from occfeat_train.jobs import Job
-        from occfeat_train.runs import Run
+        from occfeat_train.runs import resolve
+        from occfeat_train.runs.job import Job
+        from occfeat_train.runs.run import Run
         from occfeat_train.view import draw_frame
 
-        chosen = Run(run) if run else choices.newest_finished("pretrain", "finetune")
+        chosen = Run(run) if run else resolve.newest_finished("pretrain", "finetune")
         job = Job.of_run(chosen, store and absolute(store))
         if process.is_main:
             i = draw_frame(job, chosen, frame, process.device, out)
             say(f"{out}: frame {i} of {job.store} as {chosen.path} ({job.title}) sees it")
+
+
+def _given() -> set[str]:
+    """Names of this command's options that were given, not left to their defaults."""
+    context = click.get_current_context()
+    commandline = click.core.ParameterSource.COMMANDLINE
+    return {name for name in context.params if context.get_parameter_source(name) is commandline}
 
 
 def _train(
@@ -316,7 +322,7 @@ def _train(
     """Train, and say how it went."""
     from occfeat_targets.store.schema import open_store
     from occfeat_train.distributed import from_main
-    from occfeat_train.runs import Run, check_same_store
+    from occfeat_train.runs.run import Run, check_same_store
     from occfeat_train.train import train
 
     store = open_store(job.store)
@@ -341,11 +347,11 @@ def _train(
 @contextmanager
 def _session() -> Iterator[tuple[Process, Callable[[str], None]]]:
     """Join the process group; the main process speaks; known errors become one clear sentence."""
-    from occfeat_common.settings import ConfigError
     from occfeat_targets.store.schema import StoreError
+    from occfeat_targets.store.settings import ConfigError
     from occfeat_train.distributed import process_group
     from occfeat_train.models.encoder_weights import WeightsError
-    from occfeat_train.runs import RunError
+    from occfeat_train.runs.run import RunError
     from occfeat_train.train import NonFiniteLoss
 
     try:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from occfeat_common.settings import differences
 from occfeat_targets.store.schema import (
     CORRUPTIONS,
     SEVERITIES,
@@ -20,11 +19,13 @@ from occfeat_targets.store.schema import (
     filesystem,
     open_store,
 )
-from occfeat_train.data import select_frames
+from occfeat_targets.store.settings import differences
+from occfeat_train.data.order import select_frames, split_names
 from occfeat_train.distributed import Process
-from occfeat_train.evaluate import evaluate
-from occfeat_train.jobs import Job, split_names
-from occfeat_train.runs import Run
+from occfeat_train.evaluate import evaluate, where
+from occfeat_train.runs.job import Job
+from occfeat_train.runs.run import Run
+from occfeat_train.tasks.base import as_text
 
 
 def evaluate_corrupted(
@@ -92,8 +93,8 @@ def find_corrupted(folder: str) -> dict[str, TargetStore]:
 
 
 def headline(result: dict[str, Any]) -> float | None:
-    """The one IoU of a result, at probability 0.5: vehicles' visible cells, the map's mean."""
-    return result[result["task"]]["visible" if result["task"] == "vehicle" else "mean"]["iou"]
+    """The one IoU of a result, in per cent."""
+    return result["headline"]["iou"]
 
 
 def summary(clean: float | None, scores: dict[str, dict[str, float | None]]) -> dict[str, Any]:
@@ -129,23 +130,19 @@ def summary(clean: float | None, scores: dict[str, dict[str, float | None]]) -> 
 def table(result: dict[str, Any]) -> str:
     """A result as text for people."""
     clean = result["clean"]
-    what = (
-        "vehicle IoU, visible cells" if clean["task"] == "vehicle" else "map IoU, mean of classes"
-    )
     lines = [
-        f"{clean['run']} (step {clean['step']}{'' if clean['finished'] else ', NOT FINISHED'}) on "
-        f"{clean['frames']} frames of {', '.join(clean['splits'])}: {what}, in per cent at "
+        f"{where(clean)}: {clean['task']} IoU, {clean['headline']['name']}, in per cent at "
         "probability 0.5",
         "",
         f"{'':<14}{''.join(f'{name:>8}' for name in (*SEVERITIES, 'mean', 'RR'))}",
-        f"{'clean':<14}{'':>24}{_text(headline(clean)):>8}",
+        f"{'clean':<14}{'':>24}{as_text(headline(clean)):>8}",
     ]
     for corruption, by_severity in result["iou"].items():
         row = [by_severity.get(severity) for severity in SEVERITIES]
         row += [result["mean"].get(corruption), result["RR"].get(corruption)]
-        lines.append(f"{corruption:<14}{''.join(f'{_text(value):>8}' for value in row)}")
+        lines.append(f"{corruption:<14}{''.join(f'{as_text(value):>8}' for value in row)}")
     of = f"mRR over {len(result['RR'])} of {len(CORRUPTIONS)} corruptions"
-    lines.append(f"{of:<46}{_text(result['mRR']):>8}")
+    lines.append(f"{of:<46}{as_text(result['mRR']):>8}")
     if result["missing"]:
         lines.append(f"missing: {', '.join(result['missing'])}")
     return "\n".join(lines)
@@ -167,7 +164,3 @@ def _require_same_frames(store: TargetStore, clean: TargetStore, eval_split: str
     ]
     if changed := differences(*settings):
         raise StoreError(f"{store.url} has other images than {clean.url}: {'; '.join(changed)}")
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"

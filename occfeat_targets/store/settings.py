@@ -98,7 +98,7 @@ def override(values: dict, overrides: Sequence[str]) -> dict:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set wants section.key=value, got {text!r}")
-        *sections, leaf = (part.strip('"') for part in _PARTS.findall(key.strip())) or [""]
+        *sections, leaf = [part.strip('"') for part in _PARTS.findall(key.strip())] or [""]
         target = values
         for section in sections:
             target = target.setdefault(section, {})

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.resources
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
-import click
-from click.core import ParameterSource
-
-from occfeat_common.settings import ConfigError, from_plain, override, read_yaml, to_plain
 from occfeat_targets.store.schema import absolute, open_store
-from occfeat_train.config import TrainConfig
-from occfeat_train.jobs import Job
-from occfeat_train.runs import Run, RunError, newest, timestamp
+from occfeat_targets.store.settings import override, read_yaml
+from occfeat_train.config import TrainConfig, preset_path
+from occfeat_train.runs.job import Job
+from occfeat_train.runs.run import Run, RunError, newest, timestamp
 
 RUNS = Path("runs")
 HOW = (
@@ -41,44 +37,40 @@ def settings(
     """
     preset = open_store(store).attrs["config"].get("train_preset")
     if config:
-        values, source = read_yaml(_config_path(config)), config
+        is_file = config.endswith((".yaml", ".yml"))
+        values, source = read_yaml(Path(config) if is_file else preset_path(config)), config
     elif pretraining:
         values, source = pretraining.description()["config"], f"those of {pretraining.path}"
     else:
         source = preset or "paper"
-        values = read_yaml(_config_path(source))
+        values = read_yaml(preset_path(source))
         source = f"preset {source}" + (f", as {store} asks" if preset else "")
     say(f"Settings: {source}")
-    return from_plain(TrainConfig, override(values, overrides))
-
-
-def _config_path(config: str) -> Path:
-    """A file, or a preset that comes with the package."""
-    if config.endswith((".yaml", ".yml")):
-        return Path(config)
-    presets = importlib.resources.files("occfeat_pipelines")
-    path = Path(str(presets / f"train_{config}.yaml"))
-    if not path.exists():
-        found = sorted(p.stem.removeprefix("train_") for p in path.parent.glob("train_*.yaml"))
-        raise ConfigError(
-            f"there is no preset {config!r}; there are {', '.join(found)}, or give a .yaml file"
-        )
-    return path
+    return TrainConfig.of(override(values, overrides))
 
 
 def resumed(
-    kind: str, run: Path | None, store: str | None, overrides: tuple[str, ...]
+    kind: str,
+    run: Path | None,
+    store: str | None,
+    overrides: tuple[str, ...],
+    given: Collection[str],
 ) -> tuple[Job, Path]:
     """The job and directory to go on with; of its settings only :data:`HOW` may change.
+
+    Args:
+        kind: ``pretrain`` or ``finetune``.
+        run: its directory; None: the newest unfinished one of the kind.
+        store: where its store is now; None: where it was.
+        overrides: ``section.key=value`` texts.
+        given: names of the options that were given; refused are those of :data:`KEPT`.
 
     Raises:
         RunError: an option would change what it computes, or there is no such run.
         ConfigError: a setting is impossible.
     """
-    context = click.get_current_context()
-    for name in KEPT:
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise RunError(f"a resumed run keeps its --{name.replace('_', '-')}: leave it out")
+    if kept := [name for name in KEPT if name in given]:
+        raise RunError(f"a resumed run keeps its --{kept[0].replace('_', '-')}: leave it out")
     if fixed := [text for text in overrides if text.partition("=")[0] not in HOW]:
         raise RunError(
             f"a resumed run keeps its {fixed[0].partition('=')[0]}: leave --set {fixed[0]} out; "
@@ -90,8 +82,16 @@ def resumed(
     job = Job.of_run(found, store and absolute(store))
     if job.kind != kind:
         raise RunError(f"{found.path} is a {job.kind} run: occfeat-train {job.kind}")
-    config = from_plain(TrainConfig, override(to_plain(job.config), overrides))
-    return replace(job, config=config), found.path
+    return changed(job, overrides), found.path
+
+
+def changed(job: Job, overrides: tuple[str, ...]) -> Job:
+    """A job with other settings.
+
+    Raises:
+        ConfigError: one is unknown or impossible.
+    """
+    return replace(job, config=TrainConfig.of(override(job.config.plain(), overrides)))
 
 
 def pretraining(init: str | None, say: Callable[[str], None]) -> Run | None:

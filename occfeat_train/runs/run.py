@@ -27,8 +27,8 @@ import numpy as np
 import torch
 import zarr
 
-from occfeat_common.settings import differences
 from occfeat_targets.store.schema import TargetStore
+from occfeat_targets.store.settings import differences
 from occfeat_train import __version__
 
 FORMAT = "occfeat-run"
