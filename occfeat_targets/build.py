@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
 
-from occfeat_common.settings import differences
 from occfeat_targets import writer
 from occfeat_targets.cluster import Executor
 from occfeat_targets.config import TargetsConfig
-from occfeat_targets.nuscenes_source import check_records, load_source
-from occfeat_targets.records import Source
-from occfeat_targets.teacher import TeacherError
+from occfeat_targets.frame import layout_of, make_outputs
+from occfeat_targets.sources import SOURCES, source_of
+from occfeat_targets.sources.base import Dataset, FrameRecord, SourceError
+from occfeat_targets.store.schema import MAX_CAMERAS
+from occfeat_targets.store.settings import differences
+from occfeat_targets.teachers.base import TeacherError
 from occfeat_targets.writer import BlockJob, BlockResult
+
+_MAX_FAULTS_SHOWN = 20
 
 
 class BuildStopped(RuntimeError):
@@ -24,48 +29,85 @@ class BuildStopped(RuntimeError):
 
 def prepare(
     dataroot: Path, url: str, version: str | None, config: TargetsConfig, overwrite: bool
-) -> Source:
+) -> Dataset:
     """All that can go wrong before any work: read the tables, check the files, begin the store.
 
     Raises:
         SourceError: the dataset is unusable or has faults (all listed).
         StoreError: the store's place can't be used.
     """
-    source = read_source(dataroot, version, config)
-    begin(url, config, source, overwrite)
-    return source
+    dataset = read_dataset(dataroot, version, config)
+    check_records(dataset, config)
+    begin(url, config, dataset, overwrite)
+    return dataset
 
 
-def read_source(dataroot: Path, version: str | None, config: TargetsConfig) -> Source:
-    """Read the tables and check the files.
+def read_dataset(dataroot: Path, version: str | None, config: TargetsConfig) -> Dataset:
+    """Read the tables.
 
     Raises:
-        SourceError: the dataset is unusable or has faults (all listed).
+        SourceError: the dataset is unusable. ConfigError: there is no such source.
     """
-    source = load_source(dataroot, version, config)
-    check_records(source.records, config)
-    return source
+    source = source_of(config.source, Path(dataroot))
+    mode, sweeps = config.map.mode, config.lidar.sweeps
+    dataset = source.read(Path(dataroot), version, config.frames, sweeps, mode)
+    if len(dataset.cameras) > MAX_CAMERAS:
+        raise SourceError(f"{dataroot} has {len(dataset.cameras)} cameras, at most {MAX_CAMERAS}")
+    return dataset
 
 
-def begin(url: str, config: TargetsConfig, source: Source, overwrite: bool) -> None:
+def check_records(dataset: Dataset, config: TargetsConfig) -> None:
+    """Before any work: files are there and sound by size or header, calibration is sane, maps
+    can be read, and nothing outgrows its room in the store.
+
+    Raises:
+        SourceError: listing all faults at once, each with scene, sample and file.
+    """
+    outputs = make_outputs(config, layout_of(config, vars(dataset), 0))
+
+    def faults_of(record: FrameRecord) -> list[str]:
+        return [f"{record}: {fault}" for output in outputs for fault in output.faults(record)]
+
+    records = dataset.records
+    with ThreadPoolExecutor(16) as pool:  # waits for storage, not for the processor
+        results = pool.map(faults_of, records)
+        progress = tqdm(
+            results, total=len(records), desc="checking files", unit="frame", disable=None
+        )
+        faults = [fault for found in progress for fault in found]
+    for path, name in sorted({(r.map_path, r.source) for r in records if r.map_path}):
+        try:
+            SOURCES(name)().read_map(path)
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        shown = "\n".join(f"  {fault}" for fault in faults[:_MAX_FAULTS_SHOWN])
+        more = len(faults) - _MAX_FAULTS_SHOWN
+        raise SourceError(
+            f"{len(faults)} fault(s) in the dataroot, nothing was built:\n{shown}"
+            + (f"\n  … and {more} more" if more > 0 else "")
+        )
+
+
+def begin(url: str, config: TargetsConfig, dataset: Dataset, overwrite: bool) -> None:
     """Begin the store, or check that the one there is this very build's.
 
     Raises:
         StoreError: the store's place can't be used.
     """
-    writer.begin(url, config, source, overwrite)
+    writer.begin(url, config, dataset, overwrite)
     writer.sweep_litter(url)
 
 
 def build(
-    url: str, config: TargetsConfig, source: Source, executor: Executor, skip_errors: bool = False
+    url: str, config: TargetsConfig, dataset: Dataset, executor: Executor, skip_errors: bool = False
 ) -> dict[int, str]:
     """Write all blocks that are not done yet and finish the store.
 
     Args:
         url: the store, after :func:`prepare`.
         config: its settings.
-        source: from :func:`prepare`.
+        dataset: from :func:`prepare`.
         executor: where blocks are computed.
         skip_errors: finish the other frames when one fails; else stop after the running blocks.
 
@@ -83,7 +125,7 @@ def build(
             lines = "; ".join(differences(teacher, other))
             raise TeacherError(f"the workers have different teachers: {lines}")
     writer.set_teacher(url, config, teacher)
-    jobs = writer.plan(url, config, source.records, teacher, skip_errors)
+    jobs = writer.plan(url, config, dataset.records, teacher, skip_errors)
     problems: list[str] = []
 
     def until_trouble() -> Iterator[BlockJob]:
@@ -94,8 +136,8 @@ def build(
 
     todo = sum(len(job.records) for job in jobs)
     with tqdm(
-        total=len(source.records),
-        initial=len(source.records) - todo,
+        total=len(dataset.records),
+        initial=len(dataset.records) - todo,
         desc="building",
         unit="frame",
         mininterval=0.1 if sys.stderr.isatty() else 30,  # a line now and then in a log file
@@ -113,4 +155,4 @@ def build(
             f"stopped, {len(problems)} problem(s):\n{lines}\nWhat is finished is kept: mend this "
             "and run the same command again, or leave such frames out with --on-error skip"
         )
-    return writer.finalise(url, config, source)
+    return writer.finalise(url, config, dataset)

@@ -72,8 +72,8 @@ def _one_message() -> Iterator[None]:
     """Expected errors become one message and exit status 1; anything else is a bug and raises."""
     from occfeat_targets.build import BuildStopped
     from occfeat_targets.cluster import ClusterError
-    from occfeat_targets.store.schema import StoreError
-    from occfeat_targets.teacher import TeacherError
+    from occfeat_targets.store.files import StoreError
+    from occfeat_targets.teachers.base import TeacherError
 
     try:
         yield
@@ -167,29 +167,29 @@ def build(
     from occfeat_targets.build import build as run_build
     from occfeat_targets.build import prepare
     from occfeat_targets.cluster import executor
-    from occfeat_targets.config import load_config
-    from occfeat_targets.store.schema import absolute
+    from occfeat_targets.config import TargetsConfig
+    from occfeat_targets.store.files import absolute
 
     flags = {"teacher.name": teacher, "teacher.precision": precision, "frames.limit": limit}
     flags["frames.scenes"] = list(scenes) or None
     chosen = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     with _one_message():
-        config = load_config(config_file, [*overrides, *chosen])
+        config = TargetsConfig.load(config_file, [*overrides, *chosen])
         store = absolute(store)
         if config.teacher.name.startswith("random:"):
             click.echo(
                 f"note: teacher {config.teacher.name} has random weights; these are not DINOv2 "
                 "features (fine for trying things out, useless for results)"
             )
-        source = prepare(dataroot, store, dataset_version, config, overwrite)
-        if not source.has_map and config.labels.map == "auto":
+        dataset = prepare(dataroot, store, dataset_version, config, overwrite)
+        if not dataset.map_classes and config.map.mode == "auto":
             click.echo("note: no map expansion in this dataroot, so no map labels are stored")
         if writer.is_complete(store):
-            click.echo(f"{store} is complete: {len(source.records)} frames, nothing to do")
+            click.echo(f"{store} is complete: {len(dataset.records)} frames, nothing to do")
             return
         with executor(workers, threads, scheduler) as where:
-            failed = run_build(store, config, source, where, on_error == "skip")
-    click.echo(f"{store}: {len(source.records)} frames, {len(failed)} failed")
+            failed = run_build(store, config, dataset, where, on_error == "skip")
+    click.echo(f"{store}: {len(dataset.records)} frames, {len(failed)} failed")
     _leave_out(failed.values())
 
 
@@ -241,19 +241,19 @@ def corrupt(
     by one: occfeat-targets build --set images.corruption=fog-easy --set images.corruption_seed=1.
     """
     from occfeat_targets.cluster import executor
-    from occfeat_targets.config import CORRUPTED
     from occfeat_targets.corrupted_stores import build_corrupted, read_split
-    from occfeat_targets.store.schema import absolute
+    from occfeat_targets.corruptions import CORRUPTED
+    from occfeat_targets.store.files import absolute
 
     with _one_message():
         for name in only:
             if name not in CORRUPTED:
                 raise ValueError(f"no corruption {name}; there are {', '.join(CORRUPTED)}")
-        config, source = read_split(dataroot, store, split)
+        config, dataset = read_split(dataroot, store, split)
         out, skip = absolute(out), on_error == "skip"
         with executor(workers, threads, scheduler) as where:
             names = only or CORRUPTED
-            failed = build_corrupted(config, source, out, names, where, skip, click.echo)
+            failed = build_corrupted(config, dataset, out, names, where, skip, click.echo)
     _leave_out([f"{place}: {message}" for place, message in failed.items()])
 
 
@@ -272,16 +272,16 @@ def check(
 
     build does the same before it starts.
     """
-    from occfeat_targets.config import load_config
-    from occfeat_targets.nuscenes_source import check_records, load_source
+    from occfeat_targets.build import check_records, read_dataset
+    from occfeat_targets.config import TargetsConfig
 
     with _one_message():
-        config = load_config(config_file, overrides)
-        source = load_source(dataroot, dataset_version, config)
-        check_records(source.records, config)
-    scenes = len({record.scene for record in source.records})
-    frames = f"{scenes} scenes, {len(source.records)} keyframes"
-    click.echo(f"{dataroot}: {source.version}, {frames}: ok")
+        config = TargetsConfig.load(config_file, overrides)
+        dataset = read_dataset(dataroot, dataset_version, config)
+        check_records(dataset, config)
+    scenes = len({record.scene for record in dataset.records})
+    frames = f"{scenes} scenes, {len(dataset.records)} keyframes"
+    click.echo(f"{dataroot}: {dataset.version}, {frames}: ok")
 
 
 @main.command()

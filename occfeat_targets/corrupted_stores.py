@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from occfeat_targets.build import begin, build, read_source
+from occfeat_targets.build import begin, build, check_records, read_dataset
 from occfeat_targets.cluster import Executor
 from occfeat_targets.config import TargetsConfig
-from occfeat_targets.nuscenes_source import SourceError
-from occfeat_targets.records import Source
-from occfeat_targets.store.schema import TargetStore, open_store
-from occfeat_targets.teacher import NoTeacher
+from occfeat_targets.sources.base import Dataset, SourceError
+from occfeat_targets.store.reader import TargetStore, open_store
+from occfeat_targets.teachers.base import NoTeacher
 from occfeat_targets.writer import is_complete
 
 
-def read_split(dataroot: Path, url: str, split: str | None) -> tuple[TargetsConfig, Source]:
+def read_split(dataroot: Path, url: str, split: str | None) -> tuple[TargetsConfig, Dataset]:
     """Settings and frames of a split of a store, to build it again without features.
 
     Args:
@@ -30,19 +28,20 @@ def read_split(dataroot: Path, url: str, split: str | None) -> tuple[TargetsConf
     """
     store = open_store(url)
     config, tokens = _settings(store, split)
-    source = read_source(dataroot, store.attrs["source"]["version"], config)
-    found = [record.token for record in source.records]
+    dataset = read_dataset(dataroot, store.attrs["source"]["version"], config)
+    check_records(dataset, config)
+    found = [record.token for record in dataset.records]
     if found != tokens:
         raise SourceError(
             f"{dataroot} is not what {url} was built from: it has {len(found)} such frames, the "
             f"store {len(tokens)}, {len({*found} & {*tokens})} of them the same"
         )
-    return config, source
+    return config, dataset
 
 
 def build_corrupted(
     config: TargetsConfig,
-    source: Source,
+    dataset: Dataset,
     out: str,
     names: Sequence[str],
     executor: Executor,
@@ -52,9 +51,9 @@ def build_corrupted(
     """Build a store ``OUT/<name>.zarr`` for each name; those that are complete are left alone.
 
     Args:
-        config, source: from :func:`read_split`.
+        config, dataset: from :func:`read_split`.
         out: directory or URL for the stores.
-        names: of ``config.CORRUPTED``.
+        names: of ``corruptions.CORRUPTED``.
         executor: where blocks are computed.
         skip_errors: leave failing frames out.
         say: gets a line for each store.
@@ -68,14 +67,14 @@ def build_corrupted(
     failed = {}
     for name in names:
         url = f"{out.rstrip('/')}/{name}.zarr"
-        corrupted = replace(config, images=replace(config.images, corruption=name))
-        begin(url, corrupted, source, overwrite=False)
+        corrupted = config.with_(images=config.images.with_(corruption=name))
+        begin(url, corrupted, dataset, overwrite=False)
         if is_complete(url):
-            say(f"{url} is complete: {len(source.records)} frames, nothing to do")
+            say(f"{url} is complete: {len(dataset.records)} frames, nothing to do")
             continue
-        messages = build(url, corrupted, source, executor, skip_errors)
+        messages = build(url, corrupted, dataset, executor, skip_errors)
         failed |= {f"{url}, frame {i}": message for i, message in messages.items()}
-        say(f"{url}: {len(source.records)} frames, {len(messages)} failed")
+        say(f"{url}: {len(dataset.records)} frames, {len(messages)} failed")
     return failed
 
 
@@ -87,15 +86,14 @@ def _settings(store: TargetStore, split: str | None) -> tuple[TargetsConfig, lis
     if split not in splits:
         there = ", ".join(sorted(set(splits)))
         raise ValueError(f"{store.url} has no frames of {split}; choose with --split: {there}")
-    config = TargetsConfig.from_dict(store.attrs["config"])
+    config = TargetsConfig.of(store.attrs["config"])
     tokens = [store.token(i) for i, name in enumerate(splits) if name == split]
     # Frames are in table order: the first so many of all are the first so many of a split.
     limit = None if config.frames.limit is None else len(tokens)
     has_map = store.attrs["map_classes"] != []
-    config = replace(
-        config,
-        teacher=replace(config.teacher, name=NoTeacher.name),
-        labels=replace(config.labels, map="required" if has_map else "never"),
-        frames=replace(config.frames, splits=(split,), limit=limit),
+    config = config.with_(
+        teacher=config.teacher.with_(name=NoTeacher.name),
+        map=config.map.with_(mode="required" if has_map else "never"),
+        frames=config.frames.with_(splits=(split,), limit=limit),
     )
     return config, tokens

@@ -20,22 +20,28 @@ import math
 
 import numpy as np
 
-from occfeat_targets.store.schema import CAMERAS, SEVERITIES
+from occfeat_targets.store.schema import CORRUPTIONS, SEVERITIES
+
+CORRUPTED = tuple(f"{name}-{severity}" for name in CORRUPTIONS for severity in SEVERITIES)
+"""What ``images.corruption`` can be besides ``none``."""
 
 BGR_GREY = (0.114, 0.587, 0.299)
 """Weights of R, G, B in snow's grey: red's and blue's are swapped, since RoboBEV hands BGR images
 to a function for RGB ones, and the published set was made so."""
 
 
-def corrupt(image: np.ndarray, name: str, token: str, camera: str, seed: int) -> np.ndarray:
+def corrupt(
+    image: np.ndarray, name: str, token: str, camera: str, cameras: tuple[str, ...], seed: int
+) -> np.ndarray:
     """One camera's image, corrupted.
 
     Args:
         image: uint8 (H, W, 3), RGB, as the camera took it (1600x900): the sizes of blur and
             snowflakes are in its pixels.
-        name: corruption and severity, one of ``config.CORRUPTED``, such as ``fog-easy``.
+        name: corruption and severity, one of :data:`CORRUPTED`, such as ``fog-easy``.
         token: of the keyframe's sample.
-        camera: its channel, one of ``schema.CAMERAS``.
+        camera: its channel.
+        cameras: channels of the whole rig.
         seed: of the whole set.
 
     Returns:
@@ -47,21 +53,21 @@ def corrupt(image: np.ndarray, name: str, token: str, camera: str, seed: int) ->
     corruption, _, severity = name.partition("-")
     level = SEVERITIES.index(severity)
     if corruption == "camera_crash":
-        return np.zeros_like(image) if camera in crashed_cameras(level, seed) else image
+        return np.zeros_like(image) if camera in crashed_cameras(level, cameras, seed) else image
     function, settings = _TABLE[corruption]
     return function(image, _generator(seed, corruption, token, camera), *settings[level])
 
 
-def crashed_cameras(level: int, seed: int) -> tuple[str, ...]:
-    """CameraCrash: the cameras that are dead in the whole set, in the order of ``CAMERAS``.
+def crashed_cameras(level: int, cameras: tuple[str, ...], seed: int) -> tuple[str, ...]:
+    """CameraCrash: those of a rig's cameras that are dead in the whole set, in the rig's order.
 
     As in RoboBEV 2, 4 and 5 draws with replacement out of six, so that about 1.8, 3.1 and 3.6
     different cameras die. Ours are the first 2, 4 and 5 of one sequence: a harder set has the dead
     cameras of the easier one, and perhaps no others.
     """
-    draws = _generator(seed, "camera_crash").integers(len(CAMERAS), size=5)
+    draws = _generator(seed, "camera_crash").integers(len(cameras), size=5)
     dead = set(draws[: (2, 4, 5)[level]].tolist())
-    return tuple(camera for c, camera in enumerate(CAMERAS) if c in dead)
+    return tuple(camera for c, camera in enumerate(cameras) if c in dead)
 
 
 def _generator(seed: int, *what: str) -> np.random.Generator:

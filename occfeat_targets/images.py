@@ -7,8 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-_HOLE = bytes(512)
-"""Entropy-coded data never has this many zero bytes in a row; a lost disk block does."""
+from occfeat_targets.store.schema import JPEG_HOLE
 
 
 class ImageError(ValueError):
@@ -42,7 +41,7 @@ def decode_jpeg(path: Path, at_least_hw: tuple[int, int]) -> Image.Image:
     """
     try:
         content = path.read_bytes()
-        if _HOLE in content:  # decoders paint such damage grey and say nothing
+        if JPEG_HOLE in content:  # decoders paint such damage grey and say nothing
             raise ImageError(f"{path}: the JPEG has a hole of zero bytes in it")
         image = Image.open(io.BytesIO(content))
         image.draft("RGB", (at_least_hw[1], at_least_hw[0]))

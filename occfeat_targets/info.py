@@ -6,7 +6,9 @@ from collections import Counter
 
 import numpy as np
 
-from occfeat_targets.store.schema import FAILED, filesystem, find, open_store
+from occfeat_targets.store.files import filesystem, find
+from occfeat_targets.store.reader import open_store
+from occfeat_targets.store.schema import FAILED
 
 
 def summarise(url: str) -> dict:
@@ -72,7 +74,7 @@ def as_text(summary: dict) -> str:
         ("state", "complete" if summary["complete"] else "unfinished: run its build again"),
         ("frames", summary["frames"]),
         ("size", f"{summary['bytes'] / 1e6:.1f} MB in {summary['files']} files"),
-        ("source", " ".join(str(v) for k, v in summary["source"].items() if k != "devkit")),
+        ("source", " ".join(str(v) for k, v in summary["source"].items() if k != "reader")),
         ("teacher", f"{teacher.get('name')}  weights {weights}"),
     ]
     if weights == "none" and teacher["dim"] == 0:

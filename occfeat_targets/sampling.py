@@ -30,8 +30,8 @@ def see(
 
 
 def camera_bits(valid: np.ndarray) -> np.ndarray:
-    """Bit c of each voxel = camera c sees it; uint8 (V,) from bool (N, V), N <= 8."""
-    return np.packbits(valid, axis=0, bitorder="little")[0]
+    """Bit c of each voxel = camera c sees it; int64 (V,) from bool (N, V)."""
+    return (valid.astype(np.int64) << np.arange(len(valid))[:, None]).sum(axis=0)
 
 
 def sample_mean(features: torch.Tensor, position: np.ndarray, valid: np.ndarray) -> np.ndarray:

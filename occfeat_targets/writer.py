@@ -2,7 +2,8 @@
 
 While a store is being built it holds ``build/blocks/00042.json`` for every finished block, written
 after the block's arrays: a chunk's existence proves nothing, since Zarr drops empty ones. The
-client alone writes the small per-frame arrays and sets ``complete``, last of all.
+client alone writes the small per-frame arrays, sets ``complete``, and last of all writes the
+checksums of all objects.
 """
 
 from __future__ import annotations
@@ -18,18 +19,22 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from occfeat_common.settings import differences
 from occfeat_targets import __version__
 from occfeat_targets.config import TargetsConfig
-from occfeat_targets.frame_targets import frame_targets
-from occfeat_targets.geometry import scale_intrinsics
-from occfeat_targets.records import FrameError, FrameRecord, Source
-from occfeat_targets.store import schema
-from occfeat_targets.store.schema import StoreError
-from occfeat_targets.teacher import Teacher, TeacherError, describe, shared_teacher
+from occfeat_targets.frame import SHARED, frame_targets, layout_of, make_outputs, stored_outputs
+from occfeat_targets.outputs.base import Output
+from occfeat_targets.outputs.points import point_step_m
+from occfeat_targets.sources.base import Dataset, FrameError, FrameRecord
+from occfeat_targets.store import checksums, files, schema
+from occfeat_targets.store.checksums import RecordingStore
+from occfeat_targets.store.files import StoreError
+from occfeat_targets.store.reader import SEAL, seal
+from occfeat_targets.store.schema import ArraySpec
+from occfeat_targets.store.settings import differences
+from occfeat_targets.teachers import shared_teacher
+from occfeat_targets.teachers.base import Teacher, TeacherError, describe
 
 _MARKERS = "build/blocks"
-_PER_FRAME_RESULTS = ("n_voxels", "n_points", "n_vehicles", "image_offset")
 
 
 @dataclass(frozen=True)
@@ -57,17 +62,17 @@ class BlockResult:
     """Frame index to message; without ``skip_errors`` the block was not written then."""
 
 
-def begin(url: str, config: TargetsConfig, source: Source, overwrite: bool) -> None:
+def begin(url: str, config: TargetsConfig, dataset: Dataset, overwrite: bool) -> None:
     """Create the root group, or check that the one there is this very build's.
 
     Raises:
         StoreError: the place is not writable, holds something else, or was begun with other
             settings (all differences listed).
     """
-    fs, path = schema.filesystem(url)
+    fs, path = files.filesystem(url)
     trash = f"{path}.deleting"
-    wanted = _root_attributes(config, source)
-    _require_hex_tokens(source)
+    wanted = _root_attributes(config, dataset)
+    _require_hex_tokens(dataset)
     try:
         if fs.exists(trash):  # an earlier --overwrite was killed half-way
             fs.rm(trash, recursive=True)
@@ -78,15 +83,15 @@ def begin(url: str, config: TargetsConfig, source: Source, overwrite: bool) -> N
             fs.rm(trash, recursive=True)
             existing = None
         if existing is None:
-            zarr.create_group(schema.zarr_store(url, read_only=False), attributes=wanted)
+            zarr.create_group(files.zarr_store(url, read_only=False), attributes=wanted)
             return
     except OSError as error:
         raise StoreError(f"cannot write {url}: {error.strerror or error}") from error
     _refuse_other(url, existing, wanted)
 
 
-def _require_hex_tokens(source: Source) -> None:
-    for record in source.records:
+def _require_hex_tokens(dataset: Dataset) -> None:
+    for record in dataset.records:
         try:
             complete = len(bytes.fromhex(record.token)) == 16
         except ValueError:
@@ -101,7 +106,7 @@ def _refuse_other(url: str, existing: dict, wanted: dict) -> None:
             f"{url} has format version {existing.get('format_version')}, this program writes "
             f"{schema.FORMAT_VERSION}: choose another store or --overwrite"
         )
-    identity = ("config", "source", "teacher", "scenes", "splits", "map_classes", "records_sha256")
+    identity = ("config", "source", "teacher", "scenes", "splits", *SHARED, "records_sha256")
     changed = differences(
         {key: existing[key] for key in identity if key in existing and key in wanted},
         {key: wanted[key] for key in identity if key in existing and key in wanted},
@@ -120,16 +125,23 @@ def set_teacher(url: str, config: TargetsConfig, teacher: dict) -> None:
     Raises:
         StoreError: the store was begun with another teacher.
     """
-    group = zarr.open_group(schema.zarr_store(url, read_only=False), mode="r+")
+    group = files.open_group(url, "r+")
     attrs = dict(group.attrs)
     if "teacher" in attrs:
         _refuse_other(url, attrs, attrs | {"teacher": teacher})
         if attrs["complete"]:  # frames that failed are about to be written again
+            if checksums.NAME in group:
+                del group[checksums.NAME]
             group.attrs["complete"] = False
         return
-    specs = schema.array_specs(config.to_dict(), teacher["dim"], attrs["map_classes"] != [])
+    specs = _specs(make_outputs(config, layout_of(config, attrs, teacher["dim"])))
     schema.create_arrays(group, specs, attrs["n_frames"], config.block_frames)
-    group.attrs["teacher"] = teacher  # last: a store that names its teacher has its arrays
+    # Last: a store that names its teacher has its arrays.
+    group.attrs.update({"arrays": [spec.name for spec in specs], "teacher": teacher})
+
+
+def _specs(outputs: Sequence[Output]) -> list[ArraySpec]:
+    return [spec for output in outputs for spec in output.specs()]
 
 
 def describe_teacher(config: TargetsConfig) -> dict:
@@ -138,9 +150,12 @@ def describe_teacher(config: TargetsConfig) -> dict:
 
 
 def is_complete(url: str) -> bool:
-    """Whether the store is finished and no frame of it failed."""
+    """Whether the store is finished, checksums and all, and no frame of it failed."""
     attrs = _existing_attributes(url) or {}
-    return bool(attrs.get("complete")) and not attrs.get("failed")
+    if not attrs.get("complete") or attrs.get("failed"):
+        return False
+    fs, path = files.filesystem(url)
+    return fs.exists(f"{path}/{checksums.DATA}")
 
 
 def plan(
@@ -175,14 +190,15 @@ def write_block(job: BlockJob) -> BlockResult:
     mine = differences(job.teacher, describe(teacher, job.config.teacher))
     if mine:
         raise TeacherError(f"this worker's teacher differs from the store's: {'; '.join(mine)}")
-    frames, failed = _compute(job, teacher)
+    outputs = stored_outputs(dict(_open(job)[0].attrs))[1]
+    frames, failed = _compute(job, outputs, teacher)
     if failed and not job.skip_errors:
         return BlockResult(job.index, len(job.records), failed)
     try:
-        group = _group_of(job)
-        _write_arrays(group, job, frames)
-        _group_of(job)
-        _write_marker(job, frames, failed)
+        group, recorder = _open(job)
+        _write_arrays(group, job, _specs(outputs), frames)
+        _open(job)
+        _write_marker(job, _specs(outputs), frames, failed, recorder.written)
     except OSError as error:
         raise StoreError(
             f"cannot write {job.url}: {error.strerror or error}; what is finished is kept, run the "
@@ -191,20 +207,23 @@ def write_block(job: BlockJob) -> BlockResult:
     return BlockResult(job.index, len(job.records), failed)
 
 
-def _group_of(job: BlockJob) -> zarr.Group:
+def _open(job: BlockJob) -> tuple[zarr.Group, RecordingStore]:
     """The job's store, if it still is: a task can outlive its client and meet a newer store."""
-    group = zarr.open_group(schema.zarr_store(job.url, read_only=False), mode="r+")
-    if group.attrs["config"] != job.config.to_dict() or group.attrs["teacher"] != job.teacher:
+    recorder = RecordingStore(files.zarr_store(job.url, read_only=False))
+    group = zarr.open_group(recorder, mode="r+", zarr_format=3)
+    if group.attrs["config"] != job.config.plain() or group.attrs["teacher"] != job.teacher:
         raise StoreError(f"{job.url} was replaced by a store with other settings meanwhile")
-    return group
+    return group, recorder
 
 
-def _compute(job: BlockJob, teacher: Teacher) -> tuple[list[dict], dict[int, str]]:
+def _compute(
+    job: BlockJob, outputs: Sequence[Output], teacher: Teacher
+) -> tuple[list[dict], dict[int, str]]:
     frames: list[dict[str, np.ndarray]] = []
     failed: dict[int, str] = {}
     for i, record in enumerate(job.records, job.start):
         try:
-            frames.append(frame_targets(record, job.config, teacher))
+            frames.append(frame_targets(record, job.config, outputs, teacher))
         except FrameError as error:
             failed[i] = str(error)
             frames.append({})
@@ -213,15 +232,15 @@ def _compute(job: BlockJob, teacher: Teacher) -> tuple[list[dict], dict[int, str
     return frames, failed
 
 
-def _write_arrays(group: zarr.Group, job: BlockJob, frames: list[dict]) -> None:
+def _write_arrays(
+    group: zarr.Group, job: BlockJob, specs: Sequence[ArraySpec], frames: list[dict]
+) -> None:
     """Each array's shard of this block in one write; the tail that no frame uses stays fill."""
-    attrs = group.attrs
-    specs = schema.array_specs(attrs["config"], attrs["teacher"]["dim"], attrs["map_classes"] != [])
     for spec in specs:
         if spec.chunk is None:
             continue
         longest = max((len(frame[spec.name]) for frame in frames if frame), default=0)
-        rows = min(spec.shape[0], spec.chunk[0] * math.ceil(longest / spec.chunk[0]))
+        rows = min(spec.shape[0], spec.chunk * math.ceil(longest / spec.chunk))
         buffer = np.full((len(frames), rows, *spec.shape[1:]), spec.fill, dtype=spec.dtype)
         for row, frame in zip(buffer, frames, strict=True):
             if frame:
@@ -229,24 +248,34 @@ def _write_arrays(group: zarr.Group, job: BlockJob, frames: list[dict]) -> None:
         group[spec.name][job.start : job.start + len(frames), :rows] = buffer
 
 
-def _write_marker(job: BlockJob, frames: list[dict], failed: dict[int, str]) -> None:
+def _write_marker(
+    job: BlockJob,
+    specs: Sequence[ArraySpec],
+    frames: list[dict],
+    failed: dict[int, str],
+    written: dict[str, checksums.Checksum],
+) -> None:
+    counted = {spec.rows: spec.name for spec in specs if spec.rows}
+
+    def small(frame: dict[str, np.ndarray]) -> dict:
+        """What the small arrays hold of a frame; counts that no output gave are lengths."""
+        counts = {rows: len(frame[name]) for rows, name in counted.items() if rows not in frame}
+        given = {s.name for s in specs if s.chunk is None} & frame.keys()
+        return counts | {name: np.asarray(frame[name]).tolist() for name in sorted(given)}
+
     done = {
-        "n_voxels": [len(f["voxel_index"]) if f else schema.FAILED for f in frames],
-        "n_points": [len(f["points"]) if f else 0 for f in frames],
-        "n_vehicles": [len(f["vehicle_boxes"]) if f else 0 for f in frames],
-        "image_offset": [
-            f["image_offset"].tolist() if f else [0] * (len(schema.CAMERAS) + 1) for f in frames
-        ],
+        "frames": [small(frame) if frame else None for frame in frames],
         "failed": {str(i): message for i, message in failed.items()},
+        "objects": written,
     }
-    fs, path = schema.filesystem(job.url)
+    fs, path = files.filesystem(job.url)
     target = f"{path}/{_MARKERS}/{job.index:05d}.json"
     fs.makedirs(f"{path}/{_MARKERS}", exist_ok=True)
     fs.pipe_file(f"{target}.partial", json.dumps(done).encode())
     fs.mv(f"{target}.partial", target)  # a rename on a local disk: all or nothing
 
 
-def finalise(url: str, config: TargetsConfig, source: Source) -> dict[int, str]:
+def finalise(url: str, config: TargetsConfig, dataset: Dataset) -> dict[int, str]:
     """All blocks are there: write the per-frame arrays, mark the store complete, tidy up.
 
     Returns:
@@ -257,81 +286,70 @@ def finalise(url: str, config: TargetsConfig, source: Source) -> dict[int, str]:
         StoreError: blocks are missing.
     """
     markers = _read_markers(url)
-    n_blocks = math.ceil(len(source.records) / config.block_frames)
+    n_blocks = math.ceil(len(dataset.records) / config.block_frames)
     missing = sorted(set(range(n_blocks)) - markers.keys())
     if missing:
         raise StoreError(f"{url}: {len(missing)} of {n_blocks} blocks are not done: {missing[:10]}")
     ordered = [markers[index] for index in range(n_blocks)]
     failed = {int(i): text for marker in ordered for i, text in marker["failed"].items()}
-    group = zarr.open_group(schema.zarr_store(url, read_only=False), mode="r+")
-    results = {
-        name: np.concatenate([np.asarray(m[name]) for m in ordered]) for name in _PER_FRAME_RESULTS
-    }
-    for name, values in (results | _record_arrays(config, source)).items():
-        group[name][:] = values
-    group.attrs.update({"failed": {str(i): text for i, text in failed.items()}, "complete": True})
+    group = files.open_group(url, "r+")
+    _write_small(group, dataset, [frame for marker in ordered for frame in marker["frames"]])
+    attrs = {"failed": {str(i): text for i, text in failed.items()}, "complete": True}
+    group.attrs.update(attrs | {SEAL: seal({**group.attrs, **attrs})})
+    written = {key: tuple(sums) for m in ordered for key, sums in m["objects"].items()}
+    checksums.write_checksums(url, group, written, without=() if failed else (_MARKERS,))
     sweep_litter(url)
     return failed
 
 
+def _write_small(group: zarr.Group, dataset: Dataset, frames: list[dict | None]) -> None:
+    """The per-frame arrays: from the tables, and what the markers say of each frame."""
+    outputs = stored_outputs(dict(group.attrs))[1]
+    of_records = {name: v for output in outputs for name, v in output.of_records(dataset).items()}
+    for spec in _specs(outputs):
+        if spec.chunk is None:
+            failed = np.full(spec.shape, schema.FAILED if spec.name == "n_voxels" else 0).tolist()
+            values = of_records.get(spec.name)
+            if values is None:
+                values = np.array([f[spec.name] if f else failed for f in frames])
+            group[spec.name][:] = values
+
+
 def sweep_litter(url: str) -> None:
     """Delete the ``*.partial`` files of killed writers, and the markers of a finished build."""
-    fs, path = schema.filesystem(url)
-    for file in schema.find(url):
+    fs, path = files.filesystem(url)
+    for file in files.find(url):
         if file.endswith(".partial"):
             fs.rm(file)
     if is_complete(url) and fs.exists(f"{path}/build"):
         fs.rm(f"{path}/build", recursive=True)
 
 
-def _record_arrays(config: TargetsConfig, source: Source) -> dict[str, np.ndarray]:
-    """The per-frame arrays that come from the records alone; float64 poses rounded here, last."""
-    records = source.records
-    stored_K = [
-        [scale_intrinsics(K, hw, config.images.size) for K, hw in zip(r.K, r.image_hw, strict=True)]
-        for r in records
-    ]
-    tokens = b"".join(bytes.fromhex(r.token) for r in records)
-    return {
-        "token": np.frombuffer(tokens, dtype=np.uint8).reshape(len(records), 16),
-        "scene": np.array([source.scenes.index(r.scene) for r in records]),
-        "split": np.array([source.splits.index(r.split) for r in records]),
-        "timestamp_us": np.array([r.timestamp_us for r in records]),
-        "K": np.array(stored_K),
-        "cam_T_ego": np.stack([r.cam_T_ego for r in records]),
-        "ego_T_lidar": np.stack([r.ego_T_sweep[0] for r in records]),
-        "global_T_ego": np.stack([r.global_T_ego for r in records]),
-    }
-
-
-def _root_attributes(config: TargetsConfig, source: Source) -> dict:
+def _root_attributes(config: TargetsConfig, dataset: Dataset) -> dict:
     packages = ("numpy", "Pillow", "torch", "transformers", "zarr")
     return {
         "format": schema.FORMAT,
         "format_version": schema.FORMAT_VERSION,
         "complete": False,
-        "n_frames": len(source.records),
-        "records_sha256": _records_sha256(source),
+        "n_frames": len(dataset.records),
+        "records_sha256": _records_sha256(dataset),
         "grid": config.grid.to_dict(),
-        "config": config.to_dict(),
-        "cameras": list(schema.CAMERAS),
-        "scenes": list(source.scenes),
-        "splits": list(source.splits),
-        "map_classes": list(schema.MAP_CLASSES) if source.has_map else [],
-        "point_step_m": schema.point_step_m(config.grid),
+        "config": config.plain(),
+        **{key: list(getattr(dataset, key)) for key in ("scenes", "splits", *SHARED)},
+        "point_step_m": point_step_m(config.grid),
         "source": {
-            "dataset": source.dataset,
-            "version": source.version,
-            "devkit": source.reader,
+            "dataset": dataset.name,
+            "version": dataset.version,
+            "reader": dataset.reader,
         },
         "software": {"occfeat": __version__} | {p: metadata.version(p) for p in packages},
     }
 
 
-def _records_sha256(source: Source) -> str:
+def _records_sha256(dataset: Dataset) -> str:
     """Fingerprint of what the dataset's tables say of the frames: changed tables are noticed."""
     digest = hashlib.sha256()
-    for r in source.records:
+    for r in dataset.records:
         digest.update(f"{r.token} {r.scene} {r.split} {r.timestamp_us} {r.boxes.category}".encode())
         for values in (r.K, r.cam_T_ego, r.ego_T_sweep, r.global_T_ego, r.boxes.box):
             digest.update(values.tobytes())
@@ -345,12 +363,12 @@ def _existing_attributes(url: str) -> dict | None:
     Raises:
         StoreError: something else is there; it is left alone.
     """
-    fs, path = schema.filesystem(url)
+    fs, path = files.filesystem(url)
     found = fs.ls(path, detail=False) if fs.exists(path) else []
     if all(name.endswith(".partial") for name in found):  # nothing, or a begin that was killed
         return None
     try:
-        attrs = dict(zarr.open_group(schema.zarr_store(url, read_only=True), mode="r").attrs)
+        attrs = dict(files.open_group(url, "r").attrs)
     except (FileNotFoundError, ValueError, KeyError):
         attrs = {}
     if attrs.get("format") != schema.FORMAT:
@@ -359,6 +377,6 @@ def _existing_attributes(url: str) -> dict | None:
 
 
 def _read_markers(url: str) -> dict[int, dict]:
-    fs = schema.filesystem(url)[0]
-    files = (Path(file) for file in schema.find(url, _MARKERS) if file.endswith(".json"))
-    return {int(file.stem): json.loads(fs.cat_file(str(file))) for file in files}
+    fs = files.filesystem(url)[0]
+    found = (Path(file) for file in files.find(url, _MARKERS) if file.endswith(".json"))
+    return {int(file.stem): json.loads(fs.cat_file(str(file))) for file in found}

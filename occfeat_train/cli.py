@@ -97,7 +97,7 @@ def pretrain(
     Ctrl-C saves and stops; --resume goes on, also after a crash.
     """
     with _session() as (process, say):
-        from occfeat_targets.store.schema import absolute
+        from occfeat_targets.store.files import absolute
         from occfeat_train.runs import resolve
         from occfeat_train.runs.job import Job
 
@@ -162,7 +162,7 @@ def finetune(
     Epochs, batch and learning rate follow the paper for the share, unless set.
     """
     with _session() as (process, say):
-        from occfeat_targets.store.schema import absolute
+        from occfeat_targets.store.files import absolute
         from occfeat_train.runs import resolve
         from occfeat_train.runs.job import Job
 
@@ -219,7 +219,7 @@ def evaluate(
     that remains: RR, and mRR over the corruptions. Written to corrupted.json in the run.
     """
     with _session() as (process, say):
-        from occfeat_targets.store.schema import absolute
+        from occfeat_targets.store.files import absolute
         from occfeat_train import robustness
         from occfeat_train.evaluate import evaluate as evaluate_run
         from occfeat_train.evaluate import table
@@ -296,7 +296,7 @@ def view(store: str | None, run: Path | None, frame: int | None, out: Path) -> N
     Seen from above. What is drawn is up to what the network learned.
     """
     with _session() as (process, say):
-        from occfeat_targets.store.schema import absolute
+        from occfeat_targets.store.files import absolute
         from occfeat_train.runs import resolve
         from occfeat_train.runs.job import Job
         from occfeat_train.runs.run import Run
@@ -320,7 +320,7 @@ def _train(
     job: Job, directory: Path, resume: bool, process: Process, say: Callable[[str], None]
 ) -> None:
     """Train, and say how it went."""
-    from occfeat_targets.store.schema import open_store
+    from occfeat_targets.store.reader import open_store
     from occfeat_train.distributed import from_main
     from occfeat_train.runs.run import Run, check_same_store
     from occfeat_train.train import train
@@ -347,7 +347,7 @@ def _train(
 @contextmanager
 def _session() -> Iterator[tuple[Process, Callable[[str], None]]]:
     """Join the process group; the main process speaks; known errors become one clear sentence."""
-    from occfeat_targets.store.schema import StoreError
+    from occfeat_targets.store.files import StoreError
     from occfeat_targets.store.settings import ConfigError
     from occfeat_train.distributed import process_group
     from occfeat_train.models.encoder_weights import WeightsError

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from occfeat_targets.store.schema import open_store
+from occfeat_targets.store.reader import open_store
 from occfeat_train.augment import NO_AUGMENT, draw, network_inputs
 from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.data.order import EvalSampler, select_frames, split_names

@@ -10,15 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from occfeat_targets.store.schema import (
-    CORRUPTIONS,
-    SEVERITIES,
-    StoreError,
-    TargetStore,
-    absolute,
-    filesystem,
-    open_store,
-)
+from occfeat_targets.store.files import StoreError, absolute, filesystem
+from occfeat_targets.store.reader import TargetStore, open_store
+from occfeat_targets.store.schema import CORRUPTIONS, SEVERITIES
 from occfeat_targets.store.settings import differences
 from occfeat_train.data.order import select_frames, split_names
 from occfeat_train.distributed import Process

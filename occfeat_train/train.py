@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from occfeat_targets.store.schema import open_store
+from occfeat_targets.store.reader import open_store
 from occfeat_train.augment import draw, network_inputs
 from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.data.order import ShardSampler, select_frames, split_names

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_targets.store.schema import StoreError, open_store
+from occfeat_targets.store.reader import open_store
 from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.data.order import select_frames, split_names
 from occfeat_train.evaluate import predict

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from occfeat_common.settings import ConfigError, from_plain, override, read_yaml, to_plain
 from occfeat_pipelines.recipes import HERE, Preset, Recipe, store_settings
-from occfeat_targets.store.schema import TargetStore, absolute, open_store
+from occfeat_targets.store.files import absolute
+from occfeat_targets.store.reader import TargetStore, open_store
 from occfeat_train.choices import HOW
 from occfeat_train.config import TrainConfig
 from occfeat_train.models.encoder_weights import names_file

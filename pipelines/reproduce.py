@@ -35,7 +35,7 @@ from occfeat_pipelines import report
 from occfeat_pipelines.experiments import Experiment, Planner, Training, require_weights
 from occfeat_pipelines.recipes import HERE, TABLES, Recipe, load_preset, load_recipes
 from occfeat_pipelines.report import Cell
-from occfeat_targets.store.schema import StoreError, absolute
+from occfeat_targets.store.files import StoreError, absolute
 from occfeat_train.config import TASKS
 from occfeat_train.robustness import headline
 from occfeat_train.runs import RunError

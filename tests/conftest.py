@@ -9,11 +9,11 @@ from tiny_store import make_tiny_store
 
 from occfeat_targets.build import build, prepare
 from occfeat_targets.cluster import InProcess
-from occfeat_targets.config import load_config
+from occfeat_targets.config import TargetsConfig
 from occfeat_targets.demo_world import make_demo_world
 
 TESTS = Path(__file__).parent
-FAST = ["teacher.name=teachers:PatchMeans", "block_frames=2", "labels.map=required"]
+FAST = ["teacher.name=teachers:PatchMeans", "block_frames=2", "map.mode=required"]
 
 
 @pytest.fixture(scope="session")
@@ -32,9 +32,9 @@ def dataroot(demo_root, tmp_path):
 
 def build_store(dataroot, store, *overrides, skip_errors=False, overwrite=False):
     """Build in this process with the fast teacher; returns the failed frames."""
-    config = load_config(None, [*FAST, *overrides])
-    source = prepare(Path(dataroot), str(store), None, config, overwrite)
-    return build(str(store), config, source, InProcess(), skip_errors)
+    config = TargetsConfig.load(None, [*FAST, *overrides])
+    dataset = prepare(Path(dataroot), str(store), None, config, overwrite)
+    return build(str(store), config, dataset, InProcess(), skip_errors)
 
 
 @pytest.fixture(scope="session")

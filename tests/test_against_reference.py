@@ -13,9 +13,9 @@ import reference
 import torch
 from PIL import Image
 
-from occfeat_targets.config import load_config
+from occfeat_targets.config import TargetsConfig
 from occfeat_targets.frame_targets import frame_targets, read_lidar
-from occfeat_targets.nuscenes_source import load_source
+from occfeat_targets.build import read_dataset
 from occfeat_targets.store.schema import dequantise
 
 DIM = 12
@@ -66,8 +66,8 @@ class Analytic:
 
 @cache
 def read(dataroot, overrides, sweeps):
-    config = load_config(None, ["labels.map=never", f"lidar.sweeps={sweeps}", *overrides])
-    return config, load_source(dataroot, None, config).records
+    config = TargetsConfig.load(None, ["map.mode=never", f"lidar.sweeps={sweeps}", *overrides])
+    return config, read_dataset(dataroot, None, config).records
 
 
 @cache

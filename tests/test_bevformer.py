@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from occfeat_common.settings import ConfigError
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_targets.store.schema import open_store
+from occfeat_targets.store.reader import open_store
 from occfeat_train.augment import draw, network_inputs
 from occfeat_train.config import NO_AUGMENT, ModelConfig, TrainConfig
 from occfeat_train.data import FrameDataset, collate

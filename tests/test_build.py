@@ -11,10 +11,10 @@ import zarr
 from conftest import FAST, build_store, tree_bytes
 from PIL import Image
 
-from occfeat_common.settings import ConfigError
+from occfeat_targets.store.settings import ConfigError
 from occfeat_targets import writer
 from occfeat_targets.build import BuildStopped, prepare
-from occfeat_targets.config import load_config
+from occfeat_targets.config import TargetsConfig
 from occfeat_targets.nuscenes_source import SourceError, find_version
 from occfeat_targets.store.schema import StoreError, open_store, zarr_store
 from occfeat_targets.teacher import TeacherError
@@ -137,7 +137,7 @@ def test_changed_tables_refuse_to_continue(dataroot, tmp_path, monkeypatch, tabl
 
 def test_a_task_that_outlives_its_client_leaves_a_newer_store_alone(demo_root, tmp_path):
     store = tmp_path / "targets.zarr"
-    config = load_config(None, [*FAST, "images.quality=60"])
+    config = TargetsConfig.load(None, [*FAST, "images.quality=60"])
     source = prepare(demo_root, str(store), None, config, overwrite=False)
     teacher = writer.describe_teacher(config)
     writer.set_teacher(str(store), config, teacher)
@@ -293,9 +293,9 @@ def test_broken_tables_are_named(dataroot, tmp_path):
 
 def test_missing_map_expansion_is_refused_when_required(dataroot, tmp_path):
     shutil.rmtree(dataroot / "maps" / "expansion")
-    with pytest.raises(SourceError, match="missing map expansion: .*labels.map=never"):
+    with pytest.raises(SourceError, match="missing map expansion: .*map.mode=never"):
         build_store(dataroot, tmp_path / "targets.zarr")
-    build_store(dataroot, tmp_path / "targets.zarr", "labels.map=auto", "frames.limit=1")
+    build_store(dataroot, tmp_path / "targets.zarr", "map.mode=auto", "frames.limit=1")
     assert "map" not in open_store(tmp_path / "targets.zarr").frame(0)
 
 
@@ -395,7 +395,7 @@ def test_skip_finishes_the_others_and_can_be_mended_later(dataroot, demo_store, 
     ("override", "message"),
     [
         ("lidar.max_points=2000", "holds 3[0-9]+ lidar returns: raise lidar.max_points"),
-        ("labels.max_vehicles=1", "vehicles: raise labels.max_vehicles"),
+        ("boxes.max_boxes=1", "vehicles: raise boxes.max_boxes"),
     ],
 )
 def test_no_room_is_an_error_before_any_work_never_a_cut(demo_root, tmp_path, override, message):

@@ -12,7 +12,7 @@ from conftest import FAST, TESTS, tree_bytes
 
 from occfeat_targets.build import BuildStopped, build, prepare
 from occfeat_targets.cluster import ClusterError, choose, executor
-from occfeat_targets.config import load_config
+from occfeat_targets.config import TargetsConfig
 from occfeat_targets.store.schema import open_store
 
 GB = 1_000_000_000
@@ -25,7 +25,7 @@ def _square(x):
 
 
 def _build(dataroot, store, *overrides, **where):
-    config = load_config(None, [*FAST, "block_frames=1", *overrides])
+    config = TargetsConfig.load(None, [*FAST, "block_frames=1", *overrides])
     source = prepare(dataroot, str(store), None, config, overwrite=False)
     with executor(**where) as chosen:
         build(str(store), config, source, chosen)
@@ -161,7 +161,7 @@ def test_a_killed_worker_is_survived(demo_root, reference, tmp_path):
 
 
 def test_a_task_that_always_kills_its_worker_is_named(demo_root, tmp_path):
-    config = load_config(None, [*FAST, "teacher.name=teachers:Suicidal"])
+    config = TargetsConfig.load(None, [*FAST, "teacher.name=teachers:Suicidal"])
     store = str(tmp_path / "targets.zarr")
     source = prepare(demo_root, store, None, config, overwrite=False)
     with (
@@ -172,7 +172,7 @@ def test_a_task_that_always_kills_its_worker_is_named(demo_root, tmp_path):
 
 
 def test_workers_that_die_while_loading_the_teacher_end_the_build(demo_root, tmp_path):
-    config = load_config(None, [*FAST, "teacher.name=teachers:DiesLoading"])
+    config = TargetsConfig.load(None, [*FAST, "teacher.name=teachers:DiesLoading"])
     store = str(tmp_path / "targets.zarr")
     source = prepare(demo_root, store, None, config, overwrite=False)
     with executor(workers=2) as cluster, pytest.raises(ClusterError, match="worker died"):

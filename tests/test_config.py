@@ -1,21 +1,21 @@
 import pytest
 import yaml
 
-from occfeat_common.settings import ConfigError, differences
-from occfeat_targets.config import TargetsConfig, load_config
+from occfeat_targets.store.settings import ConfigError, differences
+from occfeat_targets.config import TargetsConfig
 
 
 def test_nuscenes_preset_shows_every_setting_at_its_default(pytestconfig):
     preset = pytestconfig.rootpath / "pipelines" / "nuscenes.yaml"
-    assert load_config(preset) == TargetsConfig()
-    assert yaml.safe_load(preset.read_text()).keys() == TargetsConfig().to_dict().keys()
+    assert TargetsConfig.load(preset) == TargetsConfig()
+    assert yaml.safe_load(preset.read_text()).keys() == TargetsConfig().plain().keys()
 
 
 def test_round_trip_through_plain_values():
-    config = load_config(None, ["grid.z=[-5, 5, 16]", "lidar.sweeps=3", "frames.scenes=[a, b]"])
+    config = TargetsConfig.load(None, ["grid.z=[-5, 5, 16]", "lidar.sweeps=3", "frames.scenes=[a, b]"])
     assert config.grid.z == (-5.0, 5.0, 16)
     assert config.frames.scenes == ("a", "b")
-    assert TargetsConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+    assert TargetsConfig.of(yaml.safe_load(yaml.safe_dump(config.plain()))) == config
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_round_trip_through_plain_values():
         ("teacher.input_size=[252]", "teacher.input_size must have 2 entries"),
         ("teacher.precision=fp8", "teacher.precision must be one of"),
         ("images.quality=101", "images.quality must be 1 to 100"),
-        ("labels.map=maybe", "labels.map must be one of"),
+        ("map.mode=maybe", "labels.map must be one of"),
         ("frames.limit=0", "frames.limit must be >= 1"),
         ("block_frames=0", "block_frames must be >= 1"),
         ("grid.x=[50, -50, 200]", "grid.x needs finite bounds lo < hi"),
@@ -44,12 +44,12 @@ def test_round_trip_through_plain_values():
 )
 def test_mistakes_are_named(override, message):
     with pytest.raises(ConfigError) as error:
-        load_config(None, [override])
+        TargetsConfig.load(None, [override])
     assert message in str(error.value)
 
 
 def test_differences_name_every_leaf():
-    a = TargetsConfig().to_dict()
-    b = load_config(None, ["lidar.sweeps=3", "block_frames=8"]).to_dict()
+    a = TargetsConfig().plain()
+    b = TargetsConfig.load(None, ["lidar.sweeps=3", "block_frames=8"]).plain()
     assert differences(a, b) == ["block_frames: 32 -> 8", "lidar.sweeps: 1 -> 3"]
     assert differences(a, a) == []

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from conftest import build_store, tree_bytes
 from PIL import Image
 
-from occfeat_common.settings import ConfigError
+from occfeat_targets.store.settings import ConfigError
 from occfeat_targets import corruptions
 from occfeat_targets.cli import main
 from occfeat_targets.config import CORRUPTED, load_config
@@ -187,13 +187,13 @@ def test_as_many_cameras_crash_as_in_robobev():
 @pytest.mark.parametrize("wrong", ["fog", "fog-4", "rain-easy", "camera_crash", "easy", ""])
 def test_wrong_names_are_refused(wrong):
     with pytest.raises(ConfigError, match="images.corruption must be none or one of camera_crash"):
-        load_config(None, [f"images.corruption='{wrong}'"])
+        TargetsConfig.load(None, [f"images.corruption='{wrong}'"])
 
 
 def test_a_near_miss_is_named():
     with pytest.raises(ConfigError, match="did you mean motion_blur-mid"):
-        load_config(None, ["images.corruption=motion-blur-mid"])
-    assert load_config(None, ["images.corruption=snow-hard"]).images.corruption == "snow-hard"
+        TargetsConfig.load(None, ["images.corruption=motion-blur-mid"])
+    assert TargetsConfig.load(None, ["images.corruption=snow-hard"]).images.corruption == "snow-hard"
 
 
 def test_a_corrupted_store_differs_in_its_images_alone(demo_root, demo_store, tmp_path):
@@ -291,7 +291,7 @@ def test_corrupt_builds_the_validation_split_and_continues(demo_root, demo_store
 def test_corrupt_follows_a_limited_store(demo_root, tmp_path):
     """A limit counts frames of all splits; the corrupted store has those of one."""
     clean, out = tmp_path / "clean.zarr", tmp_path / "out"
-    build_store(demo_root, clean, "teacher.name=none", "frames.limit=3", "labels.map=never")
+    build_store(demo_root, clean, "teacher.name=none", "frames.limit=3", "map.mode=never")
     _corrupt(demo_root, clean, out, "--only", "color_quant-hard")
     store = open_store(out / "color_quant-hard.zarr")
     assert len(store) == 1

@@ -18,7 +18,8 @@ import torch
 import zarr
 from PIL import Image
 
-from occfeat_targets.store.schema import StoreError, open_store, zarr_store
+from occfeat_targets.store.files import StoreError, zarr_store
+from occfeat_targets.store.reader import open_store
 from occfeat_train.data import (
     EvalSampler,
     FrameDataset,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from train_runs import COMPARABLE, SMALL
 
 from occfeat_common.settings import load_settings
-from occfeat_targets.store.schema import open_store
+from occfeat_targets.store.reader import open_store
 from occfeat_train.config import TrainConfig
 from occfeat_train.data import FrameDataset, collate
 from occfeat_train.jobs import Job, build_network

@@ -19,7 +19,8 @@ from train_runs import COMPARABLE, assert_same_state, final_state, log_of, optio
 
 from occfeat_common.settings import ConfigError, load_settings
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_targets.store.schema import StoreError, open_store
+from occfeat_targets.store.files import StoreError
+from occfeat_targets.store.reader import open_store
 from occfeat_train.cli import main
 from occfeat_train.config import ModelConfig, PretrainConfig, TrainConfig
 from occfeat_train.data import FrameDataset, collate

@@ -8,7 +8,7 @@ import pytest
 import reference
 from pyquaternion import Quaternion
 
-from occfeat_targets.config import load_config
+from occfeat_targets.config import TargetsConfig
 from occfeat_targets.frame_targets import bev_labels
 from occfeat_targets.labels import (
     draw_line,
@@ -18,9 +18,9 @@ from occfeat_targets.labels import (
     vehicle_boxes,
     vehicle_masks,
 )
-from occfeat_targets.map_layers import MapLayers, Shapes
-from occfeat_targets.nuscenes_source import load_source
-from occfeat_targets.records import Boxes
+from occfeat_targets.sources.nuscenes_map import MapLayers, Shapes
+from occfeat_targets.build import read_dataset
+from occfeat_targets.sources.base import Boxes
 from occfeat_targets.store.grid import VoxelGrid
 
 # Unequal axes of odd cell sizes, not centred on the car.
@@ -99,8 +99,8 @@ UNEVEN = ("grid.x=[-40,48,110]", "grid.y=[-32,30,93]")
 
 
 def assert_vehicle_masks_are_the_loops(dataroot, number, overrides):
-    config = load_config(None, ["labels.map=never", *overrides])
-    record = load_source(dataroot, None, config).records[number]
+    config = TargetsConfig.load(None, ["map.mode=never", *overrides])
+    record = read_dataset(dataroot, None, config).records[number]
     labels = bev_labels(record, config)
     bounds = (config.grid.x, config.grid.y, config.grid.z)
     boxes = reference.vehicle_boxes(reference.Tables(dataroot), record.token)
@@ -260,8 +260,8 @@ def naive_map(layers, lines, global_T_ego, width, bounds):
 
 
 def test_demo_worlds_map_is_the_loops(demo_root):
-    config = load_config(None, ["grid.x=[-40,48,34]", "grid.y=[-32,30,27]", "labels.map=required"])
-    source = load_source(demo_root, None, config)
+    config = TargetsConfig.load(None, ["grid.x=[-40,48,34]", "grid.y=[-32,30,27]", "map.mode=required"])
+    source = read_dataset(demo_root, None, config)
     bounds = (config.grid.x, config.grid.y, config.grid.z)
     (path,) = (demo_root / "maps" / "expansion").glob("*.json")
     tables = json.loads(path.read_text())
@@ -286,7 +286,7 @@ def test_demo_worlds_map_is_the_loops(demo_root):
     for record in (source.records[0], source.records[-1]):
         masks = bev_labels(record, config)["map"]
         global_T_ego = record.global_T_ego
-        wanted = naive_map(layers, lines, global_T_ego, config.labels.divider_width_m, bounds)
+        wanted = naive_map(layers, lines, global_T_ego, config.map.line_width_m, bounds)
         np.testing.assert_array_equal(masks, wanted)
         painted += wanted.any(axis=(1, 2))
     assert (painted[[0, 1, 4]] > 0).all()

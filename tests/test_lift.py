@@ -8,7 +8,7 @@ from conftest import build_store
 from torch.nn import functional as F
 
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_targets.store.schema import open_store
+from occfeat_targets.store.reader import open_store
 from occfeat_train.geometry import volume_centres
 from occfeat_train.models.lift_simplebev import SimpleBEVLift, bilinear_corners
 

@@ -8,7 +8,7 @@ import torch
 import train_reference as reference
 
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_targets.store.schema import open_store
+from occfeat_targets.store.reader import open_store
 from occfeat_train.augment import Draws, network_inputs
 from occfeat_train.map_targets import map_targets
 from occfeat_train.targets import vehicle_targets

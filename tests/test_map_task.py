@@ -10,7 +10,8 @@ import train_reference as reference
 from tiny_store import make_tiny_store
 from train_runs import assert_same_state, log_of, options, run
 
-from occfeat_targets.store.schema import MAP_CLASSES, open_store
+from occfeat_targets.store.reader import open_store
+from occfeat_targets.store.schema import MAP_CLASSES
 from occfeat_train.data import FrameDataset, collate
 from occfeat_train.distributed import Process
 from occfeat_train.evaluate import evaluate, predict, summary, table

@@ -11,7 +11,9 @@ import train_reference as reference
 from torch import nn
 
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_targets.store.schema import MAP_CLASSES, StoreError, open_store
+from occfeat_targets.store.files import StoreError
+from occfeat_targets.store.reader import open_store
+from occfeat_targets.store.schema import MAP_CLASSES
 from occfeat_train.config import (
     AugmentConfig,
     FinetuneConfig,

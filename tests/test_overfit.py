@@ -5,7 +5,7 @@ import torch
 from conftest import build_store
 
 from occfeat_common.settings import load_settings
-from occfeat_targets.store.schema import open_store
+from occfeat_targets.store.reader import open_store
 from occfeat_train.augment import draw, network_inputs
 from occfeat_train.config import NO_AUGMENT, TrainConfig
 from occfeat_train.data import FrameDataset, collate

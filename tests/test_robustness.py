@@ -11,7 +11,9 @@ from click.testing import CliRunner
 from tiny_store import make_tiny_store
 from train_runs import log_of, options
 
-from occfeat_targets.store.schema import CORRUPTIONS, SEVERITIES, StoreError, open_store, zarr_store
+from occfeat_targets.store.files import StoreError, zarr_store
+from occfeat_targets.store.reader import open_store
+from occfeat_targets.store.schema import CORRUPTIONS, SEVERITIES
 from occfeat_train.cli import main
 from occfeat_train.data import FrameDataset, collate
 from occfeat_train.distributed import process_group

@@ -44,8 +44,8 @@ def test_root_attributes_describe_the_store(demo_store):
     assert attrs["format"] == "occfeat-targets"
     assert attrs["format_version"] == 1
     assert attrs["teacher"]["name"] == "patch-means"
-    assert attrs["grid"] == VoxelGrid().to_dict()
-    assert TargetsConfig.from_dict(attrs["config"]).block_frames == 2
+    assert attrs["grid"] == VoxelGrid().plain()
+    assert TargetsConfig.of(attrs["config"]).block_frames == 2
     assert attrs["source"]["version"] == "v1.0-mini"
     assert attrs["cameras"][1] == "CAM_FRONT"
 
@@ -87,10 +87,10 @@ def test_only_codecs_with_a_stable_specification(demo_store):
 
 
 def test_voxels_can_never_outnumber_their_room():
-    specs = {s.name: s for s in array_specs(TargetsConfig().to_dict(), 384, with_map=False)}
+    specs = {s.name: s for s in array_specs(TargetsConfig().plain(), 384, with_map=False)}
     assert specs["voxel_index"].shape == (40960,)
     assert "map" not in specs
-    few = TargetsConfig().to_dict() | {"grid": VoxelGrid(x=(0, 1, 2), y=(0, 1, 3)).to_dict()}
+    few = TargetsConfig().plain() | {"grid": VoxelGrid(x=(0, 1, 2), y=(0, 1, 3)).plain()}
     assert array_specs(few, 384, with_map=True)[12].shape == (2 * 3 * 8,)
 
 

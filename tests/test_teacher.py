@@ -16,7 +16,7 @@ from transformers import (
     ViTModel,
 )
 
-from occfeat_common.settings import ConfigError
+from occfeat_targets.store.settings import ConfigError
 from occfeat_targets.config import TeacherConfig
 from occfeat_targets.teacher import (
     DinoTeacher,

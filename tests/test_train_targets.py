@@ -10,7 +10,7 @@ import train_reference as reference
 from conftest import build_store
 
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_targets.store.schema import open_store
+from occfeat_targets.store.reader import open_store
 from occfeat_train.augment import Draws, network_inputs
 from occfeat_train.geometry import flat_index
 from occfeat_train.models.lift_simplebev import SimpleBEVLift

@@ -14,7 +14,8 @@ from train_runs import SMALL, options
 
 from occfeat_targets.store.colours import feature_colours
 from occfeat_common.settings import load_settings
-from occfeat_targets.store.schema import dequantise, open_store
+from occfeat_targets.store.reader import open_store
+from occfeat_targets.store.schema import dequantise
 from occfeat_train import view
 from occfeat_train.cli import main
 from occfeat_train.config import TrainConfig

@@ -11,11 +11,16 @@ import zarr
 from PIL import Image
 
 from occfeat_targets import __version__
-from occfeat_targets.config import load_config
-from occfeat_targets.frame_targets import pack_images, pack_points
+from occfeat_targets.config import TargetsConfig
+from occfeat_targets.frame import layout_of, make_outputs
 from occfeat_targets.images import encode_jpeg
-from occfeat_targets.labels import vehicle_masks
+from occfeat_targets.outputs.boxes import vehicle_masks
+from occfeat_targets.outputs.images import pack_images
+from occfeat_targets.outputs.points import pack_points, point_step_m
+from occfeat_targets.sources.nuscenes import CAMERAS
+from occfeat_targets.sources.nuscenes_map import MAP_CLASSES
 from occfeat_targets.store import schema
+from occfeat_targets.store.reader import SEAL, seal
 
 SETTINGS = [
     "grid.x=[-8,8,16]",
@@ -23,8 +28,8 @@ SETTINGS = [
     "grid.z=[-1,3,2]",
     "images.size=[64,96]",
     "lidar.max_points=400",
-    "labels.max_vehicles=4",
-    "labels.map=never",
+    "boxes.max_boxes=4",
+    "map.mode=never",
     "block_frames=4",
 ]
 """of ``occfeat-targets build``."""
@@ -34,17 +39,26 @@ SPLITS = {"mini_train": 3, "mini_val": 1}
 """Scenes of each split."""
 SCENE_FRAMES = 4
 _EGO_T_LIDAR = np.array([[0, -1, 0, 0.9], [1, 0, 0, 0.3], [0, 0, 1, 1.8], [0, 0, 0, 1]])
+_PEDESTRIAN = [6.0, 6.0, 1.0, 0.6, 0.6, 1.8, 0.0, 4.0]
+"""A box that is no vehicle, the first of every frame."""
 
 
 def make_tiny_store(
     path, seed=0, settings=(), splits=SPLITS, preset="demo", with_map=False, dim=DIM
 ) -> Path:
     """Write a finished store of ``SCENE_FRAMES`` frames a scene; of ``dim`` 0, without features."""
-    config = load_config(None, [*SETTINGS, f"train_preset={preset}", *settings])
+    config = TargetsConfig.load(None, [*SETTINGS, f"train_preset={preset}", *settings])
     rng = np.random.default_rng(seed)
     scenes = [split for split, n in splits.items() for _ in range(n)]
     n_frames = len(scenes) * SCENE_FRAMES
-    specs = schema.array_specs(config.to_dict(), dim, with_map)
+    shared = {
+        "cameras": list(CAMERAS),
+        "box_classes": ["human.pedestrian.adult", "vehicle.car"],
+        "vehicle_classes": ["vehicle.car"],
+        "map_classes": list(MAP_CLASSES) if with_map else [],
+    }
+    outputs = make_outputs(config, layout_of(config, shared, dim))
+    specs = [spec for output in outputs for spec in output.specs()]
     group = zarr.open_group(path, mode="w", zarr_format=3)
     schema.create_arrays(group, specs, n_frames, config.block_frames)
     for i in range(n_frames):
@@ -62,26 +76,25 @@ def make_tiny_store(
             array = group[name]
             where = (i, slice(len(value))) if np.ndim(value) and array.ndim > 1 else i
             array[where] = value
-    group.attrs.update(
-        {
-            "format": schema.FORMAT,
-            "format_version": schema.FORMAT_VERSION,
-            "complete": True,
-            "n_frames": n_frames,
-            "records_sha256": str(seed),
-            "grid": config.grid.to_dict(),
-            "config": config.to_dict(),
-            "cameras": list(schema.CAMERAS),
-            "scenes": [f"scene-{i:04d}" for i in range(len(scenes))],
-            "splits": list(splits),
-            "map_classes": list(schema.MAP_CLASSES) if with_map else [],
-            "point_step_m": schema.point_step_m(config.grid),
-            "teacher": {"name": "tiny", "dim": dim, "weights": "random(tiny)"},
-            "source": {"dataset": "tiny"},
-            "software": {"occfeat": __version__},
-            "failed": {},
-        }
-    )
+    attrs = {
+        "format": schema.FORMAT,
+        "format_version": schema.FORMAT_VERSION,
+        "complete": True,
+        "n_frames": n_frames,
+        "arrays": [spec.name for spec in specs],
+        "records_sha256": str(seed),
+        "grid": config.grid.to_dict(),
+        "config": config.plain(),
+        "scenes": [f"scene-{i:04d}" for i in range(len(scenes))],
+        "splits": list(splits),
+        "point_step_m": point_step_m(config.grid),
+        "teacher": {"name": "tiny", "dim": dim, "weights": "random(tiny)"},
+        "source": {"dataset": "tiny"},
+        "software": {"occfeat": __version__},
+        "failed": {},
+        **shared,
+    }
+    group.attrs.update(attrs | {SEAL: seal(attrs)})
     return Path(path)
 
 
@@ -89,7 +102,7 @@ def _frame(rng, config):
     grid, (height, width) = config.grid, config.images.size
     points = rng.uniform((-10, -10, -1), (10, 10, 3), (300, 3)) * (1, 1, rng.random())
     voxels = grid.occupied(points)
-    boxes = np.column_stack(
+    vehicles = np.column_stack(
         [
             rng.uniform(-7, 7, (3, 2)),
             np.full(3, 1.0),
@@ -99,18 +112,19 @@ def _frame(rng, config):
             rng.integers(1, 5, 3),
         ]
     ).astype(np.float32)
-    vehicle, visible = vehicle_masks(boxes, grid)
+    vehicle, visible = vehicle_masks(vehicles, grid)
     K = np.tile(np.array([[60.0, 0, width / 2], [0, 60.0, height / 2], [0, 0, 1]]), (6, 1, 1))
     return {
         "n_voxels": len(voxels),
         "n_points": len(points),
-        "n_vehicles": len(boxes),
+        "n_boxes": 1 + len(vehicles),
         "voxel_index": voxels,
         "features": rng.integers(-127, 128, (len(voxels), DIM)),
         "feature_scale": rng.uniform(0.01, 0.02, len(voxels)),
         "feature_cameras": rng.integers(0, 3, len(voxels)),
         "points": pack_points(points, rng.uniform(0, 255, len(points)), grid),
-        "vehicle_boxes": boxes,
+        "boxes": np.vstack([_PEDESTRIAN, vehicles]),
+        "box_class": np.array([0, 1, 1, 1]),
         "vehicle": vehicle,
         "vehicle_visible": visible,
         "K": K,
@@ -126,7 +140,7 @@ def _frame(rng, config):
 def _map(grid, rng):
     """A strip across the BEV for each class; the last is empty in half of the frames."""
     x, y = grid.bev_centres()
-    direction = rng.uniform(-3, 3, len(schema.MAP_CLASSES))[:, None, None]
+    direction = rng.uniform(-3, 3, len(MAP_CLASSES))[:, None, None]
     across = np.cos(direction) * x[:, None] + np.sin(direction) * y
     masks = np.abs(across - rng.uniform(-4, 4)) < rng.uniform(1, 4)
     masks[-1] &= rng.random() < 0.5

@@ -2,7 +2,7 @@
 
 Axes of a volume are (Z, X, Y) and of a BEV map (X, Y), index 0 at the lower bound. The flat index
 of a voxel is ``(iz * nx + ix) * ny + iy``. Everything is in the ego frame (x forward, y left,
-z up, metres). Imports numpy only, so that the trainer can use it.
+z up, metres).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import ConfigDict
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class VoxelGrid:
         ValueError: naming the axis, when bounds are not finite and ascending or when the number
             of cells is not a positive whole number, or when a flat index would not fit uint32.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     x: tuple[float, float, int] = (-50.0, 50.0, 200)
     y: tuple[float, float, int] = (-50.0, 50.0, 200)

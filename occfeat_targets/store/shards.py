@@ -19,13 +19,13 @@ import numpy as np
 import zarr
 from zarr.storage import LocalStore
 
-from occfeat_targets.store.schema import StoreError, filesystem
+from occfeat_targets.store.files import StoreError, filesystem
 
 # One loader worker per core is parallel enough, and blosc's own threads do not survive a fork.
 numcodecs.blosc.use_threads = False
 
 _MISSING = 2**64 - 1
-"""Offset of an inner chunk that was never written, or holds nothing but the fill value."""
+"""Offset of an inner chunk that was never written: data never equals the fill value."""
 
 Ranges = list[tuple[int, int]]
 """(start, length) in bytes; a negative start counts from the end of the file."""
@@ -51,9 +51,9 @@ def _unpack_blosc(data: bytes, out: np.ndarray) -> None:
 
 
 _UNPACK: dict[tuple[str, ...], Callable[[bytes, np.ndarray], None]] = {
-    ("bytes",): _unpack_raw,
-    ("bytes", "zstd"): _unpack_zstd,
-    ("bytes", "blosc"): _unpack_blosc,
+    ("bytes", "crc32c"): _unpack_raw,
+    ("bytes", "zstd", "crc32c"): _unpack_zstd,
+    ("bytes", "blosc", "crc32c"): _unpack_blosc,
 }
 
 
@@ -79,7 +79,7 @@ class ShardedArray:
         if codecs not in _UNPACK:
             raise StoreError(
                 f"{self.url}: cannot read array {self.name!r}, it is not sharded by frames or has "
-                f"another codec than none, zstd or blosc: {array.metadata.to_dict()['codecs']}"
+                f"other codecs than none, zstd or blosc with crc32c: {array.metadata.to_dict()['codecs']}"
             )
         self._unpack = _UNPACK[codecs]
         self._read_ranges = (
@@ -87,7 +87,6 @@ class ShardedArray:
             if isinstance(array.store, LocalStore)
             else partial(_read_remote, self.url)
         )
-        self._fill = array.fill_value
         self._encode_key = array.metadata.encode_chunk_key
         self._chunk_rows = array.chunks[1]
         self._frames, self._row_chunks = array.shards[0], array.shards[1] // array.chunks[1]
@@ -101,8 +100,7 @@ class ShardedArray:
         """The first n rows of frame i, or all: ``array[i, :n]``.
 
         Raises:
-            StoreError: naming the shard's file, when it is missing, truncated or damaged. Damage
-                inside a chunk is found as far as its codec notices; only indices have a checksum.
+            StoreError: naming the shard's file, when it is missing, truncated or damaged.
         """
         rows = self.shape[1] if n is None else min(int(n), self.shape[1])
         chunks = -(-rows // self._chunk_rows)
@@ -135,12 +133,13 @@ class ShardedArray:
 
     def _fill_in(self, key: str, entries: np.ndarray, out: np.ndarray) -> None:
         """Read chunks: their index entries (chunks, 2) to ``out`` (chunks, chunk_rows, ...)."""
-        written = np.flatnonzero(entries[:, 0] != _MISSING)
-        if len(written) < len(out):
-            out[:] = self._fill
+        if (entries[:, 0] == _MISSING).any():
+            raise ValueError("an inner chunk was never written")
         # A frame's chunks lie apart (zarr writes Morton order), so there is nothing to merge.
-        for j, data in zip(written, self._read(key, entries[written].tolist()), strict=True):
-            self._unpack(data, out[j])
+        for j, data in enumerate(self._read(key, entries.tolist())):
+            if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
+                raise ValueError("an inner chunk does not match its checksum")
+            self._unpack(data[:-4], out[j])
 
     def _read(self, key: str, ranges: Ranges) -> list[bytes]:
         """Byte ranges of a shard; ValueError when it is too short."""

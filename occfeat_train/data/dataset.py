@@ -16,7 +16,7 @@ By name, as the dataset was asked to:
   order of ``voxel``; bit c of the last = camera c sees the voxel, 0 = no feature target.
 - ``points`` int16 (P, 4): lidar in ego, all frames one after another, x, y, z in steps of the
   store's ``point_step_m`` and intensity.
-- ``vehicle_boxes`` float32 (M, 8): in ego, likewise.
+- ``boxes`` float32 (M, 8), ``box_class`` uint8 (M,): in ego, likewise.
 - With each of these the array that counts its rows, such as ``n_points`` int64 (B,).
 - ``vehicle``, ``vehicle_visible`` uint8 (B, X, Y), ``map`` uint8 (B, K, X, Y) of K classes and
   every other array of the store with a fixed shape: stacked.
@@ -34,25 +34,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from occfeat_targets.store.schema import (
-    FAILED,
-    JPEG_HOLE,
-    StoreError,
-    TargetStore,
-    absolute,
-    open_store,
-)
-from occfeat_targets.store.shards import ShardedArray
-
-_COUNTED_BY = {
-    "voxel_index": "n_voxels",
-    "features": "n_voxels",
-    "feature_scale": "n_voxels",
-    "feature_cameras": "n_voxels",
-    "points": "n_points",
-    "vehicle_boxes": "n_vehicles",
-}
-"""The ragged arrays and what says how many rows of a frame are valid."""
+from occfeat_targets.store.files import StoreError, absolute
+from occfeat_targets.store.reader import TargetStore, open_store
+from occfeat_targets.store.schema import JPEG_HOLE
 
 
 class FrameReader:
@@ -70,53 +54,34 @@ class FrameReader:
         """The store, opened by this very process: nothing open is shared across a fork.
 
         Raises:
-            StoreError: as :func:`occfeat_targets.store.schema.open_store`.
+            StoreError: as :func:`occfeat_targets.store.reader.open_store`.
         """
         if self._pid != os.getpid():
             self._store, self._pid = open_store(self.url), os.getpid()
-            self._sharded = {
-                spec.name: ShardedArray(self.url, self._store.array(spec.name))
-                for spec in self._store.specs
-                if spec.chunk is not None
-            }
         return self._store
 
     def read(self, i: int, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Arrays of frame i, without frame axis, trimmed to what is valid.
+        """Arrays of frame i, as :meth:`TargetStore.read`, but decoded and fit for a GPU.
 
-        ``images`` is decoded: uint8 (N, H, W, 3), RGB.
+        ``images`` is uint8 (N, H, W, 3), RGB.
 
         Raises:
             StoreError: naming store, frame, scene and sample, for an array that the store lacks,
                 a frame that failed in the build, and whatever is missing or damaged.
         """
         store = self.store
-        failed = store.per_frame["n_voxels"][i] == FAILED
+        frame = store.read(i, names)
         try:
-            if failed:
-                raise StoreError("it has no targets, it failed when the store was built")
-            return {name: self._read(i, name) for name in names}
-        except Exception as error:  # remote filesystems raise what they like
-            sample = f"{store.scene(i)}, sample {store.token(i)}"
-            raise StoreError(f"{self.url}: frame {i} ({sample}): {error}") from error
-
-    def _read(self, i: int, name: str) -> np.ndarray:
-        per_frame = self._store.per_frame
-        if name in per_frame:
-            return per_frame[name][i]
-        if name not in self._sharded:
-            raise StoreError(f"the store has no {name!r}, it was built without")
-        if name == "images":
-            offset = per_frame["image_offset"][i]
-            jpegs, attrs = self._sharded[name].read(i, offset[-1]), self._store.attrs
-            hw, cameras = attrs["config"]["images"]["size"], attrs["cameras"]
-            return decode_images(jpegs, offset, hw, cameras)
-        count = _COUNTED_BY.get(name)
-        values = self._sharded[name].read(i, count and per_frame[count][i])
-        if name == "voxel_index" and (values >= self._store.grid.n_voxels).any():
-            # On a GPU this would be an assertion in some kernel, long after.
-            raise StoreError("voxel_index has voxels outside of the grid: the store is damaged")
-        return values
+            if "images" in frame:
+                offset, attrs = store.per_frame["image_offset"][i], store.attrs
+                size, cameras = attrs["config"]["images"]["size"], attrs["cameras"]
+                frame["images"] = decode_images(frame["images"], offset, size, cameras)
+            if (frame.get("voxel_index", np.zeros(0)) >= store.grid.n_voxels).any():
+                # On a GPU this would be an assertion in some kernel, long after.
+                raise StoreError("voxel_index has voxels outside of the grid: the store is damaged")
+        except StoreError as error:
+            raise StoreError(f"{self.url}: {store.describe(i)}: {error}") from error
+        return frame
 
 
 def decode_images(
@@ -177,16 +142,17 @@ class FrameDataset(Dataset):
 
     def collate(self, samples: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         """A batch, as described at the top, of some of this dataset's samples."""
+        store = self.reader.store
         batch = {"frame": torch.tensor([sample["frame"] for sample in samples])}
         for name in self.names:
             values = [sample[name] for sample in samples]
-            counted_by = _COUNTED_BY.get(name)
-            if counted_by is None:
+            counted_by = store.specs[name].rows
+            if counted_by is None or name == "images":
                 batch[name] = _concatenate([value[None] for value in values])
                 continue
             batch[counted_by] = torch.tensor([len(value) for value in values])
             if name == "voxel_index":
-                name, values = "voxel", number_voxels(values, self.reader.store.grid.n_voxels)
+                name, values = "voxel", number_voxels(values, store.grid.n_voxels)
             batch[name] = _concatenate(values)
         return batch
 

@@ -8,7 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from occfeat_targets.store.schema import FAILED, StoreError, TargetStore
+from occfeat_targets.store.files import StoreError
+from occfeat_targets.store.reader import TargetStore
+from occfeat_targets.store.schema import FAILED
 
 
 def split_names(name: str, role: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_targets.store.schema import TargetStore
+from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.settings import Settings
 
 Batch = dict[str, torch.Tensor]

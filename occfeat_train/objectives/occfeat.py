@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from occfeat_targets.store.colours import feature_colours
+from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_targets.store.schema import StoreError, TargetStore
+from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.settings import Settings
 from occfeat_train.geometry import flat_index, rotation_z
 from occfeat_train.models.instance_norm import InstanceNorm

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from occfeat_targets.store.schema import TargetStore
+from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.settings import Settings
 from occfeat_train.config import FinetuneSettings, PretrainSettings, TrainConfig
 from occfeat_train.objectives import OBJECTIVES

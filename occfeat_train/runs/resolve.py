@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
-from occfeat_targets.store.schema import absolute, open_store
+from occfeat_targets.store.files import absolute
+from occfeat_targets.store.reader import open_store
 from occfeat_targets.store.settings import override, read_yaml
 from occfeat_train.config import TrainConfig, preset_path
 from occfeat_train.runs.job import Job

@@ -15,8 +15,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_targets.store.schema import StoreError, TargetStore
+from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.settings import Settings
 from occfeat_train.geometry import flat_index, rotation_z
 from occfeat_train.objectives.base import Batch, Targets, divisors

@@ -21,7 +21,8 @@ from pydantic import Field
 from torch import nn
 
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_targets.store.schema import INVISIBLE, TargetStore
+from occfeat_targets.store.reader import TargetStore
+from occfeat_targets.store.schema import INVISIBLE
 from occfeat_targets.store.settings import Settings
 from occfeat_train.objectives.base import Batch, Targets, divisors
 from occfeat_train.tasks.masks import MaskTask, branch, iou_rows, segmentation_sum
@@ -42,7 +43,7 @@ class VehicleSegmentation(MaskTask):
     """Where vehicles are; with and without the cells where only those of visibility 0-40 % lie."""
 
     Settings = VehicleSettings
-    arrays = ("vehicle_boxes",)
+    arrays = ("boxes", "box_class")
     eval_arrays = ("vehicle", "vehicle_visible")
     classes = ("vehicle",)
     heading = "cells"
@@ -51,12 +52,18 @@ class VehicleSegmentation(MaskTask):
 
     def __init__(self, settings: VehicleSettings, store: TargetStore, channels: int, turned: bool):
         super().__init__(settings, store, channels, turned)
+        names, vehicles = store.attrs["box_classes"], {*store.attrs["vehicle_classes"]}
+        is_vehicle = torch.tensor([name in vehicles for name in names], dtype=torch.bool)
+        self.register_buffer("_is_vehicle", is_vehicle, persistent=False)
         self.head = SegmentationHead(channels)
         self.log_weights = nn.Parameter(torch.zeros(3))
 
     def targets(self, batch: Batch, angle: torch.Tensor) -> Targets:
         """See :func:`vehicle_targets`."""
-        return vehicle_targets(batch, angle, self.grid)
+        chosen, n_boxes = self._is_vehicle[batch["box_class"].long()], batch["n_boxes"]
+        sample = torch.arange(len(n_boxes), device=n_boxes.device).repeat_interleave(n_boxes)
+        n_vehicles = torch.bincount(sample[chosen], minlength=len(n_boxes))
+        return vehicle_targets(batch["boxes"][chosen], n_vehicles, angle, self.grid)
 
     def truth(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Masks uint8 (B, 1, X, Y), and which cells count as visible, (B, X, Y)."""
@@ -93,12 +100,15 @@ class VehicleSegmentation(MaskTask):
         return loss + share * 0.5 * self.log_weights.sum(), terms
 
 
-def vehicle_targets(batch: Batch, angle: torch.Tensor, grid: VoxelGrid) -> Targets:
+def vehicle_targets(
+    boxes: torch.Tensor, counts: torch.Tensor, angle: torch.Tensor, grid: VoxelGrid
+) -> Targets:
     """Vehicle mask, validity, centre heat map and offsets, in the BEV frame.
 
     Args:
-        batch: collated ``vehicle_boxes`` float32 (M, 8) and ``n_vehicles`` (B,).
-        angle: float32 (B,).
+        boxes: float32 (M, 8) of vehicles, as the store's ``boxes``, sample by sample.
+        counts: int64 (B,), how many each sample has.
+        angle: float32 (B,), by which the BEV frame is turned, rad.
         grid: the store's.
 
     Returns:
@@ -106,8 +116,8 @@ def vehicle_targets(batch: Batch, angle: torch.Tensor, grid: VoxelGrid) -> Targe
         visibility 0-40 % lie; ``centre`` float (B, X, Y) in 0..1; ``offset`` float (B, 2, X, Y),
         cell minus vehicle centre in cells; ``has_offset`` bool (B, X, Y).
     """
-    boxes = _turned_boxes(batch["vehicle_boxes"], batch["n_vehicles"], angle)
-    samples = [_vehicle_maps(b, grid) for b in boxes.split(batch["n_vehicles"].tolist())]
+    boxes = _turned_boxes(boxes, counts, angle)
+    samples = [_vehicle_maps(b, grid) for b in boxes.split(counts.tolist())]
     targets = {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
     targets["has_offset"] = (targets["vehicle"] > 0) & targets["visible"]
     return targets

@@ -1,11 +1,10 @@
-"""nuScenes dataroot to plain records. The only module that imports nuscenes-devkit."""
+"""nuScenes: dataroot to plain records. The only module that imports nuscenes-devkit."""
 
 from __future__ import annotations
 
 import difflib
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -14,17 +13,29 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from occfeat_targets.config import TargetsConfig
 from occfeat_targets.geometry import inverse_rigid, rigid, yaw
-from occfeat_targets.images import check_jpeg
-from occfeat_targets.labels import vehicle_boxes
-from occfeat_targets.map_layers import load_map
-from occfeat_targets.records import Boxes, FrameRecord, Source
-from occfeat_targets.store.schema import CAMERAS
+from occfeat_targets.sources.base import (
+    Boxes,
+    Dataset,
+    FrameRecord,
+    FramesSettings,
+    MapLayers,
+    MapMode,
+    SourceError,
+)
+from occfeat_targets.sources.nuscenes_map import MAP_CLASSES, load_map
 
 if TYPE_CHECKING:
     from nuscenes.nuscenes import NuScenes
 
+CAMERAS = (
+    "CAM_FRONT_LEFT",
+    "CAM_FRONT",
+    "CAM_FRONT_RIGHT",
+    "CAM_BACK_LEFT",
+    "CAM_BACK",
+    "CAM_BACK_RIGHT",
+)
 LIDAR = "LIDAR_TOP"
 LIDAR_ROW_BYTES = 20  # x, y, z, intensity, ring as float32
 _SPLITS = {
@@ -32,11 +43,93 @@ _SPLITS = {
     "v1.0-trainval": ("train", "val"),
     "v1.0-test": ("test",),
 }
-_MAX_FAULTS_SHOWN = 20
 
 
-class SourceError(ValueError):
-    """The dataroot is not usable; the message says what was found and what is wanted."""
+class NuScenesSource:
+    """nuScenes, and whatever is written like it; see ``base.Source``."""
+
+    name = "nuscenes"
+
+    def detect(self, dataroot: Path) -> bool:
+        """Whether there is a directory of tables."""
+        return any(dataroot.glob("*/sample_data.json"))
+
+    def read(
+        self,
+        dataroot: Path,
+        version: str | None,
+        frames: FramesSettings,
+        sweeps: int,
+        map_mode: MapMode,
+    ) -> Dataset:
+        """Read the tables once and turn the selected keyframes into records.
+
+        Raises:
+            SourceError: unusable dataroot, unknown scene or split, missing tables, or a required
+                map expansion that is not there.
+        """
+        from nuscenes.nuscenes import NuScenes
+
+        version = find_version(dataroot, version)
+        dataroot = dataroot.resolve()  # workers may run elsewhere
+        try:
+            nusc = NuScenes(version=version, dataroot=str(dataroot), verbose=False)
+        except (AssertionError, KeyError, json.JSONDecodeError, OSError) as error:
+            raise SourceError(
+                f"nuscenes-devkit cannot load {dataroot / version}: {error!r}"
+            ) from error
+        split_of = _split_of_scene(dataroot, version)
+        scenes = _selected_scenes(nusc, frames, split_of)
+        map_path = _map_paths(nusc, dataroot, scenes, map_mode)
+        chosen = []
+        for scene in scenes:
+            for sample in _chain(nusc, "sample", scene["first_sample_token"]):
+                chosen.append((scene["name"], sample))
+        progress = tqdm(chosen[: frames.limit], desc="reading tables", unit="frame", disable=None)
+        records = [
+            _record(nusc, (name, split_of[name], map_path[name]), sample, sweeps)
+            for name, sample in progress
+        ]
+        manifest = dataroot / "demo_world.json"
+        classes = tuple(row["name"] for row in nusc.category)
+        return Dataset(
+            records=records,
+            name="occfeat demo world" if manifest.exists() else "nuScenes",
+            version=version,
+            reader=metadata.version("nuscenes-devkit"),
+            scenes=tuple(scene["name"] for scene in scenes),
+            splits=tuple(dict.fromkeys(split_of.values())),
+            cameras=CAMERAS,
+            box_classes=classes,
+            vehicle_classes=tuple(name for name in classes if name.startswith("vehicle.")),
+            map_classes=MAP_CLASSES if any(map_path.values()) else (),
+        )
+
+    def n_returns(self, path: Path) -> int:
+        """See ``base.Source``."""
+        try:
+            size = path.stat().st_size
+        except OSError:
+            raise ValueError("is missing") from None
+        if size == 0 or size % LIDAR_ROW_BYTES:
+            raise ValueError(f"is truncated: {size} bytes, not a multiple of {LIDAR_ROW_BYTES}")
+        return size // LIDAR_ROW_BYTES
+
+    def read_lidar(self, path: Path) -> np.ndarray:
+        """See ``base.Source``."""
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path}: cannot read the lidar file: {error.strerror}") from error
+        if not raw or len(raw) % LIDAR_ROW_BYTES:
+            raise ValueError(
+                f"{path} is truncated: its size is not a multiple of {LIDAR_ROW_BYTES} bytes"
+            )
+        return np.frombuffer(raw, "<f4").reshape(-1, 5)[:, :4]
+
+    def read_map(self, path: str) -> MapLayers:
+        """See ``base.Source``."""
+        return load_map(path)
 
 
 def find_version(dataroot: Path, version: str | None) -> str:
@@ -60,103 +153,6 @@ def find_version(dataroot: Path, version: str | None) -> str:
     return version or found[0]
 
 
-def load_source(dataroot: Path, version: str | None, config: TargetsConfig) -> Source:
-    """Read the tables once and turn the selected keyframes into records.
-
-    Raises:
-        SourceError: unusable dataroot, unknown scene or split, missing tables, or a required
-            map expansion that is not there.
-    """
-    from nuscenes.nuscenes import NuScenes
-
-    version = find_version(dataroot, version)
-    dataroot = dataroot.resolve()  # workers may run elsewhere
-    try:
-        nusc = NuScenes(version=version, dataroot=str(dataroot), verbose=False)
-    except (AssertionError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise SourceError(f"nuscenes-devkit cannot load {dataroot / version}: {error!r}") from error
-    split_of = _split_of_scene(dataroot, version)
-    scenes = _selected_scenes(nusc, config, split_of)
-    map_path = _map_paths(nusc, dataroot, scenes, config.labels.map)
-    chosen = []
-    for scene in scenes:
-        for sample in _chain(nusc, "sample", scene["first_sample_token"]):
-            chosen.append((scene, sample))
-    records = [
-        _record(nusc, scene, sample, split_of, map_path, config.lidar.sweeps)
-        for scene, sample in tqdm(
-            chosen[: config.frames.limit], desc="reading tables", unit="frame", disable=None
-        )
-    ]
-    manifest = dataroot / "demo_world.json"
-    return Source(
-        records,
-        "occfeat demo world" if manifest.exists() else "nuScenes",
-        version,
-        metadata.version("nuscenes-devkit"),
-        tuple(scene["name"] for scene in scenes),
-        tuple(dict.fromkeys(split_of.values())),
-        any(map_path.values()),
-    )
-
-
-def check_records(records: list[FrameRecord], config: TargetsConfig) -> None:
-    """Before any work: files are there and sound by size or header, calibration is sane, maps
-    can be read, and nothing outgrows its room in the store.
-
-    Raises:
-        SourceError: listing all faults at once, each with scene, sample and file.
-    """
-    with ThreadPoolExecutor(16) as pool:  # waits for storage, not for the processor
-        results = pool.map(lambda record: list(_faults(record, config)), records)
-        progress = tqdm(
-            results, total=len(records), desc="checking files", unit="frame", disable=None
-        )
-        faults = [fault for found in progress for fault in found]
-    for path in sorted({record.map_path for record in records if record.map_path}):
-        try:
-            load_map(path)
-        except ValueError as error:
-            faults.append(str(error))
-    if faults:
-        shown = "\n".join(f"  {fault}" for fault in faults[:_MAX_FAULTS_SHOWN])
-        more = len(faults) - _MAX_FAULTS_SHOWN
-        raise SourceError(
-            f"{len(faults)} fault(s) in the dataroot, nothing was built:\n{shown}"
-            + (f"\n  … and {more} more" if more > 0 else "")
-        )
-
-
-def _faults(record: FrameRecord, config: TargetsConfig) -> Iterator[str]:
-    for path in record.sweep_paths:
-        try:
-            size = Path(path).stat().st_size
-        except OSError:
-            yield f"{record}: {path} is missing"
-            continue
-        if size == 0 or size % LIDAR_ROW_BYTES:
-            yield (
-                f"{record}: {path} is truncated: {size} bytes, not a multiple of {LIDAR_ROW_BYTES}"
-            )
-        elif size // LIDAR_ROW_BYTES > config.lidar.max_points:
-            n_returns = size // LIDAR_ROW_BYTES
-            yield f"{record}: {path} holds {n_returns} lidar returns: raise lidar.max_points"
-    n_vehicles = len(vehicle_boxes(record.boxes))
-    if n_vehicles > config.labels.max_vehicles:
-        yield f"{record}: {n_vehicles} vehicles: raise labels.max_vehicles"
-    for path, hw in zip(record.image_paths, record.image_hw, strict=True):
-        problem = check_jpeg(Path(path), hw)
-        if problem:
-            yield f"{record}: {path} {problem}"
-    for camera, K in zip(CAMERAS, record.K, strict=True):
-        if not np.isfinite(K).all() or abs(np.linalg.det(K)) < 1e-6:
-            yield f"{record}: {camera}: camera_intrinsic is singular: {K.tolist()}"
-    poses = dict(zip(CAMERAS, record.cam_T_ego, strict=True)) | {LIDAR: record.ego_T_sweep}
-    for sensor, a_T_b in poses.items():
-        if not np.isfinite(a_T_b).all():
-            yield f"{record}: {sensor}: zero rotation or non-finite number in its pose chain"
-
-
 def _split_of_scene(dataroot: Path, version: str) -> dict[str, str]:
     """Scene name to split: the official ones, or the dataroot's own ``<version>/splits.json``."""
     from nuscenes.utils.splits import create_splits_scenes
@@ -175,34 +171,38 @@ def _split_of_scene(dataroot: Path, version: str) -> dict[str, str]:
     return {scene: split for split, scenes in splits.items() for scene in scenes}
 
 
-def _selected_scenes(nusc: NuScenes, config: TargetsConfig, split_of: dict[str, str]) -> list[dict]:
+def _selected_scenes(
+    nusc: NuScenes, frames: FramesSettings, split_of: dict[str, str]
+) -> list[dict]:
     names = [scene["name"] for scene in nusc.scene]
     lost = [name for name in names if name not in split_of]
     if lost:
         raise SourceError(f"scenes in no split of {nusc.version}: {', '.join(lost[:5])}")
-    for name in config.frames.scenes:
+    for name in frames.scenes:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=3) or names[:3]
             raise SourceError(f"no scene {name} in {nusc.version}; there are {', '.join(near)}, …")
-    for split in config.frames.splits:
+    for split in frames.splits:
         if split not in split_of.values():
             known = ", ".join(dict.fromkeys(split_of.values()))
             raise SourceError(f"no split {split} in {nusc.version}; there are {known}")
     scenes = [
         scene
         for scene in nusc.scene
-        if scene["name"] in (config.frames.scenes or names)
-        and split_of[scene["name"]] in (config.frames.splits or split_of.values())
+        if scene["name"] in (frames.scenes or names)
+        and split_of[scene["name"]] in (frames.splits or split_of.values())
     ]
     if not scenes:
         raise SourceError(
             f"no keyframes left: {nusc.version} in {nusc.dataroot} has {len(names)} scene(s), none "
-            f"in splits {list(config.frames.splits)} and scenes {list(config.frames.scenes)}"
+            f"in splits {list(frames.splits)} and scenes {list(frames.scenes)}"
         )
     return scenes
 
 
-def _map_paths(nusc: NuScenes, dataroot: Path, scenes: list[dict], mode: str) -> dict[str, str]:
+def _map_paths(
+    nusc: NuScenes, dataroot: Path, scenes: list[dict], mode: MapMode
+) -> dict[str, str]:
     """Map-expansion file of each scene's location, by scene name; empty strings for no maps."""
     location = {s["name"]: nusc.get("log", s["log_token"])["location"] for s in scenes}
     paths = {
@@ -214,7 +214,7 @@ def _map_paths(nusc: NuScenes, dataroot: Path, scenes: list[dict], mode: str) ->
     if missing:
         raise SourceError(
             f"missing map expansion: {', '.join(missing)}. Unpack nuScenes' map expansion (v1.3) "
-            "there, or build without map labels: --set labels.map=never"
+            "there, or build without map labels: --set map.mode=never"
         )
     return {name: str(paths[place]) for name, place in location.items()}
 
@@ -235,18 +235,14 @@ def _sensor_pose(nusc: NuScenes, data: dict) -> tuple[np.ndarray, np.ndarray, di
 
 
 def _record(
-    nusc: NuScenes,
-    scene: dict,
-    sample: dict,
-    split_of: dict[str, str],
-    map_path: dict[str, str],
-    n_sweeps: int,
+    nusc: NuScenes, scene: tuple[str, str, str], sample: dict, n_sweeps: int
 ) -> FrameRecord:
+    """One keyframe; ``scene`` is its name, split and map file."""
+    name, split, map_path = scene
+    where = f"{name}, sample {sample['token']}"
     missing = [c for c in (LIDAR, *CAMERAS) if c not in sample["data"]]
     if missing:
-        raise SourceError(
-            f"{scene['name']}, sample {sample['token']}: no keyframe of {', '.join(missing)}"
-        )
+        raise SourceError(f"{where}: no keyframe of {', '.join(missing)}")
     lidar = nusc.get("sample_data", sample["data"][LIDAR])
     global_T_ego = _sensor_pose(nusc, lidar)[0]
     ego_T_global = inverse_rigid(global_T_ego)
@@ -260,19 +256,19 @@ def _record(
         image = nusc.get("sample_data", sample["data"][camera])
         global_T_egocam, egocam_T_cam, sensor = _sensor_pose(nusc, image)
         if np.shape(sensor["camera_intrinsic"]) != (3, 3):
-            raise SourceError(
-                f"{scene['name']}, sample {sample['token']}: {camera}: camera_intrinsic is not 3x3"
-            )
+            raise SourceError(f"{where}: {camera}: camera_intrinsic is not 3x3")
         images.append(image)
         K.append(sensor["camera_intrinsic"])
         # Through the camera's own ego pose: the car moves between lidar and camera times.
         cam_T_ego.append(inverse_rigid(global_T_egocam @ egocam_T_cam) @ global_T_ego)
     return FrameRecord(
+        source=NuScenesSource.name,
         token=sample["token"],
-        scene=scene["name"],
-        split=split_of[scene["name"]],
+        scene=name,
+        split=split,
         timestamp_us=lidar["timestamp"],
-        map_path=map_path[scene["name"]],
+        map_path=map_path,
+        cameras=CAMERAS,
         image_paths=tuple(str(Path(nusc.dataroot) / image["filename"]) for image in images),
         image_hw=tuple((image["height"], image["width"]) for image in images),
         K=np.array(K, dtype=np.float64),

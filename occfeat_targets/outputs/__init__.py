@@ -1,0 +1,18 @@
+"""What is stored: one module each, everything about it. ``base`` says what an output must offer."""
+
+from occfeat_targets.store.registry import Registry
+
+OUTPUTS = Registry(
+    "output",
+    {
+        "calibration": "occfeat_targets.outputs.calibration:Calibration",
+        "images": "occfeat_targets.outputs.images:Images",
+        "voxels": "occfeat_targets.outputs.voxels:Voxels",
+        "map": "occfeat_targets.outputs.map:Map",
+        "points": "occfeat_targets.outputs.points:Points",
+        "boxes": "occfeat_targets.outputs.boxes:Boxes",
+    },
+)
+ALWAYS = ("calibration", "images", "voxels", "map", "points", "boxes")
+"""In every store (``map`` if the dataset has one), with the settings of the section of their name;
+in the order in which they are drawn over each other."""

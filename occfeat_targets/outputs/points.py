@@ -1,0 +1,94 @@
+"""The lidar returns themselves: the trainer turns the BEV frame, and asks where rays end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from occfeat_targets.outputs.base import FrameInputs, Output, require_room
+from occfeat_targets.sources import SOURCES
+from occfeat_targets.sources.base import FrameRecord
+from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.reader import TargetStore
+from occfeat_targets.store.schema import ArraySpec
+
+
+class Points(Output):
+    """Returns in ego as int16 steps, and their intensity."""
+
+    def specs(self) -> tuple[ArraySpec, ...]:
+        """See :class:`Output`."""
+        n = self.layout.max_points
+        doc = "lidar in ego: x, y, z in steps of attribute `point_step_m`, intensity"
+        axes = {"point": n, "xyzi": 4}
+        ragged: dict[str, Any] = {"rows": "n_points", "chunk": min(8192, n)}
+        return (
+            ArraySpec("n_points", "int32", {}, "stored lidar returns", -1),
+            ArraySpec("points", "int16", axes, doc, -32768, **ragged),
+        )
+
+    def compute(self, frame: FrameInputs) -> dict[str, np.ndarray]:
+        """``points`` int16 (P, 4).
+
+        Raises:
+            ValueError: naming the file, when it is missing or damaged; or there is no room.
+        """
+        packed = pack_points(*frame.lidar, self.layout.grid)
+        advice = "raise lidar.max_points"
+        require_room(len(packed), self.layout.max_points, "lidar returns", advice)
+        return {"points": packed}
+
+    def faults(self, record: FrameRecord) -> Iterator[str]:
+        """See :class:`Output`."""
+        source = SOURCES(record.source)()
+        room = self.layout.max_points // self.layout.sweeps
+        for path in record.sweep_paths:
+            try:
+                n_returns = source.n_returns(Path(path))
+            except ValueError as error:
+                yield f"{path} {error}"
+                continue
+            if n_returns > room:
+                yield f"{path} holds {n_returns} lidar returns: raise lidar.max_points"
+
+    def check(self, store: TargetStore, frame: dict[str, Any]) -> Iterator[str]:
+        """See :class:`Output`. The points must fill the stored voxels, up to their rounding."""
+        again = store.grid.occupied(frame["points"][:, :3] * store.attrs["point_step_m"])
+        index = frame["voxel_index"]
+        common = len(np.intersect1d(again, index))
+        if common < 0.95 * max(len(again), len(index)):
+            yield f"only {common} of {len(index)} voxels hold a stored point"
+
+    def draw_bev(self, axis: Any, store: TargetStore, frame: dict[str, Any]) -> None:
+        """Returns inside the grid, coloured by height."""
+        xyz = frame["points"][:, :3] * store.attrs["point_step_m"]
+        xyz = xyz[store.grid.flat_index(xyz)[1]]
+        axis.scatter(xyz[:, 1], xyz[:, 0], c=xyz[:, 2], s=0.5, cmap="viridis", vmin=-1, vmax=4)
+
+
+def point_step_m(grid: VoxelGrid) -> float:
+    """Length of one int16 step of ``points``: 2 mm, or more for grids beyond 65 m.
+
+    Raises:
+        ValueError: when the grid reaches so far that a step would exceed 1 cm.
+    """
+    reach = max(abs(bound) for lo, hi, _ in (grid.x, grid.y, grid.z) for bound in (lo, hi))
+    step_mm = 2 * math.ceil(reach / (2e-3 * 32767))
+    if step_mm > 10:
+        raise ValueError(f"grid reaches {reach} m; int16 points allow at most 327 m at 1 cm")
+    return step_mm / 1000
+
+
+def pack_points(xyz_ego: np.ndarray, intensity: np.ndarray, grid: VoxelGrid) -> np.ndarray:
+    """Points as int16 (P, 4): x, y, z in steps of ``point_step_m(grid)``, and intensity.
+
+    Returns farther than 32767 steps on any axis are left out: they lie outside the grid (not of
+    every turned one: the trainer's rotation may miss a few at its corners).
+    """
+    steps = np.rint(xyz_ego / point_step_m(grid))
+    fits = (np.abs(steps) <= 32767).all(axis=1)
+    return np.column_stack([steps[fits], np.rint(intensity[fits])]).astype(np.int16)

@@ -1,0 +1,75 @@
+"""nuScenes' map expansion: the layers that make the map classes, as plain arrays.
+
+Read from the JSON directly: nuscenes-devkit's ``get_map_mask`` crashes on lines that leave and
+re-enter the patch (MultiLineString under shapely 2), so masks are drawn by ``outputs.masks``.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from occfeat_targets.sources.base import MapLayers, Shapes
+
+AREAS = {
+    "road": "drivable_area",
+    "sidewalk": "walkway",
+    "crosswalk": "ped_crossing",
+    "parking": "carpark_area",
+}
+"""Map class to layer of polygons."""
+LINES = {"divider": "road_divider"}
+"""Map class to layer of lines."""
+MAP_CLASSES = (*AREAS, *LINES)
+
+
+_reading = threading.Lock()
+
+
+def load_map(path: str) -> MapLayers:
+    """Read a map-expansion file (``maps/expansion/<location>.json``); cached per process.
+
+    Raises:
+        ValueError: naming the file, when it is missing, not JSON or lacks a layer.
+    """
+    with _reading:  # threads of a GPU worker would all parse the same large file
+        return _read(path)
+
+
+@lru_cache(maxsize=4)  # nuScenes has four locations
+def _read(path: str) -> MapLayers:
+    try:
+        tables = json.loads(Path(path).read_text())
+        nodes = {n["token"]: (n["x"], n["y"]) for n in tables["node"]}
+
+        def points(holder: dict, key: str = "node_tokens") -> np.ndarray:
+            return np.array([nodes[t] for t in holder[key]], dtype=np.float64).reshape(-1, 2)
+
+        polygon = {
+            p["token"]: [points(p, "exterior_node_tokens"), *map(points, p["holes"])]
+            for p in tables["polygon"]
+        }
+        line = {t["token"]: [points(t)] for t in tables["line"]}
+        areas = {
+            name: [
+                polygon[t]
+                for r in tables[layer]
+                for t in r.get("polygon_tokens") or [r["polygon_token"]]
+            ]
+            for name, layer in AREAS.items()
+        }
+        lines = {
+            name: [line[r["line_token"]] for r in tables[layer]] for name, layer in LINES.items()
+        }
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the map expansion: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a nuScenes map expansion file ({error!r})") from error
+    return MapLayers(
+        {name: Shapes.of([s for s in found if len(s[0]) > 2]) for name, found in areas.items()},
+        {name: Shapes.of([s for s in found if len(s[0]) > 1]) for name, found in lines.items()},
+    )

@@ -1,0 +1,123 @@
+"""Checksums of a store's objects (files): crc32 and size of each, kept in the array ``checksums``.
+
+The array holds text: a line ``crc32 size key`` for every other object, sorted by key, and last a
+line of the same form without a key for the text before it. Any changed byte, and any object that
+was exchanged, lost or added, contradicts a line. It is zlib's crc32 and not Zarr's crc32c, because
+small arrays end in their own crc32c: over such data that one has always the same value.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import zarr
+from tqdm import tqdm
+from zarr.abc.store import Store
+from zarr.core.buffer import Buffer
+from zarr.storage import WrapperStore
+
+from occfeat_targets.store.files import filesystem, find
+
+NAME = "checksums"
+DATA = f"{NAME}/c/0"
+"""The object that holds the text."""
+
+Checksum = tuple[int, int]
+"""crc32 and size in bytes."""
+
+
+class RecordingStore(WrapperStore[Store]):
+    """A Zarr store that notes the checksum of every object written through it."""
+
+    def __init__(self, store: Store):
+        super().__init__(store)
+        self.written: dict[str, Checksum] = {}
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write an object."""
+        self.written[key] = checksum(value.to_bytes())
+        await self._store.set(key, value)
+
+
+def checksum(data: bytes) -> Checksum:
+    """Of an object's content."""
+    return zlib.crc32(data), len(data)
+
+
+def write_checksums(
+    url: str, group: zarr.Group, known: dict[str, Checksum], without: tuple[str, ...] = ()
+) -> None:
+    """Write the array; objects that are not ``known`` from their writing are read.
+
+    Args:
+        url: the store, otherwise finished.
+        group: its root group, writable.
+        known: key to checksum.
+        without: folders whose objects will not stay.
+    """
+    fs, root = filesystem(url)
+    there = {path.removeprefix(f"{root}/") for path in find(url)}
+    there = {key for key in there if not key.startswith(without)}
+    keys = sorted((there | {f"{NAME}/zarr.json"}) - {DATA})
+    # Lines have a length that is known now: the array's own zarr.json, which holds it, is in them.
+    n_bytes = len(_text(dict.fromkeys([*keys, ""], (0, 0))))
+    array = group.create_array(
+        NAME,
+        shape=(n_bytes,),
+        chunks=(n_bytes,),
+        dtype="uint8",
+        compressors=None,
+        fill_value=0,
+        dimension_names=("byte",),
+        attributes={"description": "crc32, size and key of every other object, a line each"},
+        overwrite=True,
+    )
+    sums = {key: known.get(key) or checksum(fs.cat_file(f"{root}/{key}")) for key in keys}
+    sums[""] = checksum(_text(sums))
+    array[:] = np.frombuffer(_text(sums), np.uint8)
+
+
+def check_objects(url: str) -> Iterator[str]:
+    """Read every object of a finished store: a line for each that is not what was written."""
+    fs, root = filesystem(url)
+    found = {path.removeprefix(f"{root}/"): size for path, size in find(url).items()}
+    try:
+        wanted = _parse(fs.cat_file(f"{root}/{DATA}"))
+    except FileNotFoundError:
+        yield f"{DATA} is missing: nothing says what the other objects should be"
+        return
+    except ValueError:
+        yield f"{DATA} is damaged: it does not match its own checksum"
+        return
+    yield from (f"{key} is missing" for key in sorted(wanted.keys() - found.keys()))
+    yield from (f"{key} is no object of this store" for key in sorted(found.keys() - {DATA, *wanted}))
+
+    def read(key: str) -> str | None:
+        if found[key] != wanted[key][1]:
+            return f"{key} has {found[key]} bytes instead of {wanted[key][1]}"
+        same = checksum(fs.cat_file(f"{root}/{key}")) == wanted[key]
+        return None if same else f"{key} is damaged: it does not match its checksum"
+
+    both = sorted(wanted.keys() & found.keys())
+    with ThreadPoolExecutor(8) as pool:  # waits for storage, mostly
+        results = pool.map(read, both)
+        for problem in tqdm(results, total=len(both), desc="checksums", unit="file", disable=None):
+            if problem:
+                yield problem
+
+
+def _text(sums: dict[str, Checksum]) -> bytes:
+    return "".join(f"{crc:08x} {size:012d} {key}\n" for key, (crc, size) in sums.items()).encode()
+
+
+def _parse(data: bytes) -> dict[str, Checksum]:
+    """Inverse of :func:`_text`, without the last line. ValueError: that contradicts the others."""
+    lines = data.decode().splitlines(keepends=True)
+    body = "".join(lines[:-1]).encode()
+    if not lines or lines[-1].encode() != _text({"": checksum(body)}):
+        raise ValueError
+    rows = (line.rstrip("\n").split(" ", 2) for line in lines[:-1])
+    return {key: (int(crc, 16), int(size)) for crc, size, key in rows}

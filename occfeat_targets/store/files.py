@@ -1,0 +1,51 @@
+"""A store's place: a local directory, or a URL that fsspec opens."""
+
+from __future__ import annotations
+
+import fsspec
+import zarr
+from fsspec.implementations.local import LocalFileSystem
+from zarr.storage import FsspecStore, LocalStore
+
+
+class StoreError(RuntimeError):
+    """A store is missing, foreign, incomplete, of another version, or damaged."""
+
+
+def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The fsspec filesystem and path of a store url.
+
+    Raises:
+        StoreError: the url's protocol is unknown or its package is not installed.
+    """
+    try:
+        return fsspec.url_to_fs(str(url))
+    except (ImportError, ValueError) as error:
+        raise StoreError(f"{url}: {error}") from error
+
+
+def absolute(url: str) -> str:
+    """A local path made absolute, since workers may run elsewhere; other urls as they are."""
+    fs, path = filesystem(url)
+    return path if isinstance(fs, LocalFileSystem) else str(url)
+
+
+def find(url: str, below: str = "") -> dict[str, int]:
+    """All files of a store, or below one of its folders, listed afresh: path to size in bytes."""
+    fs, path = filesystem(url)
+    fs.invalidate_cache()
+    found = fs.find(f"{path}/{below}" if below else path, detail=True)
+    return {name: info["size"] for name, info in found.items()}
+
+
+def zarr_store(url: str, read_only: bool) -> LocalStore | FsspecStore:
+    """Zarr's store object of a store."""
+    fs, path = filesystem(url)
+    if isinstance(fs, LocalFileSystem):
+        return LocalStore(path, read_only=read_only)
+    return FsspecStore.from_url(str(url), read_only=read_only)
+
+
+def open_group(url: str, mode: str) -> zarr.Group:
+    """The root group of a store, ``mode`` ``r`` or ``r+``."""
+    return zarr.open_group(zarr_store(url, read_only=mode == "r"), mode=mode, zarr_format=3)

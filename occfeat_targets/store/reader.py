@@ -1,0 +1,169 @@
+"""Reading a store: the one reader of both programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+
+from occfeat_targets.store.files import StoreError, open_group
+from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.schema import FAILED, FORMAT, FORMAT_VERSION, ArraySpec
+from occfeat_targets.store.shards import ShardedArray
+
+SEAL = "attributes_crc32c"
+"""Root attribute of a finished store: checksum of all others, which are checked when it is opened."""
+
+
+class TargetStore:
+    """Read access to a store.
+
+    Opens arrays when first asked for one, and holds no open files: one per process.
+    """
+
+    def __init__(self, url: str, group: zarr.Group):
+        self.url = str(url)
+        self.group = group
+        self.attrs: dict[str, Any] = dict(group.attrs)
+
+    @cached_property
+    def grid(self) -> VoxelGrid:
+        """The voxel grid of every target."""
+        return VoxelGrid.from_dict(self.attrs["grid"])
+
+    @cached_property
+    def specs(self) -> dict[str, ArraySpec]:
+        """The arrays this store has, by name."""
+        return {name: ArraySpec.of(self.array(name)) for name in self.attrs["arrays"]}
+
+    @cached_property
+    def per_frame(self) -> dict[str, np.ndarray]:
+        """The small arrays, whole: name to (N, ...).
+
+        Raises:
+            StoreError: one is damaged or lost.
+        """
+        return {s.name: self._whole(s) for s in self.specs.values() if s.chunk is None}
+
+    @cached_property
+    def sharded(self) -> dict[str, ShardedArray]:
+        """The large arrays, by name."""
+        large = (name for name, spec in self.specs.items() if spec.chunk is not None)
+        return {name: ShardedArray(self.url, self.array(name)) for name in large}
+
+    def __len__(self) -> int:
+        """Number of frames, failed ones included."""
+        return self.attrs["n_frames"]
+
+    def array(self, name: str) -> zarr.Array:
+        """One array of the store, as zarr has it.
+
+        Raises:
+            StoreError: the store lacks it.
+        """
+        try:
+            return self.group[name]
+        except KeyError:
+            raise StoreError(f"{self.url} has no array {name!r}: the store is damaged") from None
+
+    def token(self, i: int) -> str:
+        """Sample token of frame i, 32 hex digits."""
+        return self.per_frame["token"][i].tobytes().hex()
+
+    def scene(self, i: int) -> str:
+        """Scene name of frame i."""
+        return self.attrs["scenes"][self.per_frame["scene"][i]]
+
+    def split(self, i: int) -> str:
+        """Official split of frame i."""
+        return self.attrs["splits"][self.per_frame["split"][i]]
+
+    def describe(self, i: int) -> str:
+        """Frame i for messages: number, scene, sample."""
+        return f"frame {i} ({self.scene(i)}, sample {self.token(i)})"
+
+    def read(self, i: int, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Arrays of frame i, without frame axis, trimmed to the rows that it has.
+
+        Raises:
+            StoreError: naming the frame, for an array that the store lacks, a frame that failed
+                in the build, and whatever is missing or damaged.
+        """
+        if self.per_frame["n_voxels"][i] == FAILED:
+            raise StoreError(
+                f"{self.url}: {self.describe(i)} has no targets: it failed when the store was built"
+            )
+        try:
+            return {name: self._read(i, name) for name in names}
+        except Exception as error:  # remote filesystems raise what they like
+            raise StoreError(f"{self.url}: {self.describe(i)}: {error}") from error
+
+    def frame(self, i: int) -> dict[str, Any]:
+        """Everything stored of frame i; ``images`` as a list of one JPEG (bytes) per camera.
+
+        Raises:
+            StoreError: as :meth:`read`.
+        """
+        frame: dict[str, Any] = self.read(i, self.specs)
+        jpegs = frame["images"].tobytes()
+        frame["images"] = [jpegs[a:b] for a, b in pairwise(frame["image_offset"])]
+        return frame
+
+    def _read(self, i: int, name: str) -> np.ndarray:
+        if name not in self.specs:
+            raise StoreError(f"the store has no {name!r}, it was built without")
+        if name in self.per_frame:
+            return self.per_frame[name][i]
+        rows = self.specs[name].rows
+        return self.sharded[name].read(i, rows and np.ravel(self.per_frame[rows][i])[-1])
+
+    def _whole(self, spec: ArraySpec) -> np.ndarray:
+        try:
+            values = np.asarray(self.array(spec.name)[:])
+        except (ValueError, RuntimeError, OSError) as error:
+            raise StoreError(f"{self.url}: {spec.name} is damaged: {error}") from error
+        if spec.missing(values).any():
+            raise StoreError(f"{self.url}: {spec.name} was lost, or never written")
+        return values
+
+
+def open_store(url: str, allow_incomplete: bool = False) -> TargetStore:
+    """Open a store for reading.
+
+    Raises:
+        StoreError: one sentence each for nothing there, a foreign store, another format
+            version, an unfinished build (unless ``allow_incomplete``), and damaged attributes.
+    """
+    try:
+        group = open_group(url, "r")
+    except FileNotFoundError:
+        raise StoreError(
+            f"{url}: no targets store here (make one: occfeat-targets build)"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{url}: its zarr.json is damaged, or not of a group") from error
+    attrs = dict(group.attrs)
+    if attrs.get("format") != FORMAT:
+        raise StoreError(f"{url} is a Zarr group but not an {FORMAT} store")
+    if attrs.get("format_version") != FORMAT_VERSION:
+        raise StoreError(
+            f"{url} has format version {attrs.get('format_version')}, this program reads "
+            f"{FORMAT_VERSION}: rebuild the store or use a matching version of occfeat"
+        )
+    if not attrs.get("complete") and not allow_incomplete:
+        raise StoreError(f"{url} is not finished: run its occfeat-targets build again to continue")
+    if attrs.get("complete") and attrs.get(SEAL) != seal(attrs):
+        raise StoreError(f"{url}: the attributes in its zarr.json are damaged")
+    return TargetStore(url, group)
+
+
+def seal(attributes: dict[str, Any]) -> int:
+    """The value of :data:`SEAL` for root attributes."""
+    others = {key: value for key, value in attributes.items() if key != SEAL}
+    return google_crc32c.value(json.dumps(others, sort_keys=True).encode())

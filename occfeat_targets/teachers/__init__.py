@@ -1,0 +1,73 @@
+"""Teachers: one module per family of image models. ``base`` says what a teacher must offer."""
+
+from __future__ import annotations
+
+import threading
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from occfeat_targets.store.registry import Registry
+from occfeat_targets.store.settings import ConfigError
+
+if TYPE_CHECKING:
+    from occfeat_targets.teachers.base import Teacher, TeacherSettings
+
+TEACHERS = Registry(
+    "teacher",
+    {
+        "none": "occfeat_targets.teachers.base:NoTeacher",
+        "random": "occfeat_targets.teachers.dino:random_teacher",
+        "hub": "occfeat_targets.teachers.dino:pretrained",
+    },
+)
+"""What makes a teacher of its settings, by what stands before a name's colon; a name without one is
+a hub id or directory."""
+
+
+def load_teacher(settings: TeacherSettings) -> Teacher:
+    """The teacher that settings name, checked against the input size.
+
+    Raises:
+        ConfigError: the name makes no sense, a plug-in can't be imported, or the input size is no
+            multiple of the patch.
+        TeacherError: weights can't be loaded, or a plug-in is no teacher.
+    """
+    family, colon, _ = settings.name.partition(":")
+    if family in TEACHERS.names:
+        teacher = TEACHERS(family)(settings)
+    elif colon:
+        teacher = _checked(TEACHERS(settings.name)(), settings.name)
+    else:
+        teacher = TEACHERS("hub")(settings)
+    if any(side % teacher.patch_size for side in settings.input_size):
+        raise ConfigError(
+            f"teacher.input_size {list(settings.input_size)} must be multiples of the patch size "
+            f"{teacher.patch_size} of {settings.name}"
+        )
+    return teacher
+
+
+def _checked(teacher: Teacher, name: str) -> Teacher:
+    from occfeat_targets.teachers.base import TeacherError
+
+    for attribute in ("name", "dim", "patch_size"):
+        if not hasattr(teacher, attribute):
+            raise TeacherError(f"plug-in teacher {name!r} has no attribute {attribute!r}")
+    return teacher
+
+
+_load_once = lru_cache(maxsize=1)(load_teacher)
+_load_lock = threading.Lock()
+
+
+def shared_teacher(settings: TeacherSettings) -> Teacher:
+    """This process's one instance of a teacher, loaded on first use.
+
+    Torch is held to one thread: workers are the parallelism, and a result then can't depend on
+    how many threads a machine has.
+    """
+    import torch
+
+    with _load_lock:  # lru_cache alone would load twice when two threads ask at once
+        torch.set_num_threads(1)
+        return _load_once(settings)

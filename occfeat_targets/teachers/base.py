@@ -1,0 +1,129 @@
+"""What the pipeline asks of a teacher: a frozen image model that gives dense features.
+
+A teacher is any object with ``name`` (str), ``dim`` (int), ``patch_size`` (int) and
+``__call__(images: float32 (B, 3, H, W) in 0..1) -> (B, dim, H / patch_size, W / patch_size)``,
+RGB in, torch tensors both. A plug-in should also carry ``weights``, a string that identifies its
+parameters (a ``torch.nn.Module`` gets the hash of its state), so that a build is not continued with
+others. It is called without gradients; on a GPU worker from several threads at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import field_validator
+
+from occfeat_targets.store.settings import Settings, Size
+
+
+class TeacherError(RuntimeError):
+    """The teacher can't be had or does not do what it promised; the message says what to do."""
+
+
+class TeacherSettings(Settings):
+    """The frozen image model whose features are the targets."""
+
+    name: str = "facebook/dinov2-small"
+    """DINOv2 hub id or local directory, ``random:SEED`` (same ViT-S/14, random weights, for
+    demos and tests), ``package.module:factory`` for a plug-in, or ``none`` for a store without
+    features: enough to finetune and evaluate on, and built much faster."""
+    input_size: Size = (252, 448)
+    """Image height and width the teacher sees; multiples of its patch size."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """``auto`` is float32 on CPU and bfloat16 on CUDA."""
+
+    @field_validator("input_size")
+    @classmethod
+    def _positive(cls, size: Size) -> Size:
+        if min(size) < 1:
+            raise ValueError(f"must be [height, width], got {list(size)}")
+        return size
+
+
+class Teacher(Protocol):
+    """What the pipeline asks of a teacher."""
+
+    name: str
+    dim: int
+    patch_size: int
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Dense features (B, dim, H / patch_size, W / patch_size) of RGB images in 0..1."""
+        ...
+
+
+class NoTeacher:
+    """Stands where a teacher would, in a store without features."""
+
+    name = "none"
+    weights = "none"
+    dim = 0
+    patch_size = 1
+
+    def __init__(self, settings: TeacherSettings | None = None):
+        pass
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Nothing of each pixel."""
+        return images[:, :0]
+
+
+def describe(teacher: Teacher, settings: TeacherSettings) -> dict:
+    """The store's ``teacher`` attribute: which model, weights, layer and size made the targets."""
+
+    def text(attribute: str, otherwise: str = "unknown") -> str:
+        value = getattr(teacher, attribute, None)
+        return value if isinstance(value, str) else otherwise  # a module may have a .layer
+
+    return {
+        "name": teacher.name,
+        "revision": text("revision"),
+        "architecture": text("architecture", type(teacher).__name__),
+        "layer": text("layer"),
+        "input_size": list(settings.input_size),
+        "patch_size": int(teacher.patch_size),
+        "dim": int(teacher.dim),
+        "precision": text("precision"),
+        "weights": text("weights") if hasattr(teacher, "weights") else _plugin_weights(teacher),
+    }
+
+
+def _plugin_weights(teacher: Teacher) -> str:
+    return state_sha256(teacher) if isinstance(teacher, torch.nn.Module) else "unknown"
+
+
+def dense_features(
+    teacher: Teacher, images: list[Image.Image], input_size: tuple[int, int]
+) -> torch.Tensor:
+    """Run the teacher once on images already resized to ``input_size``.
+
+    Returns:
+        float32 CPU tensor (N, C, h, w).
+
+    Raises:
+        TeacherError: when the shape is not what ``dim`` and ``patch_size`` promise.
+    """
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    with torch.inference_mode():
+        features = teacher(pixels.permute(0, 3, 1, 2).float().div_(255))
+    h, w = (side // teacher.patch_size for side in input_size)
+    wanted = (len(images), teacher.dim, h, w)
+    if tuple(features.shape) != wanted:
+        raise TeacherError(
+            f"teacher {teacher.name} returned shape {tuple(features.shape)}, promised {wanted}"
+        )
+    return features.float().cpu()
+
+
+def state_sha256(model: torch.nn.Module) -> str:
+    """sha256 over a model's parameters, whatever they are called and whatever file held them."""
+    tensors = (tensor.contiguous().cpu() for tensor in model.state_dict().values())
+    digests = sorted(
+        hashlib.sha256(f"{t.dtype} {tuple(t.shape)}".encode() + t.numpy().tobytes()).digest()
+        for t in tensors
+    )
+    return hashlib.sha256(b"".join(digests)).hexdigest()

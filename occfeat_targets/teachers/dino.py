@@ -1,0 +1,115 @@
+"""DINOv2, with or without registers, from the Hugging Face hub or a directory; and the same ViT
+with random weights.
+
+transformers interpolates the position embedding to the token grid by explicit size. The authors'
+code adds 0.1 to the grid's size first, which moves tokens by up to 1.4 px without registers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from occfeat_targets.store.settings import ConfigError
+from occfeat_targets.teachers.base import TeacherError, TeacherSettings, state_sha256
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_TYPES = ("dinov2", "dinov2_with_registers")
+
+
+class DinoTeacher:
+    """DINOv2 patch tokens of the last layer, after the final norm.
+
+    CLS and register tokens are dropped; the position embedding is interpolated to the token grid
+    by explicit size. No image processor: the caller resizes.
+    """
+
+    layer = "last, after the final norm"
+
+    def __init__(self, model: torch.nn.Module, name: str, precision: str, weights: str = ""):
+        self.name = name
+        self.revision = getattr(model.config, "_commit_hash", None) or "local"
+        self.architecture = f"{model.config.model_type}-{model.config.hidden_size}"
+        self.dim = model.config.hidden_size
+        self.patch_size = model.config.patch_size
+        self.weights = weights or state_sha256(model)
+        self._prefix = 1 + getattr(model.config, "num_register_tokens", 0)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._dtype = _dtype(precision, self._device)
+        self.precision = str(self._dtype).removeprefix("torch.")
+        self._model = model.eval().requires_grad_(False).to(self._device)
+        self._mean = torch.tensor(IMAGENET_MEAN, device=self._device).view(3, 1, 1)
+        self._std = torch.tensor(IMAGENET_STD, device=self._device).view(3, 1, 1)
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Features float32 (B, dim, h, w) on the CPU of RGB images (B, 3, H, W) in 0..1."""
+        h, w = (side // self.patch_size for side in images.shape[-2:])
+        pixels = (images.to(self._device) - self._mean) / self._std
+        with torch.autocast(self._device.type, self._dtype, self._dtype != torch.float32):
+            tokens = self._model(pixel_values=pixels).last_hidden_state[:, self._prefix :]
+        return tokens.float().cpu().unflatten(1, (h, w)).permute(0, 3, 1, 2)
+
+
+def _dtype(precision: str, device: torch.device) -> torch.dtype:
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, precision)
+
+
+def random_teacher(settings: TeacherSettings) -> DinoTeacher:
+    """``random:SEED``: a ViT-S/14 with random weights.
+
+    Raises:
+        ConfigError: the seed is no whole number.
+    """
+    from transformers import Dinov2Config, Dinov2Model
+
+    text = settings.name.removeprefix("random:")
+    if not text.isdigit():
+        raise ConfigError(f"teacher.name random:SEED wants a whole number, got {settings.name!r}")
+    shape = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(text))
+        model = Dinov2Model(shape)
+    return DinoTeacher(model, settings.name, settings.precision, weights=f"random({text})")
+
+
+def pretrained(settings: TeacherSettings) -> DinoTeacher:
+    """DINOv2 from a local directory or the Hugging Face hub; safetensors only, never pickle.
+
+    Raises:
+        TeacherError: it can't be loaded. ConfigError: it is another kind of model.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        shape = AutoConfig.frompretrained(settings.name)
+        if shape.model_type in _TYPES:
+            model, loading = AutoModel.frompretrained(
+                settings.name, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+            if loading["missing_keys"]:  # transformers would fill them with random numbers
+                raise ValueError(f"no weights for {', '.join(sorted(loading['missing_keys']))}")
+            return DinoTeacher(model, settings.name, settings.precision)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise TeacherError(
+            f"cannot load the teacher {settings.name!r} ({reason}).\n"
+            f"On a machine with internet, fetch config.json and model.safetensors of "
+            f"https://huggingface.co/{_hub_id(settings.name)}, put both into one directory and pass "
+            "it: --teacher DIR (make targets TEACHER=DIR). Without the weights, --teacher random:0 "
+            "runs the pipeline on random features."
+        ) from error
+    raise ConfigError(
+        f"teacher {settings.name} is a {shape.model_type} model; only DINOv2 (with or without "
+        "registers) is read directly, use package.module:factory for others"
+    )
+
+
+def _hub_id(name: str) -> str:
+    is_path = name.startswith((".", "/", "~")) or Path(name).is_dir()
+    return name if name.count("/") == 1 and not is_path else TeacherSettings().name
