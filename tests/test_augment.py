@@ -9,22 +9,17 @@ import pytest
 import torch
 import train_reference as reference
 
-from occfeat_train.augment import Draws, draw, network_inputs
-from occfeat_train.config import (
-    NO_AUGMENT,
-    AugmentConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from occfeat_train.augment import NO_AUGMENT, AugmentSettings, Draws, draw, network_inputs
+from occfeat_train.config import RunSettings, TrainConfig
 from occfeat_train.evaluate import predict
 from occfeat_train.geometry import resize_and_crop, rotation_z
+from occfeat_train.models.bev_net import ModelSettings
 
 # Below 256 pixels a side, so that one grey level is one pixel and a ramp is exact.
 STORED_WH = (240, 136)
 NETWORK_HW = (104, 176)  # another aspect ratio
 N = 3
-AUGMENT = AugmentConfig()
+AUGMENT = AugmentSettings()
 
 
 def painted(batch):
@@ -273,7 +268,7 @@ def test_evaluation_in_bfloat16_sees_the_same_cameras_and_images():
         objective=SimpleNamespace(head=lambda _: {"mask": torch.zeros(2, 3, 3)}),
     )
     for precision in ("float32", "bfloat16"):
-        model, run = ModelConfig(image_size=NETWORK_HW), RunConfig(precision=precision)
+        model, run = ModelSettings(image_size=NETWORK_HW), RunSettings(precision=precision)
         job = SimpleNamespace(config=TrainConfig(model=model, run=run))
         predict(network, stored, job, torch.device("cpu"))
     single, half = seen

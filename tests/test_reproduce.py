@@ -15,14 +15,14 @@ from click.testing import CliRunner
 from tiny_store import make_tiny_store
 from train_runs import SMALL
 
-from occfeat_common.settings import ConfigError
 from occfeat_pipelines import recipes, report, reproduce
 from occfeat_pipelines.experiments import Planner, beside
 from occfeat_pipelines.recipes import HERE, TABLES, load_preset, load_recipes
 from occfeat_pipelines.report import Cell
 from occfeat_targets.store.schema import SEVERITIES
+from occfeat_targets.store.settings import ConfigError
 from occfeat_train.cli import main as occfeat_train
-from occfeat_train.runs import Run
+from occfeat_train.runs.run import Run
 
 TASKS = ("vehicle", "map")
 
@@ -85,11 +85,11 @@ def test_rows_do_what_their_labels_say(stores):
     by_name = {e.recipe: e for e in _experiments(stores, "3", fractions=(0.01,)) if e.task == "map"}
     pretraining = {name: e.pretraining for name, e in by_name.items()}
     assert pretraining["simplebev-none"] is pretraining["bevformer-none"] is None
-    assert "pretrain.features=false" in _settings(pretraining["simplebev-occupancy"])
-    assert "pretrain.occupancy=false" in _settings(pretraining["simplebev-features"])
+    assert "objectives.occfeat.features=false" in _settings(pretraining["simplebev-occupancy"])
+    assert "objectives.occfeat.occupancy=false" in _settings(pretraining["simplebev-features"])
     assert _settings(pretraining["simplebev-both"]) == {"run.seed=0"}
-    assert "model.network=bevformer" in _settings(pretraining["bevformer-both"])
-    assert "model.network=bevformer" in _settings(by_name["bevformer-both"].finetuning)
+    assert "model.lift=bevformer" in _settings(pretraining["bevformer-both"])
+    assert "model.lift=bevformer" in _settings(by_name["bevformer-both"].finetuning)
     options = by_name["simplebev-none"].finetuning.options
     assert options[-6:] == ("--task", "map", "--fraction", "0.01", "--init", "none")
 
@@ -105,8 +105,8 @@ def test_a_finer_image_is_finetuned_from_a_coarse_pretraining_on_a_store_of_its_
 def test_the_weight_of_the_feature_loss(stores):
     weights = [_settings(e.pretraining) - {"run.seed=0"} for e in _experiments(stores, "4")]
     values = ("0.0001", "0.001", None, "0.1", "1")
-    rest = [{f"pretrain.feature_weight={v}"} if v else set() for v in values]
-    assert weights == [{"pretrain.features=false"}, *rest]
+    rest = [{f"objectives.occfeat.feature_weight={v}"} if v else set() for v in values]
+    assert weights == [{"objectives.occfeat.features=false"}, *rest]
 
 
 def test_what_tables_have_in_common_is_one_run(stores):

@@ -11,7 +11,7 @@ from occfeat_train.config import FinetuneSettings, PretrainSettings, TrainConfig
 from occfeat_train.objectives import OBJECTIVES
 from occfeat_train.objectives.base import Objective
 from occfeat_train.runs import run as runs
-from occfeat_train.runs.run import Run
+from occfeat_train.runs.run import Run, RunError
 from occfeat_train.tasks import TASKS
 
 
@@ -83,9 +83,14 @@ class Job:
         """The job of an existing run; ``store`` if it has moved.
 
         Raises:
-            RunError: there is no run here. ConfigError: its settings are not of this version.
+            RunError: there is no run here, or one of another version of occfeat.
+            ConfigError: its settings are not of this version.
         """
         said = run.description()
-        config = TrainConfig.of(said["config"])
-        rest = {name: said[name] for name in ("fraction", "fraction_unit", "init", "task")}
-        return cls(said["kind"], store or said["store"], config, **rest)
+        names = ("kind", "store", "config", "fraction", "fraction_unit", "init", "task")
+        if lacking := [name for name in names if name not in said]:
+            raise RunError(
+                f"{run.path} is of another version of occfeat: it says no {', '.join(lacking)}"
+            )
+        kind, where, config, *rest = (said[name] for name in names)
+        return cls(kind, store or where, TrainConfig.of(config), *rest)
