@@ -102,7 +102,7 @@ def test_the_map_turns_with_the_vehicles(angle):
 def test_the_map_turns_with_the_cameras(demo_store, angle):
     """A cell's turned map is the stored one where the turned camera's rays say it is."""
     store = open_store(demo_store)
-    frame = store.frame(0)
+    frame = reference.with_vehicles(store.frame(0), store.attrs)
     batch = reference.collated([frame], store.grid.n_voxels)
     stored = torch.from_numpy(frame["map"])[None]
     hw = store.attrs["config"]["images"]["size"]

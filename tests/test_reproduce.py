@@ -166,12 +166,12 @@ def test_the_miniature_s_fraction_stands_for_the_paper_s(store_for):
 
 def test_a_store_of_another_preset_is_refused(tiny_store, store_for):
     for store, preset in ((tiny_store, "paper"), (store_for["paper"], "miniature")):
-        with pytest.raises(ConfigError, match=f"this preset trains with train_{preset}.yaml"):
+        with pytest.raises(ConfigError, match=f"this one trains with {preset}: name a store"):
             _experiments(str(store), "3", preset=preset)
 
 
 def test_a_missing_store_says_how_to_build_it(store_for, tmp_path):
-    with pytest.raises(ConfigError, match=r"m\.zarr --config pipelines/miniature\.yaml"):
+    with pytest.raises(ConfigError, match=r"m\.zarr --config miniature"):
         _experiments(str(tmp_path / "m.zarr"), "3", preset="miniature")
     (tmp_path / "t.zarr").symlink_to(store_for["paper"])
     with pytest.raises(ConfigError, match=r"build .*t-sweeps-10\.zarr .*--set 'lidar.sweeps=10'"):
@@ -182,8 +182,8 @@ def test_a_missing_store_says_how_to_build_it(store_for, tmp_path):
     ("values", "message"),
     [
         ({"paper": {"vehicle": {0.01: 1}}, "pretrian": []}, "did you mean pretrain"),
-        ({"paper": {"vehicles": {0.01: 1}}}, "must be by vehicle and map"),
-        ({"paper": {"vehicle": 13.7}}, "must be by fraction"),
+        ({"paper": {"vehicles": {0.01: 1}}}, "no task 'vehicles' .did you mean vehicle"),
+        ({"paper": {"vehicle": 13.7}}, "paper.vehicle must be a mapping"),
     ],
 )
 def test_impossible_recipes(tmp_path, monkeypatch, values, message):
@@ -330,7 +330,7 @@ def test_a_table_is_run_once_and_reported(reproduction, tmp_path):
         assert row["row"] in output and row["seeds"] == "1", line
     (none, both) = (float(row["mean"]) for row in rows)
     found = {
-        json.loads(path.read_text())["init"]: json.loads(path.read_text())["vehicle"]
+        json.loads(path.read_text())["init"]: json.loads(path.read_text())["rows"]
         for path in (tmp_path / "out").glob("finetune-*/result.json")
     }
     assert found.pop(None)["visible"]["iou"] == none
