@@ -28,18 +28,18 @@ $(installed): setup.cfg pyproject.toml constraints.txt
 
 ifdef NUSCENES
 targets: $(installed)
-	$(bin)/occfeat-targets build '$(NUSCENES)' '$(STORE)' --config pipelines/nuscenes.yaml $(options)
+	$(bin)/occfeat-targets build '$(NUSCENES)' '$(STORE)' $(options)
 else
 targets: $(installed)
 	$(bin)/occfeat-targets demo-data '$(DEMO)'
-	$(bin)/occfeat-targets build '$(DEMO)' '$(STORE)' --config pipelines/demo.yaml $(options)
+	$(bin)/occfeat-targets build '$(DEMO)' '$(STORE)' --config demo $(options)
 	$(bin)/occfeat-targets verify '$(STORE)'
 endif
 	$(bin)/occfeat-targets info '$(STORE)'
 
 miniature: $(installed)
 	$(bin)/occfeat-targets demo-data miniature-world --version v1.0-trainval --scenes 64 --samples 3
-	$(bin)/occfeat-targets build miniature-world miniature.zarr --config pipelines/miniature.yaml
+	$(bin)/occfeat-targets build miniature-world miniature.zarr --config miniature
 	$(bin)/python pipelines/reproduce.py --table 3 --preset miniature
 
 # One thread each: threads of one test would only get in the way of another's.

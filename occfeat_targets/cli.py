@@ -13,14 +13,19 @@ Commands are thin: they parse, call one function and turn errors into one messag
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from occfeat_targets import __version__
+
+if TYPE_CHECKING:
+    from occfeat_targets.config import TargetsConfig
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -29,34 +34,43 @@ EXIT_SKIPPED = 3
 
 dataroot_argument = click.argument("dataroot", type=click.Path(path_type=Path))
 store_argument = click.argument("store")
-version_option = click.option(
-    "--version",
-    "dataset_version",
-    help="Dataset version, such as v1.0-mini. Needed only if the dataroot holds several.",
+
+
+def _together(*options: Callable) -> Callable:
+    """One decorator of several options."""
+    return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
+
+
+settings_options = _together(
+    click.option(
+        "--version",
+        "dataset_version",
+        help="Dataset version, such as v1.0-mini. Needed only if the dataroot holds several.",
+    ),
+    click.option(
+        "--config",
+        default="nuscenes",
+        show_default=True,
+        metavar="FILE.yaml|PRESET",
+        help="Settings: a file, or a preset by name (nuscenes, demo, miniature). nuscenes lists "
+        "all of them: occfeat-targets settings.",
+    ),
+    click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="One setting, such as lidar.sweeps=3 or frames.splits=[mini_train]. May be repeated.",
+    ),
 )
-config_option = click.option(
-    "--config",
-    "config_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="YAML file of settings; see pipelines/nuscenes.yaml for all of them.",
-)
-set_option = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="One setting, such as lidar.sweeps=3 or frames.splits=[mini_train]. May be repeated.",
-)
-workers_option = click.option(
-    "--workers",
-    type=click.IntRange(min=0),
-    help="Worker processes. Default: one per GPU, else one per core. 0: in this process.",
-)
-threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), help="Tasks at a time in each worker."
-)
-scheduler_option = click.option(
-    "--scheduler", metavar="tcp://HOST:PORT", help="Use a running Dask scheduler."
+cluster_options = _together(
+    click.option(
+        "--workers",
+        type=click.IntRange(min=0),
+        help="Worker processes. Default: one per GPU, else one per core. 0: in this process.",
+    ),
+    click.option("--threads", type=click.IntRange(min=1), help="Tasks at a time in each worker."),
+    click.option("--scheduler", metavar="tcp://HOST:PORT", help="Use a running Dask scheduler."),
 )
 on_error_option = click.option(
     "--on-error",
@@ -105,9 +119,7 @@ def main() -> None:
     help="Whose scene names and splits to use; mini has room for 10 scenes.",
 )
 @click.option("--workers", type=int, help="Processes; default: one per core.")
-def demo_data(
-    out: Path, scenes: int, samples: int, seed: int, dataset_version: str, workers: int | None
-) -> None:
+def demo_data(out: Path, **options: Any) -> None:
     """Render a synthetic drive in nuScenes format to the directory OUT.
 
     Streets, buildings, vehicles and pedestrians seen by the real rig's six cameras and lidar,
@@ -116,15 +128,13 @@ def demo_data(
     from occfeat_targets.demo_world import make_demo_world
 
     with _one_message():
-        make_demo_world(out, scenes, samples, seed, dataset_version, workers)
+        make_demo_world(out, version=options.pop("dataset_version"), **options)
 
 
 @main.command()
 @dataroot_argument
 @store_argument
-@version_option
-@config_option
-@set_option
+@settings_options
 @click.option(
     "--teacher",
     help="DINOv2 hub id or local directory, random:SEED (no DINOv2 features!), a plug-in "
@@ -137,27 +147,10 @@ def demo_data(
 )
 @click.option("--scene", "scenes", multiple=True, help="Only this scene. May be repeated.")
 @click.option("--limit", type=int, help="Only the first so many keyframes.")
-@workers_option
-@threads_option
-@scheduler_option
+@cluster_options
 @on_error_option
 @click.option("--overwrite", is_flag=True, help="Delete the targets store that is there first.")
-def build(
-    dataroot: Path,
-    store: str,
-    dataset_version: str | None,
-    config_file: Path | None,
-    overrides: tuple[str, ...],
-    teacher: str | None,
-    precision: str | None,
-    scenes: tuple[str, ...],
-    limit: int | None,
-    workers: int | None,
-    threads: int | None,
-    scheduler: str | None,
-    on_error: str,
-    overwrite: bool,
-) -> None:
+def build(dataroot: Path, store: str, overwrite: bool, on_error: str, **options: Any) -> None:
     """Build the targets store STORE from the nuScenes dataroot DATAROOT.
 
     STORE is a directory or a URL that fsspec opens (s3://…). Killed or failed builds continue
@@ -166,31 +159,48 @@ def build(
     from occfeat_targets import writer
     from occfeat_targets.build import build as run_build
     from occfeat_targets.build import prepare
-    from occfeat_targets.cluster import executor
-    from occfeat_targets.config import TargetsConfig
     from occfeat_targets.store.files import absolute
 
-    flags = {"teacher.name": teacher, "teacher.precision": precision, "frames.limit": limit}
-    flags["frames.scenes"] = list(scenes) or None
-    chosen = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     with _one_message():
-        config = TargetsConfig.load(config_file, [*overrides, *chosen])
+        settings = _settings(options)
         store = absolute(store)
-        if config.teacher.name.startswith("random:"):
+        if settings.teacher.name.startswith("random:"):
             click.echo(
-                f"note: teacher {config.teacher.name} has random weights; these are not DINOv2 "
+                f"note: teacher {settings.teacher.name} has random weights; these are not DINOv2 "
                 "features (fine for trying things out, useless for results)"
             )
-        dataset = prepare(dataroot, store, dataset_version, config, overwrite)
-        if not dataset.map_classes and config.map.mode == "auto":
+        dataset = prepare(dataroot, store, options["dataset_version"], settings, overwrite)
+        if not dataset.map_classes and settings.map.mode == "auto":
             click.echo("note: no map expansion in this dataroot, so no map labels are stored")
         if writer.is_complete(store):
             click.echo(f"{store} is complete: {len(dataset.records)} frames, nothing to do")
             return
-        with executor(workers, threads, scheduler) as where:
-            failed = run_build(store, config, dataset, where, on_error == "skip")
+        with _executor(options) as where:
+            failed = run_build(store, settings, dataset, where, on_error == "skip")
     click.echo(f"{store}: {len(dataset.records)} frames, {len(failed)} failed")
     _leave_out(failed.values())
+
+
+def _settings(options: dict[str, Any]) -> TargetsConfig:
+    """By the options of a command; those with a name of their own go over ``--set``."""
+    from occfeat_targets.config import TargetsConfig
+    from occfeat_targets.store.settings import settings_file
+
+    flags = {
+        "teacher.name": options.get("teacher"),
+        "teacher.precision": options.get("precision"),
+        "frames.limit": options.get("limit"),
+        "frames.scenes": list(options.get("scenes", ())) or None,
+    }
+    chosen = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+    path = settings_file(options["config"], "occfeat_targets")
+    return TargetsConfig.load(path, [*options["overrides"], *chosen])
+
+
+def _executor(options: dict[str, Any]) -> contextlib.AbstractContextManager:
+    from occfeat_targets.cluster import executor
+
+    return executor(options["workers"], options["threads"], options["scheduler"])
 
 
 def _leave_out(messages: Collection[str]) -> None:
@@ -211,21 +221,9 @@ def _leave_out(messages: Collection[str]) -> None:
     metavar="NAME",
     help="Only this one, such as fog-easy. May be repeated. Default: all 24.",
 )
-@workers_option
-@threads_option
-@scheduler_option
+@cluster_options
 @on_error_option
-def corrupt(
-    dataroot: Path,
-    store: str,
-    out: str,
-    split: str | None,
-    only: tuple[str, ...],
-    workers: int | None,
-    threads: int | None,
-    scheduler: str | None,
-    on_error: str,
-) -> None:
+def corrupt(dataroot: Path, store: str, out: str, on_error: str, **options: Any) -> None:
     """Build the validation split of STORE again with corrupted images: nuScenes-C.
 
     DATAROOT is what STORE was built from. RoboBEV's eight corruptions, each easy, mid and hard:
@@ -240,45 +238,52 @@ def corrupt(
     Run it again to continue; what is complete is left alone. For other random numbers build one
     by one: occfeat-targets build --set images.corruption=fog-easy --set images.corruption_seed=1.
     """
-    from occfeat_targets.cluster import executor
     from occfeat_targets.corrupted_stores import build_corrupted, read_split
     from occfeat_targets.corruptions import CORRUPTED
     from occfeat_targets.store.files import absolute
 
     with _one_message():
-        for name in only:
+        for name in options["only"]:
             if name not in CORRUPTED:
                 raise ValueError(f"no corruption {name}; there are {', '.join(CORRUPTED)}")
-        config, dataset = read_split(dataroot, store, split)
+        config, dataset = read_split(dataroot, store, options["split"])
         out, skip = absolute(out), on_error == "skip"
-        with executor(workers, threads, scheduler) as where:
-            names = only or CORRUPTED
+        with _executor(options) as where:
+            names = options["only"] or CORRUPTED
             failed = build_corrupted(config, dataset, out, names, where, skip, click.echo)
     _leave_out([f"{place}: {message}" for place, message in failed.items()])
 
 
 @main.command()
+@click.argument("config", default="nuscenes")
+def settings(config: str) -> None:
+    """Print the settings CONFIG, a file or preset: to read, or to change a copy of.
+
+    \b
+    occfeat-targets settings > mine.yaml
+    occfeat-targets build DATAROOT STORE --config mine.yaml
+    """
+    from occfeat_targets.store.settings import settings_file
+
+    with _one_message():
+        path = settings_file(config, "occfeat_targets")
+        click.echo(path.read_text(encoding="utf-8"), nl=False)
+
+
+@main.command()
 @dataroot_argument
-@version_option
-@config_option
-@set_option
-def check(
-    dataroot: Path,
-    dataset_version: str | None,
-    config_file: Path | None,
-    overrides: tuple[str, ...],
-) -> None:
+@settings_options
+def check(dataroot: Path, **options: Any) -> None:
     """Check DATAROOT without building: files, sizes, JPEG headers, calibration.
 
     build does the same before it starts.
     """
     from occfeat_targets.build import check_records, read_dataset
-    from occfeat_targets.config import TargetsConfig
 
     with _one_message():
-        config = TargetsConfig.load(config_file, overrides)
-        dataset = read_dataset(dataroot, dataset_version, config)
-        check_records(dataset, config)
+        settings = _settings(options)
+        dataset = read_dataset(dataroot, options["dataset_version"], settings)
+        check_records(dataset, settings)
     scenes = len({record.scene for record in dataset.records})
     frames = f"{scenes} scenes, {len(dataset.records)} keyframes"
     click.echo(f"{dataroot}: {dataset.version}, {frames}: ok")
@@ -307,11 +312,11 @@ def verify(store: str, recompute: int, dataroot: Path | None, seed: int) -> None
     """Re-read every frame of STORE and check that it is sound and consistent."""
     from occfeat_targets.verify import recompute_frames, verify_store
 
-    if recompute and dataroot is None:
+    if recompute and not dataroot:
         raise click.UsageError("--recompute needs --dataroot")
     with _one_message():
         n_frames, problems = verify_store(store)
-        if recompute and not problems:
+        if dataroot and recompute and not problems:
             problems += recompute_frames(store, dataroot, recompute, seed)
     for problem in problems:
         click.secho(f"  {problem}", fg="red", err=True)

@@ -182,7 +182,7 @@ def _connect(scheduler: str) -> Any:
 
 
 def _local_cluster(workers: int | None, threads: int | None) -> Any:
-    import dask
+    import dask.config
     from dask.system import CPU_COUNT  # both know of containers' limits
     from distributed import Nanny, Scheduler, SpecCluster
     from distributed.system import MEMORY_LIMIT
@@ -209,8 +209,9 @@ def _local_cluster(workers: int | None, threads: int | None) -> Any:
     # No dashboard; its server takes any free port, else it warns of other clusters on the machine.
     http = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}
     scheduler = {"cls": Scheduler, "options": http}
+    quiet: Any = logging.CRITICAL
     with dask.config.set(_WORKER_SETTINGS):
-        return SpecCluster(workers=specs, scheduler=scheduler, silence_logs=logging.CRITICAL)
+        return SpecCluster(workers=specs, scheduler=scheduler, silence_logs=quiet)
 
 
 def choose(cores: int, memory: int, gpus: int) -> tuple[int, int]:

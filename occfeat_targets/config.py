@@ -34,11 +34,11 @@ class TargetsConfig(Settings):
     images: ImagesSettings = ImagesSettings()
     boxes: BoxesSettings = BoxesSettings()
     map: MapSettings = MapSettings()
-    outputs: dict[str, dict[str, Any]] = {}
+    outputs: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """What else to store: a name of ``outputs.OUTPUTS`` or ``package.module:name`` each, with its
     settings."""
     frames: FramesSettings = FramesSettings()
-    block_frames: int = Field(32, ge=1)
+    block_frames: int = Field(default=32, ge=1)
     """Frames of one block: one task, one file of every large array, one unit of resuming."""
     train_preset: str = ""
     """Name of the trainer preset this store is meant for; the trainer uses it unless told

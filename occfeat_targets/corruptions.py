@@ -235,10 +235,9 @@ def _snow(
     flakes = np.where(flakes < threshold, 0, np.minimum(flakes, 1))
     flakes = _smear(flakes[:, :, None], radius, sigma, rng.uniform(-135, -45))[:height, :width]
     flakes = np.rint(255 * flakes)
-    keep = np.float32(keep)
-    levels = image.astype(np.float32)
+    kept, levels = np.float32(keep), image.astype(np.float32)
     whitened = levels @ np.array(BGR_GREY, dtype=np.float32)[:, None] * 1.5 + 127.5
-    levels = keep * levels + (1 - keep) * np.maximum(levels, whitened)
+    levels = kept * levels + (1 - kept) * np.maximum(levels, whitened)
     return _levels(levels + flakes + flakes[::-1, ::-1])
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from typing import Any
 
 import numpy as np
 
-from occfeat_targets.store.files import filesystem, find
-from occfeat_targets.store.reader import open_store
-from occfeat_targets.store.schema import FAILED
+from occfeat_targets.store.files import find
+from occfeat_targets.store.reader import TargetStore, open_store
+from occfeat_targets.store.schema import FAILED, MARKERS
 
 
-def summarise(url: str) -> dict:
+def summarise(url: str) -> dict[str, Any]:
     """Frames, splits, voxel counts, bytes, teacher and config of a store, finished or not.
 
     Raises:
@@ -19,93 +19,94 @@ def summarise(url: str) -> dict:
     """
     store = open_store(url, allow_incomplete=True)
     attrs = store.attrs
-    fs, path = filesystem(url)
+    sizes = find(url)
+    keys = ("teacher", "source", "cameras", "config", "software")
     summary = {
         "store": str(url),
         "complete": bool(attrs["complete"]),
-        "frames": attrs["n_frames"],
-        "bytes": fs.du(path),
-        "files": len(find(url)),
-        "teacher": attrs.get("teacher"),
-        "source": attrs["source"],
-        "config": attrs["config"],
-        "software": attrs["software"],
+        "frames": len(store),
+        "bytes": sum(sizes.values()),
+        "files": len(sizes),
+        **{key: attrs.get(key) for key in keys},
     }
     if not attrs["complete"]:
         size = attrs["config"]["block_frames"]
-        summary["blocks"] = -(-attrs["n_frames"] // size)
-        summary["blocks_done"] = len([f for f in find(url, "build/blocks") if ".partial" not in f])
-        return summary
-    counts = store.per_frame["n_voxels"]
-    done = counts[counts != FAILED]
-    splits = Counter(store.split(i) for i in range(len(store)))
-    scenes = {name: set() for name in splits}
-    for i in range(len(store)):
-        scenes[store.split(i)].add(store.scene(i))
-    edges = np.histogram_bin_edges(done, bins=min(8, max(1, len(np.unique(done)))))
-    summary |= {
-        "splits": {
-            name: {"frames": n, "scenes": len(scenes[name])} for name, n in sorted(splits.items())
-        },
+        done = sum(name.endswith(".json") for name in find(url, MARKERS))
+        return summary | {"blocks": -(-len(store) // size), "blocks_done": done}
+    return summary | {
+        "splits": _splits(store),
         "map_classes": attrs["map_classes"],
         "failed": attrs["failed"],
-        "voxels_per_frame": {
-            "min": int(done.min(initial=2**31 - 1)) if len(done) else 0,
-            "median": float(np.median(done)) if len(done) else 0.0,
-            "max": int(done.max(initial=0)),
-            "histogram": {
-                f"{int(lo)}-{int(hi)}": int(n)
-                for lo, hi, n in zip(
-                    edges[:-1], edges[1:], np.histogram(done, bins=edges)[0], strict=True
-                )
-            },
-        },
+        "voxels_per_frame": _voxels(store),
     }
-    return summary
 
 
-def as_text(summary: dict) -> str:
+def _splits(store: TargetStore) -> dict[str, dict[str, int]]:
+    found: dict[str, list[str]] = {}
+    for i in range(len(store)):
+        found.setdefault(store.split(i), []).append(store.scene(i))
+    return {
+        name: {"frames": len(scenes), "scenes": len(set(scenes))}
+        for name, scenes in sorted(found.items())
+    }
+
+
+def _voxels(store: TargetStore) -> dict[str, Any]:
+    counts = store.per_frame["n_voxels"]
+    done = counts[counts != FAILED]
+    if not len(done):
+        return {"min": 0, "median": 0.0, "max": 0, "histogram": {}}
+    numbers, edges = np.histogram(done, bins=min(8, len(np.unique(done))))
+    bins = zip(edges[:-1].astype(int), edges[1:].astype(int), numbers.tolist(), strict=True)
+    return {
+        "min": int(done.min()),
+        "median": float(np.median(done)),
+        "max": int(done.max()),
+        "histogram": {f"{low}-{high}": n for low, high, n in bins},
+    }
+
+
+def as_text(summary: dict[str, Any]) -> str:
     """The summary as lines to read."""
-    teacher = summary["teacher"] or {}
-    weights = teacher.get("weights", "not yet known")
-    random = weights.startswith("random")
-    rows = [
+    state = "complete" if summary["complete"] else "unfinished: run its build again"
+    source = " ".join(str(v) for k, v in summary["source"].items() if k != "reader")
+    rows: list[tuple[str, object]] = [
         ("store", summary["store"]),
-        ("state", "complete" if summary["complete"] else "unfinished: run its build again"),
+        ("state", state),
         ("frames", summary["frames"]),
         ("size", f"{summary['bytes'] / 1e6:.1f} MB in {summary['files']} files"),
-        ("source", " ".join(str(v) for k, v in summary["source"].items() if k != "reader")),
-        ("teacher", f"{teacher.get('name')}  weights {weights}"),
+        ("source", source),
+        *_teacher_rows(summary["teacher"]),
     ]
-    if weights == "none" and teacher["dim"] == 0:
-        rows[-1] = ("teacher", "none: the store has no features")
-    if random:
-        rows.append(("", "RANDOM WEIGHTS: these are not DINOv2 features"))
-    if teacher.get("dim"):
-        details = (f"{key}={teacher[key]}" for key in ("layer", "input_size", "precision"))
-        rows.append(("", ", ".join(details)))
-    corruption = summary["config"]["images"].get("corruption", "none")
-    if corruption != "none":
-        seed = summary["config"]["images"]["corruption_seed"]
-        rows.append(("images", f"CORRUPTED: {corruption}, seed {seed}"))
+    images = summary["config"]["images"]
+    if images["corruption"] != "none":
+        seed = images["corruption_seed"]
+        rows.append(("images", f"CORRUPTED: {images['corruption']}, seed {seed}"))
     if "blocks" in summary:
         rows.append(("blocks", f"{summary['blocks_done']} of {summary['blocks']} done"))
     for name, split in summary.get("splits", {}).items():
         rows.append((name, f"{split['frames']} frames of {split['scenes']} scene(s)"))
     if "voxels_per_frame" in summary:
         voxels = summary["voxels_per_frame"]
-        rows.append(
-            (
-                "voxels/frame",
-                f"min {voxels['min']}, median {voxels['median']:g}, max {voxels['max']}",
-            )
-        )
-        most = max(voxels["histogram"].values(), default=1) or 1
+        text = "min {min}, median {median:g}, max {max}".format_map(voxels)
+        rows.append(("voxels/frame", text))
+        most = max(voxels["histogram"].values(), default=1)
         for label, n in voxels["histogram"].items():
             rows.append(("", f"{label:>13} {'#' * round(30 * n / most)} {n}"))
         rows.append(("map classes", ", ".join(summary["map_classes"]) or "none"))
-        for message in summary["failed"].values():
-            rows.append(("failed", message))
-    for section, values in summary["config"].items():
-        rows.append((section, values))
+        rows += [("failed", message) for message in summary["failed"].values()]
+    rows += summary["config"].items()
     return "\n".join(f"{name:<13} {value}" for name, value in rows)
+
+
+def _teacher_rows(teacher: dict[str, Any] | None) -> list[tuple[str, object]]:
+    if teacher is None:
+        return [("teacher", "not yet known")]
+    if teacher["dim"] == 0:
+        return [("teacher", "none: the store has no features")]
+    weights = teacher["weights"]
+    rows: list[tuple[str, object]] = [("teacher", f"{teacher['name']}  weights {weights}")]
+    if weights.startswith("random"):
+        rows.append(("", "RANDOM WEIGHTS: these are not DINOv2 features"))
+    details = ", ".join(f"{key}={teacher[key]}" for key in ("layer", "input_size", "precision"))
+    return [*rows, ("", details)]

@@ -27,7 +27,8 @@ def draw_frame(url: str, i: int, out: Path) -> None:
     frame, (_, outputs) = store.frame(i), stored_outputs(store.attrs)
     figure = Figure(figsize=(24, 7.2), layout="constrained")
     FigureCanvasAgg(figure)
-    cameras, bev = figure.subfigures(1, 2, width_ratios=[2.7, 1])
+    parts: Any = figure.subfigures(1, 2, width_ratios=[2.7, 1])
+    cameras, bev = parts
     n = len(store.attrs["cameras"])
     n_rows = 2 if n > 3 else 1
     axes = cameras.subplots(n_rows, math.ceil(n / n_rows), squeeze=False).ravel()

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
@@ -33,8 +34,6 @@ from occfeat_targets.store.schema import ArraySpec
 from occfeat_targets.store.settings import differences
 from occfeat_targets.teachers import shared_teacher
 from occfeat_targets.teachers.base import Teacher, TeacherError, describe
-
-_MARKERS = "build/blocks"
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def set_teacher(url: str, config: TargetsConfig, teacher: dict) -> None:
         StoreError: the store was begun with another teacher.
     """
     group = files.open_group(url, "r+")
-    attrs = dict(group.attrs)
+    attrs: dict[str, Any] = dict(group.attrs)
     if "teacher" in attrs:
         _refuse_other(url, attrs, attrs | {"teacher": teacher})
         if attrs["complete"]:  # frames that failed are about to be written again
@@ -245,7 +244,8 @@ def _write_arrays(
         for row, frame in zip(buffer, frames, strict=True):
             if frame:
                 row[: len(frame[spec.name])] = frame[spec.name]
-        group[spec.name][job.start : job.start + len(frames), :rows] = buffer
+        array: Any = group[spec.name]
+        array[job.start : job.start + len(frames), :rows] = buffer
 
 
 def _write_marker(
@@ -269,8 +269,8 @@ def _write_marker(
         "objects": written,
     }
     fs, path = files.filesystem(job.url)
-    target = f"{path}/{_MARKERS}/{job.index:05d}.json"
-    fs.makedirs(f"{path}/{_MARKERS}", exist_ok=True)
+    target = f"{path}/{schema.MARKERS}/{job.index:05d}.json"
+    fs.makedirs(f"{path}/{schema.MARKERS}", exist_ok=True)
     fs.pipe_file(f"{target}.partial", json.dumps(done).encode())
     fs.mv(f"{target}.partial", target)  # a rename on a local disk: all or nothing
 
@@ -297,7 +297,7 @@ def finalise(url: str, config: TargetsConfig, dataset: Dataset) -> dict[int, str
     attrs = {"failed": {str(i): text for i, text in failed.items()}, "complete": True}
     group.attrs.update(attrs | {SEAL: seal({**group.attrs, **attrs})})
     written = {key: tuple(sums) for m in ordered for key, sums in m["objects"].items()}
-    checksums.write_checksums(url, group, written, without=() if failed else (_MARKERS,))
+    checksums.write_checksums(url, group, written, without=() if failed else (schema.MARKERS,))
     sweep_litter(url)
     return failed
 
@@ -312,7 +312,8 @@ def _write_small(group: zarr.Group, dataset: Dataset, frames: list[dict | None])
             values = of_records.get(spec.name)
             if values is None:
                 values = np.array([f[spec.name] if f else failed for f in frames])
-            group[spec.name][:] = values
+            array: Any = group[spec.name]
+            array[:] = values
 
 
 def sweep_litter(url: str) -> None:
@@ -378,5 +379,5 @@ def _existing_attributes(url: str) -> dict | None:
 
 def _read_markers(url: str) -> dict[int, dict]:
     fs = files.filesystem(url)[0]
-    found = (Path(file) for file in files.find(url, _MARKERS) if file.endswith(".json"))
+    found = (Path(file) for file in files.find(url, schema.MARKERS) if file.endswith(".json"))
     return {int(file.stem): json.loads(fs.cat_file(str(file))) for file in found}

@@ -12,7 +12,9 @@ def test_nuscenes_preset_shows_every_setting_at_its_default(pytestconfig):
 
 
 def test_round_trip_through_plain_values():
-    config = TargetsConfig.load(None, ["grid.z=[-5, 5, 16]", "lidar.sweeps=3", "frames.scenes=[a, b]"])
+    config = TargetsConfig.load(
+        None, ["grid.z=[-5, 5, 16]", "lidar.sweeps=3", "frames.scenes=[a, b]"]
+    )
     assert config.grid.z == (-5.0, 5.0, 16)
     assert config.frames.scenes == ("a", "b")
     assert TargetsConfig.of(yaml.safe_load(yaml.safe_dump(config.plain()))) == config

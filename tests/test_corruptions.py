@@ -193,7 +193,9 @@ def test_wrong_names_are_refused(wrong):
 def test_a_near_miss_is_named():
     with pytest.raises(ConfigError, match="did you mean motion_blur-mid"):
         TargetsConfig.load(None, ["images.corruption=motion-blur-mid"])
-    assert TargetsConfig.load(None, ["images.corruption=snow-hard"]).images.corruption == "snow-hard"
+    assert (
+        TargetsConfig.load(None, ["images.corruption=snow-hard"]).images.corruption == "snow-hard"
+    )
 
 
 def test_a_corrupted_store_differs_in_its_images_alone(demo_root, demo_store, tmp_path):

@@ -260,7 +260,9 @@ def naive_map(layers, lines, global_T_ego, width, bounds):
 
 
 def test_demo_worlds_map_is_the_loops(demo_root):
-    config = TargetsConfig.load(None, ["grid.x=[-40,48,34]", "grid.y=[-32,30,27]", "map.mode=required"])
+    config = TargetsConfig.load(
+        None, ["grid.x=[-40,48,34]", "grid.y=[-32,30,27]", "map.mode=required"]
+    )
     source = read_dataset(demo_root, None, config)
     bounds = (config.grid.x, config.grid.y, config.grid.z)
     (path,) = (demo_root / "maps" / "expansion").glob("*.json")

@@ -31,12 +31,12 @@ from occfeat_targets.teachers.base import Teacher, dense_features
 class LidarSettings(Settings):
     """Which lidar returns make the occupancy."""
 
-    near_m: float = Field(2.2, ge=0)
+    near_m: float = Field(default=2.2, ge=0)
     """Returns with |x| and |y| below this, in the sensor frame, are dropped (hits on the ego
     car; a square, as nuscenes-devkit's ``remove_close``). 0 keeps everything."""
-    sweeps: int = Field(1, ge=1)
+    sweeps: int = Field(default=1, ge=1)
     """Sweeps to accumulate, ego-motion compensated: the keyframe's and the ones before it."""
-    max_points: int = Field(40960, ge=1)
+    max_points: int = Field(default=40960, ge=1)
     """Room for this many returns per sweep; a frame with more is an error."""
 
 

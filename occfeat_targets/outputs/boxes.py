@@ -22,7 +22,7 @@ _VEHICLE, _HARDLY_VISIBLE = "#d04030", "#f0b0a8"
 class BoxesSettings(Settings):
     """Annotated boxes."""
 
-    max_boxes: int = Field(512, ge=1)
+    max_boxes: int = Field(default=512, ge=1)
     """Room for this many boxes a frame; a frame with more is an error."""
 
 
@@ -126,5 +126,3 @@ def footprint(box: np.ndarray) -> np.ndarray:
     corners = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) * [length / 2, width / 2]
     cos, sin = np.cos(yaw), np.sin(yaw)
     return corners @ np.array([[cos, sin], [-sin, cos]]) + (x, y)
-
-

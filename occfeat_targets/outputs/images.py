@@ -29,12 +29,12 @@ class ImagesSettings(Settings):
 
     size: Size = (288, 512)
     """Stored height and width."""
-    quality: int = Field(95, ge=1, le=100)
+    quality: int = Field(default=95, ge=1, le=100)
     """JPEG quality."""
     corruption: str = "none"
     """One of nuScenes-C's, such as ``fog-easy`` (see ``corruptions``), laid on the stored images
     and on nothing else: voxels, labels and what a teacher sees stay clean."""
-    corruption_seed: int = Field(0, ge=0)
+    corruption_seed: int = Field(default=0, ge=0)
     """Of the corruption's random numbers. CameraCrash's dead cameras depend on nothing else."""
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,7 @@ class MapSettings(Settings):
     mode: MapMode = "auto"
     """``auto`` stores them if the dataset's map is there, ``required`` insists on it, ``never``
     does not."""
-    line_width_m: float = Field(1.5, gt=0)
+    line_width_m: float = Field(default=1.5, gt=0)
     """A cell is of a line (a divider) if its centre lies within half of this of it. The default
     is the width that nuscenes-devkit's two-pixel lines paint at 0.5 m per cell."""
 
@@ -82,7 +83,7 @@ def map_masks(
         grid: the voxel grid.
     """
     ego_T_global = inverse_rigid(global_T_ego)
-    reach = np.hypot(*(max(abs(lo), abs(hi)) for lo, hi, _ in (grid.x, grid.y)))
+    reach = math.hypot(*(max(abs(lo), abs(hi)) for lo, hi, _ in (grid.x, grid.y)))
     centre = global_T_ego[:2, 3]
 
     def to_ego(xy_global: np.ndarray) -> np.ndarray:

@@ -37,7 +37,8 @@ class Points(Output):
         Raises:
             ValueError: naming the file, when it is missing or damaged; or there is no room.
         """
-        packed = pack_points(*frame.lidar, self.layout.grid)
+        xyz_ego, intensity = frame.lidar
+        packed = pack_points(xyz_ego, intensity, self.layout.grid)
         advice = "raise lidar.max_points"
         require_room(len(packed), self.layout.max_points, "lidar returns", advice)
         return {"points": packed}

@@ -33,7 +33,7 @@ class FramesSettings(Settings):
     """Scene names to keep; empty keeps all."""
     splits: tuple[str, ...] = ()
     """Official splits to keep (``mini_train``, ``val``, …); empty keeps all."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Keep the first so many keyframes of those."""
 
 

@@ -200,9 +200,7 @@ def _selected_scenes(
     return scenes
 
 
-def _map_paths(
-    nusc: NuScenes, dataroot: Path, scenes: list[dict], mode: MapMode
-) -> dict[str, str]:
+def _map_paths(nusc: NuScenes, dataroot: Path, scenes: list[dict], mode: MapMode) -> dict[str, str]:
     """Map-expansion file of each scene's location, by scene name; empty strings for no maps."""
     location = {s["name"]: nusc.get("log", s["log_token"])["location"] for s in scenes}
     paths = {

@@ -93,7 +93,9 @@ def check_objects(url: str) -> Iterator[str]:
         yield f"{DATA} is damaged: it does not match its own checksum"
         return
     yield from (f"{key} is missing" for key in sorted(wanted.keys() - found.keys()))
-    yield from (f"{key} is no object of this store" for key in sorted(found.keys() - {DATA, *wanted}))
+    yield from (
+        f"{key} is no object of this store" for key in sorted(found.keys() - {DATA, *wanted})
+    )
 
     def read(key: str) -> str | None:
         if found[key] != wanted[key][1]:

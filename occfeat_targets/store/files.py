@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import fsspec
 import zarr
 from fsspec.implementations.local import LocalFileSystem
@@ -12,7 +14,7 @@ class StoreError(RuntimeError):
     """A store is missing, foreign, incomplete, of another version, or damaged."""
 
 
-def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec filesystem and path of a store url.
 
     Raises:
@@ -46,6 +48,6 @@ def zarr_store(url: str, read_only: bool) -> LocalStore | FsspecStore:
     return FsspecStore.from_url(str(url), read_only=read_only)
 
 
-def open_group(url: str, mode: str) -> zarr.Group:
-    """The root group of a store, ``mode`` ``r`` or ``r+``."""
+def open_group(url: str, mode: Literal["r", "r+"]) -> zarr.Group:
+    """The root group of a store."""
     return zarr.open_group(zarr_store(url, read_only=mode == "r"), mode=mode, zarr_format=3)

@@ -18,7 +18,7 @@ from occfeat_targets.store.schema import FAILED, FORMAT, FORMAT_VERSION, ArraySp
 from occfeat_targets.store.shards import ShardedArray
 
 SEAL = "attributes_crc32c"
-"""Root attribute of a finished store: checksum of all others, which are checked when it is opened."""
+"""Root attribute of a finished store: checksum of the others, checked when it is opened."""
 
 
 class TargetStore:
@@ -68,9 +68,10 @@ class TargetStore:
             StoreError: the store lacks it.
         """
         try:
-            return self.group[name]
+            array: Any = self.group[name]
         except KeyError:
             raise StoreError(f"{self.url} has no array {name!r}: the store is damaged") from None
+        return array
 
     def token(self, i: int) -> str:
         """Sample token of frame i, 32 hex digits."""
@@ -120,8 +121,9 @@ class TargetStore:
             raise StoreError(f"the store has no {name!r}, it was built without")
         if name in self.per_frame:
             return self.per_frame[name][i]
-        rows = self.specs[name].rows
-        return self.sharded[name].read(i, rows and np.ravel(self.per_frame[rows][i])[-1])
+        counter = self.specs[name].rows
+        rows = int(np.ravel(self.per_frame[counter][i])[-1]) if counter else None
+        return self.sharded[name].read(i, rows)
 
     def _whole(self, spec: ArraySpec) -> np.ndarray:
         try:

@@ -24,6 +24,8 @@ FORMAT = "occfeat-targets"
 FORMAT_VERSION = 2
 FAILED = -1
 """``n_voxels`` of a frame that could not be processed (``build --on-error skip``)."""
+MARKERS = "build/blocks"
+"""Folder of an unfinished store: a JSON file for each block that is done."""
 MAX_CAMERAS = 16
 INVISIBLE = 1
 """nuScenes' lowest visibility, 0-40 %: such vehicles are left out of loss and metric."""
@@ -80,9 +82,9 @@ class ArraySpec:
         return unset.reshape(len(values), -1).all(axis=1)
 
     @classmethod
-    def of(cls, array: zarr.Array) -> ArraySpec:
-        """Of an array that :func:`create_arrays` made; the codec is not told."""
-        _, *names = array.metadata.dimension_names or ()
+    def of(cls, array: Any) -> ArraySpec:
+        """Of an array (of zarr) that :func:`create_arrays` made; the codec is not told."""
+        names = array.metadata.dimension_names[1:]
         chunk = array.chunks[1] if array.shards else None
         axes = dict(zip(names, array.shape[1:], strict=True))
         doc, rows = (array.attrs.get(key) for key in ("description", "rows"))
@@ -115,7 +117,7 @@ def create_arrays(group: zarr.Group, specs: Iterable[ArraySpec], n_frames: int, 
             filters=None,
             fill_value=spec.fill,
             dimension_names=("frame", *spec.axes),
-            attributes={"description": spec.doc} | ({"rows": spec.rows} if spec.rows else {}),
+            attributes={"description": spec.doc, **({"rows": spec.rows} if spec.rows else {})},
         )
 
 

@@ -6,6 +6,7 @@ Strict about names and types: an unknown key is an error that names the nearest 
 from __future__ import annotations
 
 import difflib
+import importlib.resources
 import json
 import re
 from collections.abc import Sequence
@@ -66,6 +67,26 @@ class Settings(BaseModel):
 
 
 _PARTS = re.compile(r'"[^"]*"|[^."]+')
+
+
+def settings_file(config: str, package: str) -> Path:
+    """The file that ``--config`` names: a YAML file, or a preset that comes with a package.
+
+    Args:
+        config: a path that ends in .yaml or .yml, or a preset's name.
+        package: whose folder ``presets`` it is in.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    if config.endswith((".yaml", ".yml")):
+        return Path(config)
+    presets = Path(str(importlib.resources.files(package))) / "presets"
+    path = presets / f"{config}.yaml"
+    if not path.exists():
+        found = ", ".join(sorted(p.stem for p in presets.glob("*.yaml")))
+        raise ConfigError(f"there is no preset {config!r}; there are {found}, or give a .yaml file")
+    return path
 
 
 def read_yaml(path: Path) -> dict:
@@ -153,9 +174,9 @@ def _message(cls: type[BaseModel], error: ValidationError, section: str) -> str:
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown setting {name}; {did_you_mean(leaf, _known(cls, path), prefix)}"
     if first["type"] == "value_error":
-        error = first["ctx"]["error"]
-        text = str(error)
-        if isinstance(error, ConfigError):  # of settings within settings: it names its key
+        raised = first.get("ctx", {}).get("error")
+        text = str(raised)
+        if isinstance(raised, ConfigError):  # of settings within settings: it names its key
             return text
         return text if not leaf or name in text else f"{name} {text}"
     rule = first["msg"].replace("Input should be", "must be")

@@ -11,12 +11,12 @@ import os
 import struct
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import google_crc32c  # a dependency of zarr, which checks the same indices with it
 import numcodecs
 import numcodecs.blosc
 import numpy as np
-import zarr
 from zarr.storage import LocalStore
 
 from occfeat_targets.store.files import StoreError, filesystem
@@ -65,13 +65,13 @@ class ShardedArray:
 
     Args:
         url: path or URL of the store.
-        array: one of its arrays, with inner chunks (1, chunk_rows, ...).
+        array: one of its arrays, as zarr has it, with inner chunks (1, chunk_rows, ...).
 
     Raises:
         StoreError: naming the array, for any other layout or codec.
     """
 
-    def __init__(self, url: str, array: zarr.Array):
+    def __init__(self, url: str, array: Any):
         self.url, self.name = str(url), array.path
         self.shape, self.dtype = array.shape, array.dtype
         sharding = _sharding(array)
@@ -79,7 +79,8 @@ class ShardedArray:
         if codecs not in _UNPACK:
             raise StoreError(
                 f"{self.url}: cannot read array {self.name!r}, it is not sharded by frames or has "
-                f"other codecs than none, zstd or blosc with crc32c: {array.metadata.to_dict()['codecs']}"
+                "other codecs than none, zstd or blosc, and crc32c behind it: "
+                f"{array.metadata.to_dict()['codecs']}"
             )
         self._unpack = _UNPACK[codecs]
         self._read_ranges = (
@@ -150,7 +151,7 @@ class ShardedArray:
         return parts
 
 
-def _sharding(array: zarr.Array) -> dict:
+def _sharding(array: Any) -> dict:
     """The sharding codec's configuration; empty if the array is not laid out as expected."""
     codecs = array.metadata.to_dict()["codecs"]
     if [codec["name"] for codec in codecs] != ["sharding_indexed"] or array.ndim < 2:

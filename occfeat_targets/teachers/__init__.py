@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from occfeat_targets.store.registry import Registry
 from occfeat_targets.store.settings import ConfigError
@@ -56,7 +56,7 @@ def _checked(teacher: Teacher, name: str) -> Teacher:
     return teacher
 
 
-_load_once = lru_cache(maxsize=1)(load_teacher)
+_load_once: Any = lru_cache(maxsize=1)(load_teacher)
 _load_lock = threading.Lock()
 
 

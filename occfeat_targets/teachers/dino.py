@@ -8,6 +8,7 @@ code adds 0.1 to the grid's size first, which moves tokens by up to 1.4 px witho
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,7 +30,7 @@ class DinoTeacher:
 
     layer = "last, after the final norm"
 
-    def __init__(self, model: torch.nn.Module, name: str, precision: str, weights: str = ""):
+    def __init__(self, model: Any, name: str, precision: str, weights: str = ""):
         self.name = name
         self.revision = getattr(model.config, "_commit_hash", None) or "local"
         self.architecture = f"{model.config.model_type}-{model.config.hidden_size}"
@@ -87,9 +88,9 @@ def pretrained(settings: TeacherSettings) -> DinoTeacher:
     from transformers import AutoConfig, AutoModel
 
     try:
-        shape = AutoConfig.frompretrained(settings.name)
+        shape = AutoConfig.from_pretrained(settings.name)
         if shape.model_type in _TYPES:
-            model, loading = AutoModel.frompretrained(
+            model, loading = AutoModel.from_pretrained(
                 settings.name, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
             if loading["missing_keys"]:  # transformers would fill them with random numbers
@@ -100,8 +101,8 @@ def pretrained(settings: TeacherSettings) -> DinoTeacher:
         raise TeacherError(
             f"cannot load the teacher {settings.name!r} ({reason}).\n"
             f"On a machine with internet, fetch config.json and model.safetensors of "
-            f"https://huggingface.co/{_hub_id(settings.name)}, put both into one directory and pass "
-            "it: --teacher DIR (make targets TEACHER=DIR). Without the weights, --teacher random:0 "
+            f"https://huggingface.co/{_hub_id(settings.name)}, put both into one directory and "
+            "pass it: --teacher DIR (make targets TEACHER=DIR). Without the weights, --teacher random:0 "
             "runs the pipeline on random features."
         ) from error
     raise ConfigError(
