@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import reference
 import torch
+from occfeat_targets.frame_targets import frame_targets, read_lidar
 from PIL import Image
 
-from occfeat_targets.config import TargetsConfig
-from occfeat_targets.frame_targets import frame_targets, read_lidar
 from occfeat_targets.build import read_dataset
+from occfeat_targets.config import TargetsConfig
 from occfeat_targets.store.schema import dequantise
 
 DIM = 12

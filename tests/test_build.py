@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import zarr
 from conftest import FAST, build_store, tree_bytes
+from occfeat_targets.nuscenes_source import SourceError, find_version
+from occfeat_targets.teacher import TeacherError
 from PIL import Image
 
-from occfeat_targets.store.settings import ConfigError
 from occfeat_targets import writer
 from occfeat_targets.build import BuildStopped, prepare
 from occfeat_targets.config import TargetsConfig
-from occfeat_targets.nuscenes_source import SourceError, find_version
 from occfeat_targets.store.schema import StoreError, open_store, zarr_store
-from occfeat_targets.teacher import TeacherError
+from occfeat_targets.store.settings import ConfigError
 
 
 def _files(dataroot, channel):

@@ -1,8 +1,8 @@
 import pytest
 import yaml
 
-from occfeat_targets.store.settings import ConfigError, differences
 from occfeat_targets.config import TargetsConfig
+from occfeat_targets.store.settings import ConfigError, differences
 
 
 def test_nuscenes_preset_shows_every_setting_at_its_default(pytestconfig):

@@ -13,10 +13,9 @@ from click.testing import CliRunner
 from conftest import build_store, tree_bytes
 from PIL import Image
 
-from occfeat_targets.store.settings import ConfigError
 from occfeat_targets import corruptions
 from occfeat_targets.cli import main
-from occfeat_targets.config import CORRUPTED, load_config
+from occfeat_targets.config import CORRUPTED
 from occfeat_targets.corruptions import corrupt, crashed_cameras
 from occfeat_targets.store.schema import (
     CAMERAS,
@@ -26,6 +25,7 @@ from occfeat_targets.store.schema import (
     open_store,
     zarr_store,
 )
+from occfeat_targets.store.settings import ConfigError
 from occfeat_targets.verify import recompute_frames, verify_store
 
 TOKEN = "0123456789abcdef" * 2

@@ -272,7 +272,7 @@ def test_targets_of_a_turned_frame_are_its_turned_queries(angles):
 def test_loss_and_gradients_are_those_of_loops_over_pairs():
     objective, batch, angles = an_objective(), a_batch([60, 30]), [0.4, -1.0]
     pairs, _ = naive_pairs(batch, angles, 18)
-    objective.n_queries = 18
+    objective.settings = ImgAlso.Settings(queries=18)
     targets = objective.targets(batch, torch.tensor(angles))
     ny = GRID.bev_shape[1]
     rows = [(b, cell // ny, cell % ny, *what) for (b, _, cell), what in pairs.items()]

@@ -6,9 +6,6 @@ import math
 import numpy as np
 import pytest
 import reference
-from pyquaternion import Quaternion
-
-from occfeat_targets.config import TargetsConfig
 from occfeat_targets.frame_targets import bev_labels
 from occfeat_targets.labels import (
     draw_line,
@@ -18,9 +15,12 @@ from occfeat_targets.labels import (
     vehicle_boxes,
     vehicle_masks,
 )
-from occfeat_targets.sources.nuscenes_map import MapLayers, Shapes
+from pyquaternion import Quaternion
+
 from occfeat_targets.build import read_dataset
+from occfeat_targets.config import TargetsConfig
 from occfeat_targets.sources.base import Boxes
+from occfeat_targets.sources.nuscenes_map import MapLayers, Shapes
 from occfeat_targets.store.grid import VoxelGrid
 
 # Unequal axes of odd cell sizes, not centred on the car.

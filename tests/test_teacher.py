@@ -5,6 +5,14 @@ import sys
 import huggingface_hub.constants
 import pytest
 import torch
+from occfeat_targets.teacher import (
+    DinoTeacher,
+    TeacherError,
+    dense_features,
+    describe,
+    load_teacher,
+    state_sha256,
+)
 from PIL import Image
 from torch.nn import functional as F
 from transformers import (
@@ -16,16 +24,8 @@ from transformers import (
     ViTModel,
 )
 
-from occfeat_targets.store.settings import ConfigError
 from occfeat_targets.config import TeacherConfig
-from occfeat_targets.teacher import (
-    DinoTeacher,
-    TeacherError,
-    dense_features,
-    describe,
-    load_teacher,
-    state_sha256,
-)
+from occfeat_targets.store.settings import ConfigError
 
 TINY = {
     "hidden_size": 32,

@@ -13,7 +13,7 @@ import yaml
 import zarr
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from tiny_store import make_tiny_store
+from tiny_store import change_attributes, make_tiny_store
 from train_runs import SMALL, assert_same_state, final_state, options, run, start, stop_at_step
 
 from occfeat_train.cli import main
@@ -184,7 +184,7 @@ def test_resuming_on_targets_made_otherwise_is_refused(workplace, tmp_path, sett
 def test_resuming_with_frames_that_had_failed_is_refused(workplace, tiny_store, tmp_path):
     cwd, _ = workplace
     shutil.copytree(tiny_store, tmp_path / "other.zarr")
-    zarr.open_group(tmp_path / "other.zarr", mode="r+").attrs["failed"] = {"3": "a sentence"}
+    change_attributes(tmp_path / "other.zarr", failed={"3": "a sentence"})
     arguments = ("pretrain", "--resume", "--run-dir", _only(cwd, "pretrain"), "--store")
     assert "failed" in _refused(*arguments, tmp_path / "other.zarr", cwd=tmp_path)
 

@@ -109,7 +109,7 @@ def test_predicted_features_have_the_colours_of_the_targets_axes(store):
 @pytest.mark.parametrize("kept", ["occupancy", "features"])
 def test_a_term_that_was_off_has_no_picture(store, kept):
     off = {"occupancy": "features", "features": "occupancy"}[kept]
-    job = _job(store, "pretrain", f"pretrain.{off}=false")
+    job = _job(store, "pretrain", f"objectives.occfeat.{off}=false")
     network = build_network(job, store, load_weights=False)[0]
     (panel,) = view._predict(network, job, 0, CPU)[1]
     assert panel.title.startswith(kept)
