@@ -42,6 +42,7 @@ def evaluate_corrupted(
     Raises:
         RunError, StoreError: as :func:`evaluate`; or a store is not of the clean one's frames.
     """
+    folder = absolute(folder)
     found = find_corrupted(folder)
     clean = open_store(job.store)
     for store in found.values():  # all before the first hour is spent

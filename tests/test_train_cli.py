@@ -10,7 +10,6 @@ from contextlib import chdir
 import pytest
 import torch
 import yaml
-import zarr
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from tiny_store import change_attributes, make_tiny_store
@@ -142,12 +141,12 @@ def test_unusable_stores_are_refused_in_one_sentence(tiny_store, tmp_path):
     changes = {
         "is not finished": {"complete": False},
         "not an occfeat-targets store": {"format": "other"},
-        "has format version 2, this program reads 1": {"format_version": 2},
+        "has format version 3, this program reads 2": {"format_version": 3},
         "has no usable frames of train, mini_train; its splits are: val": {"splits": ["val", "x"]},
     }
     for message, attributes in changes.items():
         path = shutil.copytree(tiny_store, tmp_path / "spoilt.zarr", dirs_exist_ok=True)
-        zarr.open_group(path, mode="r+").attrs.update(attributes)
+        change_attributes(path, **attributes)
         assert message in _refused("pretrain", "--store", path, cwd=tmp_path)
         shutil.rmtree(path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from occfeat_targets.store.files import absolute
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.settings import Settings
 from occfeat_train.config import FinetuneSettings, PretrainSettings, TrainConfig
@@ -93,4 +94,4 @@ class Job:
                 f"{run.path} is of another version of occfeat: it says no {', '.join(lacking)}"
             )
         kind, where, config, *rest = (said[name] for name in names)
-        return cls(kind, store or where, TrainConfig.of(config), *rest)
+        return cls(kind, absolute(store or where), TrainConfig.of(config), *rest)

@@ -1,10 +1,11 @@
-"""What a command works on where the user names only some of it: settings and runs."""
+"""What a command works on where the user names only some of it: jobs, settings and runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from occfeat_targets.store.files import absolute
 from occfeat_targets.store.reader import open_store
@@ -12,6 +13,7 @@ from occfeat_targets.store.settings import override, read_yaml
 from occfeat_train.config import TrainConfig, preset_path
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.run import Run, RunError, newest, timestamp
+from occfeat_train.tasks import TASKS
 
 RUNS = Path("runs")
 HOW = (
@@ -23,19 +25,49 @@ KEPT = ("config", "objective", "task", "fraction", "fraction_unit", "init")
 """Options that a resumed run keeps."""
 
 
-def settings(
+def new_job(kind: str, asked: Mapping[str, Any], say: Callable[[str], None]) -> Job:
+    """What the options of ``pretrain`` or ``finetune`` ask for.
+
+    Args:
+        kind: ``pretrain`` or ``finetune``.
+        asked: ``store``, ``config``, ``overrides`` (``section.key=value`` texts); ``objective`` of
+            a pretraining; ``task``, ``fraction``, ``fraction_unit`` and ``init`` of a finetuning.
+            None takes the default.
+        say: is told what was chosen.
+
+    Raises:
+        RunError: as :func:`_pretraining`. StoreError: from ``open_store``.
+        ConfigError: settings can't be read, or one is unknown or impossible.
+    """
+    if kind == "pretrain":
+        store, overrides = absolute(asked["store"] or "targets.zarr"), asked["overrides"]
+        if asked["objective"]:
+            overrides = (*overrides, f"pretrain.objective={asked['objective']}")
+        return Job(kind, store, _settings(store, asked["config"], None, overrides, say))
+    run, fraction = _pretraining(asked["init"], say), asked["fraction"]
+    store = asked["store"] or (run and run.description()["store"]) or "targets.zarr"
+    store = absolute(store)
+    TASKS(asked["task"])
+    config = _settings(store, asked["config"], run, asked["overrides"], say)
+    return Job(
+        kind,
+        store,
+        config.for_fraction(fraction),
+        fraction,
+        asked["fraction_unit"],
+        str(run.path.resolve()) if run else None,
+        asked["task"],
+    )
+
+
+def _settings(
     store: str,
     config: str | None,
     pretraining: Run | None,
     overrides: tuple[str, ...],
     say: Callable[[str], None],
 ) -> TrainConfig:
-    """Settings by --config, else the pretraining run's, else the store's preset.
-
-    Raises:
-        ConfigError: they can't be read, or one is unknown or impossible.
-        StoreError: from ``open_store``.
-    """
+    """By --config, else the pretraining run's, else the store's preset."""
     preset = open_store(store).attrs["config"].get("train_preset")
     if config:
         is_file = config.endswith((".yaml", ".yml"))
@@ -80,7 +112,7 @@ def resumed(
     found = Run(run) if run else newest(RUNS, (kind,), finished=False)
     if found is None:
         raise RunError(f"there is no unfinished {kind} run in {RUNS}/: name it, --run-dir")
-    job = Job.of_run(found, store and absolute(store))
+    job = Job.of_run(found, store)
     if job.kind != kind:
         raise RunError(f"{found.path} is a {job.kind} run: occfeat-train {job.kind}")
     return changed(job, overrides), found.path
@@ -95,7 +127,7 @@ def changed(job: Job, overrides: tuple[str, ...]) -> Job:
     return replace(job, config=TrainConfig.of(override(job.config.plain(), overrides)))
 
 
-def pretraining(init: str | None, say: Callable[[str], None]) -> Run | None:
+def _pretraining(init: str | None, say: Callable[[str], None]) -> Run | None:
     """The run that --init names, by default the newest finished one; None for ``none``.
 
     Raises:
@@ -116,13 +148,13 @@ def pretraining(init: str | None, say: Callable[[str], None]) -> Run | None:
     return run
 
 
-def newest_finished(*kinds: str) -> Run:
-    """The newest finished run of one of some kinds, ``pretrain`` and ``finetune``.
+def finished(path: Path | None, *kinds: str) -> Run:
+    """The run of a path, else the newest finished one of some kinds.
 
     Raises:
         RunError: there is none.
     """
-    run = newest(RUNS, kinds, finished=True)
+    run = Run(path) if path else newest(RUNS, kinds, finished=True)
     if run is None:
         raise RunError(
             f"there is no finished {' or '.join(kinds)} run in {RUNS}/: run occfeat-train "
