@@ -150,10 +150,11 @@ def iou_rows(names: Sequence[str], counts: torch.Tensor) -> dict[str, dict[str, 
         counts: int64 (n, R, T, 3), as of :meth:`IoUCounter.counts`.
     """
     rows = {}
-    for name, row, *values in zip(names, counts, *_scores(counts), strict=True):
-        by_range, by_threshold, best, at = values
-        rows[name] = _row(by_range, by_threshold, best, None if at < 0 else THRESHOLDS[int(at)])
+    for name, row, *scores in zip(names, counts, *_scores(counts), strict=True):
+        _, by_threshold, best = scores
+        at = None if best.isnan() else THRESHOLDS[by_threshold.tolist().index(best.item())]
         headline = row.sum(dim=0)[HEADLINE].tolist()
+        rows[name] = _row(*scores, at)
         rows[name]["true_positive, false_positive, false_negative"] = headline
     return rows
 
@@ -163,21 +164,14 @@ def mean_row(counts: torch.Tensor) -> dict[str, Any]:
 
     Its best is BEVFusion's mean over classes of the maximum over thresholds.
     """
-    return _row(*(values.nanmean(dim=0) for values in _scores(counts)[:3]))
+    return _row(*(values.nanmean(dim=0) for values in _scores(counts)))
 
 
 def _scores(counts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """IoU float64 at 0.5 by range (n, R), by threshold (n, T), the best (n,); and at which
-    threshold that is, int64 (n,), -1 where IoU is undefined."""
+    """IoU float64 at 0.5 by range (n, R), by threshold (n, T), and the best (n,)."""
     by_range, by_threshold = iou(counts[:, :, HEADLINE]), iou(counts.sum(dim=1))
-    best, at = by_threshold.nan_to_num(-1).max(dim=1)
-    undefined = best < 0
-    return (
-        by_range,
-        by_threshold,
-        best.masked_fill(undefined, torch.nan),
-        at.masked_fill(undefined, -1),
-    )
+    best = by_threshold.nan_to_num(-1).amax(dim=1)
+    return by_range, by_threshold, best.masked_fill(best < 0, torch.nan)
 
 
 def _row(
