@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.reader import open_store
 from occfeat_train.augment import draw, network_inputs
 from occfeat_train.data.dataset import FrameDataset
@@ -125,6 +126,11 @@ class Trainer:
         """
         torch.manual_seed(self.job.config.run.seed)
         network, report = build_network(self.job, self.store, load_weights)
+        if lacking := [a for a in network.objective.arrays if a not in self.store.specs]:
+            raise StoreError(
+                f"{self.store.url} has no {', '.join(lacking)}, which {self.job.title} needs: "
+                "rebuild it with that"
+            )
         device = self.process.device
         self.learner = make_learner(self.job, network.to(device), self.total_steps, device)
         return report

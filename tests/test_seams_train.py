@@ -189,6 +189,16 @@ def test_a_toy_is_evaluated_on_corrupted_images_too(plugins):
     assert "mRR over 1 of 8 corruptions" in said
 
 
+def test_an_array_that_the_store_lacks_is_named_before_any_work(plugins, tiny_store):
+    wanting = plugins / "plugins" / "wanting.py"
+    wanting.write_text(OBJECTIVE.replace('("voxel_index",)', '("voxel_index", "lidarseg")'))
+    options = [word for text in SMALL for word in ("--set", text)]
+    arguments = ("--store", tiny_store, "--objective", "wanting:Count", *options)
+    said = _occfeat_train("pretrain", *arguments, cwd=plugins, code=1)
+    assert f"{tiny_store} has no lidarseg, which wanting:Count pretraining needs" in said
+    assert not (plugins / "runs").exists()
+
+
 def test_a_plug_in_s_settings_are_its_own(plugins):
     wrong = {
         'objectives."toys.count:Count".scale=0': "toys.count:Count.scale must be greater than 0",

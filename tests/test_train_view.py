@@ -18,6 +18,7 @@ from occfeat_targets.store.schema import dequantise
 from occfeat_train import view
 from occfeat_train.cli import main
 from occfeat_train.config import TrainConfig
+from occfeat_train.objectives.base import Panel
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.weights import build_network
 
@@ -156,6 +157,17 @@ def test_the_command_draws_the_newest_run_s_first_validation_frame(store, tmp_pa
     settings = options("pretrain.epochs=1", "pretrain.objective=img-also")
     invoke("pretrain", "--store", store.url, "--run-dir", "runs/also", *settings)
     assert "of which there is no picture" in invoke("view", "--run-dir", "runs/also", code=1)
+
+
+@pytest.mark.parametrize("n_cameras", [1, 2, 5])
+def test_any_number_of_cameras_is_drawn(store, tmp_path, n_cameras):
+    images = {f"CAM_{i}": np.zeros((64, 96, 3), np.uint8) for i in range(n_cameras)}
+    panel = Panel("mask", np.zeros((16, 16)), np.zeros((16, 16)))
+    view._draw("", images, [panel], store.grid, tmp_path / "a.png")
+    columns = (n_cameras + 1) // 2
+    assert Image.open(tmp_path / "a.png").size[0] == pytest.approx(
+        75 * (3.7 + 13 / 3 * columns), abs=1
+    )
 
 
 # --- colours --------------------------------------------------------------------------------------
