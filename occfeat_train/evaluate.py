@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from tqdm import tqdm
@@ -20,6 +20,7 @@ from occfeat_train.runs.job import Job
 from occfeat_train.runs.run import Run, RunError
 from occfeat_train.runs.weights import trained_network
 from occfeat_train.tasks import TASKS
+from occfeat_train.tasks.base import Task
 
 _BATCH = 4
 _T = TypeVar("_T")
@@ -43,7 +44,7 @@ def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
     frames = select_frames(store, split_names(data.eval_split, "val"))
     network, position = trained_network(job, run, store)
     network.to(process.device)
-    task = network.objective
+    task = cast(Task, network.objective)
     loader = make_loader(
         FrameDataset(job.store, frames, ("images", *task.eval_arrays)),
         EvalSampler(len(frames), _BATCH, process.rank, process.world),

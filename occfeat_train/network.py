@@ -14,12 +14,15 @@ from occfeat_train.objectives.base import Objective, Targets
 class Network(nn.Module):
     """One module for DDP; its submodules are ``bev_net`` and ``objective``."""
 
+    bev_net: BEVNet
+    objective: Objective
+
     def __init__(self, model: ModelSettings, objective: Objective):
         super().__init__()
         self.bev_net = BEVNet(model, objective.grid)
         self.objective = objective
         self.freeze_batch_norm = model.freeze_batch_norm
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def forward(
         self,

@@ -102,8 +102,8 @@ def summary(clean: float | None, scores: dict[str, dict[str, float | None]]) -> 
     """
     means, rates = {}, {}
     for corruption, by_severity in scores.items():
-        values = [by_severity.get(severity) for severity in SEVERITIES]
-        if None in values:
+        values = [v for s in SEVERITIES if (v := by_severity.get(s)) is not None]
+        if len(values) < len(SEVERITIES):
             continue
         means[corruption] = round(sum(values) / len(values), 2)
         if clean:
@@ -153,9 +153,9 @@ def _require_same_frames(store: TargetStore, clean: TargetStore, eval_split: str
             "corrupt, or name the one it was made from with --store"
         )
     # Another size or quality would pass for an effect of the corruption.
-    settings = [
+    ours, theirs = (
         {key: s.attrs["config"]["images"][key] for key in ("size", "quality")}
         for s in (clean, store)
-    ]
-    if changed := differences(*settings):
+    )
+    if changed := differences(ours, theirs):
         raise StoreError(f"{store.url} has other images than {clean.url}: {'; '.join(changed)}")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -215,7 +216,7 @@ class Trainer:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         return Position(epoch, step_in_epoch, step, step == self.total_steps)
 
-    def step(self, model: nn.Module, micro: list[Batch]) -> dict[str, float]:
+    def step(self, model: Any, micro: list[Batch]) -> dict[str, float]:
         """One optimiser step.
 
         Args:
@@ -237,8 +238,8 @@ class Trainer:
         inputs, targets = zip(*prepared, strict=True)
         # Every loss term is a mean over the whole step: count first, over micro-batches and
         # processes.
-        counts = sum(network.objective.counts(t) for t in targets)
-        counts = all_reduce_sum(counts.to(device)).tolist()
+        counted = torch.stack([network.objective.counts(t) for t in targets]).sum(dim=0)
+        counts = all_reduce_sum(counted.to(device)).tolist()
         share = 1 / (len(micro) * process.world)
 
         learner.optimiser.zero_grad(set_to_none=True)
@@ -251,7 +252,7 @@ class Trainer:
                 # DDP averages gradients over processes; the losses are parts of a sum.
                 learner.scaler.scale(loss * process.world).backward()
             losses.append(torch.stack([loss, *terms.values()]).detach())
-        total = all_reduce_sum(sum(losses)).tolist()
+        total = all_reduce_sum(sum(losses, torch.zeros_like(losses[0]))).tolist()
         if not math.isfinite(total[0]):
             raise NonFiniteLoss(_blame(step, micro, losses))
 
@@ -312,7 +313,7 @@ class Learner:
             self.scheduler.step()
         return norm, new_scale >= LEAST_SCALE
 
-    def _parts(self) -> list[tuple[str, object]]:
+    def _parts(self) -> list[tuple[str, Any]]:
         parts = [(name, getattr(self, name)) for name in self.__dataclass_fields__]
         return [(name, part) for name, part in parts if part is not None]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from occfeat_train.objectives.base import Panel
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.run import Run, RunError
 from occfeat_train.runs.weights import trained_network
+from occfeat_train.tasks.base import Task
 
 
 def draw_frame(job: Job, run: Run, i: int | None, device: torch.device, out: Path) -> int:
@@ -66,12 +68,13 @@ def _predict(
 ) -> tuple[np.ndarray, list[Panel]]:
     """Images (N, H, W, 3) as stored, and what to draw beside them."""
     objective = network.objective
-    arrays = objective.eval_arrays if job.task else objective.arrays
+    arrays = objective.eval_arrays if isinstance(objective, Task) else objective.arrays
     dataset = FrameDataset(job.store, [i], ("images", *arrays))
     batch = dataset.collate([dataset[0]])
     images = batch["images"][0].numpy()
     batch = {name: values.to(device) for name, values in batch.items()}
-    return images, predict(network, batch, job, lambda bev: objective.panels(bev, batch))
+    draw = cast(Callable, objective.panels)
+    return images, predict(network, batch, job, lambda bev: draw(bev, batch))
 
 
 def _draw(
@@ -85,7 +88,8 @@ def _draw(
     widths = [13 / 3 * columns, 3.7 * len(panels)]
     figure = Figure(figsize=(sum(widths), 7.2), layout="constrained")
     FigureCanvasAgg(figure)
-    cameras, bev = figure.subfigures(1, 2, width_ratios=widths)
+    parts: Any = figure.subfigures(1, 2, width_ratios=widths)
+    cameras, bev = parts
     axes = cameras.subplots(min(2, len(images)), columns, squeeze=False).ravel()
     for axis in axes[len(images) :]:  # an odd number of cameras leaves one empty
         axis.set_visible(False)

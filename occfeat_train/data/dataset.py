@@ -28,6 +28,7 @@ import io
 import os
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,12 +136,12 @@ class FrameDataset(Dataset):
     def __len__(self) -> int:
         return len(self.frames)
 
-    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, position: int) -> dict[str, Any]:
         """The arrays of one frame, and ``frame``, its number in the store."""
         frame = int(self.frames[position])
         return {"frame": frame} | self.reader.read(frame, self.names)
 
-    def collate(self, samples: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch, as described at the top, of some of this dataset's samples."""
         store = self.reader.store
         batch = {"frame": torch.tensor([sample["frame"] for sample in samples])}

@@ -16,6 +16,7 @@ from occfeat_targets.store.settings import Settings
 from occfeat_train.models.decoder import Compressor, Decoder
 from occfeat_train.models.encoders import ENCODERS, ImageEncoder
 from occfeat_train.models.lifts import LIFTS
+from occfeat_train.models.lifts.base import Lift
 
 _Side = Annotated[int, Field(ge=32)]
 
@@ -59,7 +60,7 @@ class BEVNet(nn.Module):
         super().__init__()
         channels = settings.channels
         self.encoder = ImageEncoder(settings.encoder, channels, settings.drop_path)
-        self.lift: nn.Module = LIFTS(settings.lift)(grid, channels)
+        self.lift: Lift = LIFTS(settings.lift)(grid, channels)
         lifted = self.lift.out_channels
         self.compressor = nn.Identity() if lifted == channels else Compressor(lifted, channels)
         self.decoder = Decoder(channels)

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from occfeat_train.models.encoders import ENCODERS, EncoderSpec, ImageEncoder
+from occfeat_train.models.encoders import ENCODERS, EfficientNetBackbone, EncoderSpec, ImageEncoder
 
 _PICKLED = (".pth", ".pt", ".tar")  # .tar: MoCo's .pth.tar is no archive, only named so
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -157,7 +157,7 @@ def _load(encoder: ImageEncoder, state: dict, naming: _Naming, where: str) -> in
     with torch.no_grad():
         for name, target in pairs.items():
             target.copy_(state[name])
-    if ENCODERS[encoder.name].family == "efficientnet":
+    if isinstance(backbone, EfficientNetBackbone):
         backbone.set_convention(torchvision=naming.torchvision)
     return len(pairs)
 

@@ -59,6 +59,7 @@ class ImgAlso(Objective):
     """L = L_occupancy + L_intensity, ALSO's losses on BEV features."""
 
     Settings = ImgAlsoSettings
+    settings: ImgAlsoSettings
     arrays = ("points", "ego_T_lidar")
     no_picture = "learns points along lidar rays, of which there is no picture"
 

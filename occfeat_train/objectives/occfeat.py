@@ -55,6 +55,7 @@ class OccFeat(Objective):
     """L = L_occ + λ·L_feat (paper eq. 1 to 3), either term may be off."""
 
     Settings = OccFeatSettings
+    settings: OccFeatSettings
 
     def __init__(self, settings: OccFeatSettings, store: TargetStore, channels: int, turned: bool):
         """Raises StoreError if features are wanted of a store built without."""
@@ -214,7 +215,7 @@ class OccFeatHead(nn.Module):
         self.reduce = nn.Linear(2 * channels, channels)
         self.occupancy = nn.Linear(channels, 1) if occupancy else None
         self.features = nn.Linear(channels, feature_dim) if features else None
-        if occupancy:
+        if self.occupancy:
             nn.init.constant_(self.occupancy.bias, math.log(PRIOR / (1 - PRIOR)))
 
     def forward(
@@ -249,6 +250,7 @@ class OccFeatHead(nn.Module):
 
     def _logits(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """Occupancy logits (B·X·Y, Z) of every voxel above BEV rows (B·X·Y, C)."""
+        assert self.occupancy
         out_weight = self.occupancy.weight @ self.reduce.weight  # (1, 2C)
         out_bias = self.occupancy.weight @ self.reduce.bias + self.occupancy.bias
         # Hidden units are computed again in the backward pass: all at once they would be the

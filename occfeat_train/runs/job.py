@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from occfeat_targets.store.files import absolute
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.settings import Settings
-from occfeat_train.config import FinetuneSettings, PretrainSettings, TrainConfig
+from occfeat_train.config import PretrainSettings, TrainConfig
 from occfeat_train.objectives import OBJECTIVES
 from occfeat_train.objectives.base import Objective
 from occfeat_train.runs import run as runs
@@ -26,15 +26,15 @@ class Job:
     config: TrainConfig
     fraction: float = 1.0
     """Share of the training frames."""
-    fraction_unit: str = "scene"
+    fraction_unit: Literal["scene", "frame"] = "scene"
     init: str | None = None
     """Run directory whose network this one starts from; None starts from encoder weights."""
     task: str | None = None
     """What a finetuning learns, a name of ``tasks.TASKS``; None for a pretraining."""
 
     @property
-    def plan(self) -> PretrainSettings | FinetuneSettings:
-        """The settings of its kind: epochs, batch, rates."""
+    def plan(self) -> PretrainSettings:
+        """The settings of its kind; a finetuning's have the same names for epochs, batch, rates."""
         return getattr(self.config, self.kind)
 
     @property

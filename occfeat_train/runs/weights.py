@@ -84,7 +84,7 @@ def require_same_tensors(ours: Mapping[str, Any], theirs: Mapping[str, Any], whe
     wrong = [f"{k} is missing" for k in ours if k not in theirs]
     wrong += [f"{k} is unknown" for k in theirs if k not in ours]
     for k in ours.keys() & theirs.keys():
-        a, b = (getattr(tensors[k], "shape", None) for tensors in (ours, theirs))
+        a, b = (getattr(tensors[k], "shape", ()) for tensors in (ours, theirs))
         if a != b:
             wrong.append(f"{k} is {tuple(b)}, should be {tuple(a)}")
     if wrong:

@@ -19,6 +19,7 @@ class Meter(Protocol):
         """For ``result.json``: ``rows``, name to numbers in per cent, and ``headline``, the one
         IoU of the task: ``{"name": ..., "iou": ...}``, None where undefined. Called in all
         processes, which it sums up."""
+        ...
 
 
 class Task(Objective):

@@ -35,6 +35,7 @@ class MapSegmentation(MaskTask):
     """The classes of the store's map: road, sidewalk, crosswalk, parking, divider in nuScenes."""
 
     Settings = MapSettings
+    settings: MapSettings
     arrays = eval_arrays = ("map",)
     heading = "class"
     headline = ("mean", "mean of classes")

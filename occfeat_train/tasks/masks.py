@@ -151,10 +151,10 @@ def iou_rows(names: Sequence[str], counts: torch.Tensor) -> dict[str, dict[str, 
     """
     rows = {}
     for name, row, *scores in zip(names, counts, *_scores(counts), strict=True):
-        _, by_threshold, best = scores
+        by_range, by_threshold, best = scores
         at = None if best.isnan() else THRESHOLDS[by_threshold.tolist().index(best.item())]
         headline = row.sum(dim=0)[HEADLINE].tolist()
-        rows[name] = _row(*scores, at)
+        rows[name] = _row(by_range, by_threshold, best, at)
         rows[name]["true_positive, false_positive, false_negative"] = headline
     return rows
 
@@ -164,7 +164,8 @@ def mean_row(counts: torch.Tensor) -> dict[str, Any]:
 
     Its best is BEVFusion's mean over classes of the maximum over thresholds.
     """
-    return _row(*(values.nanmean(dim=0) for values in _scores(counts)))
+    by_range, by_threshold, best = (values.nanmean(dim=0) for values in _scores(counts))
+    return _row(by_range, by_threshold, best)
 
 
 def _scores(counts: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -43,12 +43,14 @@ class VehicleSegmentation(MaskTask):
     """Where vehicles are; with and without the cells where only those of visibility 0-40 % lie."""
 
     Settings = VehicleSettings
+    settings: VehicleSettings
     arrays = ("boxes", "box_class")
     eval_arrays = ("vehicle", "vehicle_visible")
     classes = ("vehicle",)
     heading = "cells"
     labels: ClassVar = {"visible": "visible (as Simple-BEV)"}
     headline = ("visible", "visible cells")
+    _is_vehicle: torch.Tensor
 
     def __init__(self, settings: VehicleSettings, store: TargetStore, channels: int, turned: bool):
         super().__init__(settings, store, channels, turned)

@@ -104,7 +104,8 @@ def project(
     image_T_bev = K @ cam_T_bev[:, :3]  # (N, 3, 4)
     # One matmul for all cameras: (V, 4) x (4, 3·N), no copy of the centres per camera.
     projected = centres @ image_T_bev.transpose(0, 1).reshape(-1, 4).T
-    return projected.view(len(centres), 3, -1).unbind(dim=1)
+    u, v, depth = projected.view(len(centres), 3, -1).unbind(dim=1)
+    return u, v, depth
 
 
 def in_image(
