@@ -100,10 +100,10 @@ def pretrained(settings: TeacherSettings) -> DinoTeacher:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise TeacherError(
             f"cannot load the teacher {settings.name!r} ({reason}).\n"
-            f"On a machine with internet, fetch config.json and model.safetensors of "
+            "On a machine with internet, fetch config.json and model.safetensors of "
             f"https://huggingface.co/{_hub_id(settings.name)}, put both into one directory and "
-            "pass it: --teacher DIR (make targets TEACHER=DIR). Without the weights, --teacher random:0 "
-            "runs the pipeline on random features."
+            "pass it: --teacher DIR (make targets TEACHER=DIR). Without the weights, "
+            "--teacher random:0 runs the pipeline on random features."
         ) from error
     raise ConfigError(
         f"teacher {settings.name} is a {shape.model_type} model; only DINOv2 (with or without "
