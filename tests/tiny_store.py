@@ -98,6 +98,13 @@ def make_tiny_store(
     return Path(path)
 
 
+def change_attributes(path, **changes):
+    """Other root attributes, sealed as a build would."""
+    group = zarr.open_group(path, mode="r+", zarr_format=3)
+    attrs = {key: value for key, value in group.attrs.items() if key != SEAL} | changes
+    group.attrs.update(attrs | {SEAL: seal(attrs)})
+
+
 def _frame(rng, config):
     grid, (height, width) = config.grid, config.images.size
     points = rng.uniform((-10, -10, -1), (10, 10, 3), (300, 3)) * (1, 1, rng.random())

@@ -7,12 +7,15 @@ Different from the published code, on purpose:
 
 - a query's self-attention is centred on its own cell (there: on the transposed one);
 - which queries a camera sees is decided per sample (there: by the first of the batch);
-- a voxel centre behind a camera is neither seen nor sampled (there: no test of depth);
-- the position embedding is a parameter of its own, added to the queries (the published code reads
-  the queries a second time and leaves the embedding untrained);
+- both mirrorings of the BEV map are undone along the axes they were made on (there: the second one
+  mirrors the axis of channels, and is undone along a spatial one);
 - the feed-forward part has 8·C hidden units, 1024 at C = 128 (there: 1028);
 - a query that no camera sees keeps its value in the cross-attention (there: the bias of the
   output projection is added).
+
+That a voxel centre behind a camera is neither seen nor sampled here, and not tested there, changes
+nothing: the published code projects it far outside the image. That it reads the queries a second
+time in place of their position embedding was mended upstream (a08998f), as it is here.
 """
 
 from __future__ import annotations
@@ -24,24 +27,34 @@ from torch import nn
 from torch.nn import functional as F
 
 from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.settings import ConfigError
 from occfeat_train.geometry import volume_centres
 from occfeat_train.models.deformable import DeformableAttention
-from occfeat_train.models.lift_simplebev import in_image, project
+from occfeat_train.models.lifts.base import Lift
+from occfeat_train.models.lifts.simplebev import in_image, project
 
 LAYERS, HEADS, POINTS, DROPOUT = 6, 4, 8, 0.1
 
 
-class BEVFormerLift(nn.Module):
+class BEVFormerLift(Lift):
     """Image features to BEV features by learned queries and deformable attention."""
 
     def __init__(self, grid: VoxelGrid, channels: int):
-        super().__init__()
-        self.grid = grid
+        super().__init__(grid, channels)
         shape = (channels, *grid.bev_shape)
         self.bev_queries = nn.Parameter(0.1 * torch.randn(shape))
         self.bev_queries_pos = nn.Parameter(0.1 * torch.randn(shape))
         heights = grid.shape[0]
         self.layers = nn.ModuleList(BEVFormerLayer(channels, heights) for _ in range(LAYERS))
+
+    @classmethod
+    def check(cls, channels: int) -> None:
+        """A head has a share of the channels."""
+        if channels % HEADS:
+            raise ConfigError(
+                f"model.channels must be a multiple of {HEADS}, the attention heads of bevformer, "
+                f"got {channels}"
+            )
 
     def forward(
         self,
@@ -50,11 +63,7 @@ class BEVFormerLift(nn.Module):
         cam_T_bev: torch.Tensor,
         image_hw: tuple[int, int],
     ) -> torch.Tensor:
-        """Lift; arguments as of ``SimpleBEVLift.forward``.
-
-        Returns:
-            (B, C, X, Y), channels last in memory; dtype of ``features``.
-        """
+        """As :meth:`Lift.forward`: (B, C, X, Y)."""
         B, _, _, h, w = features.shape
         with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
             centres = volume_centres(self.grid, features.device)

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 import zarr
 
-from occfeat_common.settings import differences
-from occfeat_targets.store.schema import TargetStore
+from occfeat_targets.store.reader import TargetStore
+from occfeat_targets.store.settings import differences
 from occfeat_train import __version__
 
 FORMAT = "occfeat-run"
@@ -183,8 +183,11 @@ def _runs(parent: Path) -> Iterator[Run]:
 
 def identity(store: TargetStore) -> dict:
     """What makes a store this store: its frames, which of them failed, grid, teacher, settings."""
-    keys = ("format_version", "records_sha256", "n_frames", "grid", "teacher", "map_classes")
-    sections = ("images", "lidar", "labels")
+    keys = (
+        *("format_version", "records_sha256", "n_frames", "grid", "teacher", "cameras"),
+        *("box_classes", "vehicle_classes", "map_classes"),
+    )
+    sections = ("images", "lidar", "boxes", "map", "outputs")
     attributes = {k: store.attrs.get(k) for k in keys}
     settings = {k: store.attrs["config"][k] for k in sections}
     return attributes | settings | {"failed": sorted(map(int, store.attrs["failed"]))}

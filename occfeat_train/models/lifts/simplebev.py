@@ -9,25 +9,26 @@ never holds more than the result.
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_train.geometry import volume_centres
+from occfeat_train.models.lifts.base import Lift
 
 
-class SimpleBEVLift(nn.Module):
+class SimpleBEVLift(Lift):
     """Image features to a voxel volume (Simple-BEV §3; Harley et al. 2022).
 
     A voxel belongs to a camera if its centre has depth > 0 and 0 <= u < W, 0 <= v < H. Sampling
     is ``grid_sample(align_corners=False, padding_mode="border")`` with feature cell (i, j)
     covering its share of the image; the published code mixes two conventions here and is off by
-    up to half a feature pixel. A voxel that no camera sees is zero.
+    nothing at the left and top border, rising to one feature pixel at the right and bottom one. A
+    voxel that no camera sees is zero.
     """
 
-    def __init__(self, grid: VoxelGrid):
-        super().__init__()
-        self.grid = grid
+    def __init__(self, grid: VoxelGrid, channels: int):
+        super().__init__(grid, channels)
+        self.out_channels = grid.shape[0] * channels
 
     def forward(
         self,
@@ -36,17 +37,7 @@ class SimpleBEVLift(nn.Module):
         cam_T_bev: torch.Tensor,
         image_hw: tuple[int, int],
     ) -> torch.Tensor:
-        """Lift.
-
-        Args:
-            features: (B, N, C, h, w).
-            K: float32 (B, N, 3, 3), intrinsics of the images the features come from.
-            cam_T_bev: float32 (B, N, 4, 4).
-            image_hw: height and width of those images.
-
-        Returns:
-            (B, Z·C, X, Y), channel z·C + c, channels last in memory; dtype of ``features``.
-        """
+        """As :meth:`Lift.forward`: (B, Z·C, X, Y), channel z·C + c."""
         B, _, C, h, w = features.shape
         with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
             centres = volume_centres(self.grid, features.device)
@@ -113,7 +104,8 @@ def project(
     image_T_bev = K @ cam_T_bev[:, :3]  # (N, 3, 4)
     # One matmul for all cameras: (V, 4) x (4, 3·N), no copy of the centres per camera.
     projected = centres @ image_T_bev.transpose(0, 1).reshape(-1, 4).T
-    return projected.view(len(centres), 3, -1).unbind(dim=1)
+    u, v, depth = projected.view(len(centres), 3, -1).unbind(dim=1)
+    return u, v, depth
 
 
 def in_image(

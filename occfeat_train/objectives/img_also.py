@@ -1,4 +1,4 @@
-"""Img-ALSO's targets on the device: points of space known to be free or occupied, near BEV cells.
+"""Img-ALSO, the paper's baseline (§4.2): what is free and what occupied near BEV cells.
 
 A lidar ray says that space is free up to its return and occupied just behind it. ALSO (Boulch et
 al., CVPR 2023; its ``create_points.py``) draws *queries* on rays. Here each is answered from every
@@ -10,16 +10,30 @@ number, decoder, both losses with weight 1. Ours: rays start at the lidar's plac
 lidar is not the BEV's origin; cells are at their centres, height 0; only the BEV map's x and y
 bound queries. Returns that the store leaves out (the ego car's, and those beyond the reach of its
 ``points``) have no queries.
+
+Latents are a 1x1 convolution of the BEV map. The decoder is Linear, twice (ReLU, Linear), Linear:
+it is linear in the latent at one end and has no activation before its last layer at the other, so
+both pairs of matrices are multiplied first. The part that depends on the cell alone is computed
+once per cell, and only for cells that are asked. Same parameters and same function as layer by
+layer for each pair.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+from pydantic import Field
+from torch import nn
+from torch.nn import functional as F
 
+from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.reader import TargetStore
+from occfeat_targets.store.settings import Settings
 from occfeat_train.geometry import rotation_z
+from occfeat_train.objectives.base import Batch, Objective, Targets, divisors
 
 DECIMATION_MM = 100
 """One return is kept per cube of this size (paper §4.2)."""
@@ -29,10 +43,68 @@ RADIUS_M = 1.0
 """How far from a query, on the ground plane, the cells lie that answer it (paper §4.2)."""
 FREE_NEAR, FREE_FAR, OCCUPIED = range(3)
 """Kinds of query: just in front of a return, anywhere between sensor and return, just behind."""
+WIDTH = 128
+"""Channels of latents and hidden layers (ALSO)."""
+
+
+class ImgAlsoSettings(Settings):
+    """What is drawn."""
+
+    queries: int = Field(default=2048, ge=3)
+    """Points of space drawn per sample: as in ALSO's nuScenes configuration; those of its
+    detection variant, whose column search this is, have 4096."""
+
+
+class ImgAlso(Objective):
+    """L = L_occupancy + L_intensity, ALSO's losses on BEV features."""
+
+    Settings = ImgAlsoSettings
+    settings: ImgAlsoSettings
+    arrays = ("points", "ego_T_lidar")
+    no_picture = "learns points along lidar rays, of which there is no picture"
+
+    def __init__(self, settings: ImgAlsoSettings, store: TargetStore, channels: int, turned: bool):
+        """Raises StoreError if the store has several sweeps, or cells too large for the radius."""
+        super().__init__(settings, store, channels, turned)
+        sweeps = store.attrs["config"]["lidar"]["sweeps"]
+        if sweeps > 1:
+            raise StoreError(
+                f"{store.url} accumulates {sweeps} lidar sweeps and says of no point from where it "
+                "was seen, which img-also must know: rebuild it with lidar.sweeps=1"
+            )
+        dx, dy, _ = store.grid.cell_size
+        if math.hypot(dx, dy) > 2 * RADIUS_M:
+            raise StoreError(
+                f"{store.url} has BEV cells of {dx:g} x {dy:g} m, but img-also needs every point "
+                f"within {RADIUS_M:g} m of a cell's centre: rebuild it with a finer grid"
+            )
+        self.point_step_m: float = store.attrs["point_step_m"]
+        self.head = QueryHead(channels)
+
+    def targets(self, batch: Batch, angle: torch.Tensor) -> Targets:
+        """See :func:`query_targets`."""
+        n_queries = self.settings.queries
+        return query_targets(batch, angle, self.grid, self.point_step_m, n_queries)
+
+    def counts(self, targets: Targets) -> torch.Tensor:
+        """Pairs of a query and a cell, and those whose intensity is known."""
+        n_known = targets["has_intensity"].sum().item()
+        return torch.tensor([len(targets["cell"]), n_known], dtype=torch.float64)
+
+    def forward(
+        self, bev: torch.Tensor, targets: Targets, counts: Sequence[float], share: float
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and its terms ``occupancy`` and ``intensity`` for BEV features (B, C, X, Y)."""
+        predicted = self.head(bev, targets["cell"], targets["relative"])
+        wanted = (targets[name] for name in ("occupied", "intensity", "has_intensity"))
+        occupancy, intensity = query_sums(predicted, *wanted)
+        n_pairs, n_known = divisors(counts)
+        terms = {"occupancy": occupancy / n_pairs, "intensity": intensity / n_known}
+        return terms["occupancy"] + terms["intensity"], terms
 
 
 def query_targets(
-    batch: dict[str, torch.Tensor],
+    batch: Batch,
     angle: torch.Tensor,
     grid: VoxelGrid,
     point_step_m: float,
@@ -44,7 +116,7 @@ def query_targets(
     decoder, not a cell.
 
     Args:
-        batch: collated ``points`` int16 (P, 4), ``point_count`` (B,) and ``ego_T_lidar``
+        batch: collated ``points`` int16 (P, 4), ``n_points`` (B,) and ``ego_T_lidar``
             (B, 4, 4); ``seed`` int64 (B,) on the host, what is random in a frame follows from it.
         angle: float32 (B,), by which the BEV frame is turned.
         grid: the store's.
@@ -60,7 +132,7 @@ def query_targets(
     frames = [
         frame_queries(points, ego_T_lidar[:3, 3], point_step_m, n_queries, seed)
         for points, ego_T_lidar, seed in zip(
-            batch["points"].split(batch["point_count"].tolist()),
+            batch["points"].split(batch["n_points"].tolist()),
             batch["ego_T_lidar"],
             batch["seed"].tolist(),
             strict=True,
@@ -187,3 +259,65 @@ def near_cells(
     ix, iy = cell[query, step].unbind(dim=1)
     relative = torch.cat([to_query[query, step], xyz_bev[query, 2:]], dim=1)
     return query, ix * grid.bev_shape[1] + iy, relative
+
+
+class QueryHead(nn.Module):
+    """Occupancy logit and intensity at given places relative to given cells (ALSO).
+
+    Args:
+        channels: N_B, channels of the BEV map.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.latent = nn.Linear(channels, WIDTH)
+        self.enter = nn.Linear(WIDTH + 3, WIDTH)
+        self.hidden = nn.Linear(WIDTH, WIDTH)
+        self.leave = nn.Linear(WIDTH, WIDTH)
+        self.output = nn.Linear(WIDTH, 2)
+
+    def forward(
+        self, bev: torch.Tensor, cell: torch.Tensor, relative: torch.Tensor
+    ) -> torch.Tensor:
+        """Predict.
+
+        Args:
+            bev: (B, N_B, X, Y).
+            cell: int64 (M,), flat (B, X, Y) indices.
+            relative: float (M, 3), metres, from the cell's centre at height 0 to the query.
+
+        Returns:
+            (M, 2): logit of being occupied, and intensity in 0..1 (not bounded); in the parameters'
+            precision, also under autocast.
+        """
+        asked, which = cell.unique(return_inverse=True)
+        of_latent, of_place = self.enter.weight.split([WIDTH, 3], dim=1)
+        rows = bev.permute(0, 2, 3, 1).flatten(0, 2)[asked].to(of_latent.dtype)
+        # Free and occupied are centimetres apart, which bfloat16 can't tell at some metres' height.
+        with torch.autocast(bev.device.type, enabled=False):
+            bias = of_latent @ self.latent.bias + self.enter.bias
+            entered = F.linear(rows, of_latent @ self.latent.weight, bias)
+            hidden = F.relu(entered[which] + F.linear(relative, of_place))
+            hidden = F.relu(self.hidden(hidden))
+            bias = self.output.weight @ self.leave.bias + self.output.bias
+            return F.linear(hidden, self.output.weight @ self.leave.weight, bias)
+
+
+def query_sums(
+    predicted: torch.Tensor,
+    occupied: torch.Tensor,
+    intensity: torch.Tensor,
+    has_intensity: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Binary cross-entropy of occupancy summed over all pairs, and absolute error of intensity
+    summed over those with one (ALSO).
+
+    Args:
+        predicted: (M, 2), logit and intensity.
+        occupied: float (M,), 0 or 1.
+        intensity: float (M,).
+        has_intensity: bool (M,).
+    """
+    logits, brightness = predicted.float().unbind(dim=1)
+    occupancy = F.binary_cross_entropy_with_logits(logits, occupied, reduction="sum")
+    return occupancy, ((brightness - intensity).abs() * has_intensity).sum()

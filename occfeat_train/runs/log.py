@@ -9,16 +9,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from occfeat_common.settings import require
-from occfeat_train.config import TrainConfig
-from occfeat_train.runs import replace
+from occfeat_targets.store.settings import ConfigError
+from occfeat_train.config import RunSettings
+from occfeat_train.runs.run import replace
 
 
 class RunLog:
     """The log of one run; on processes other than the main one it is silent."""
 
     def __init__(
-        self, directory: Path, active: bool, total_steps: int, step: int, config: TrainConfig
+        self, directory: Path, active: bool, total_steps: int, step: int, tensorboard: bool
     ):
         """Start, or go on at ``step``: lines after it, of a killed run, are dropped."""
         self.active = active
@@ -32,7 +32,7 @@ class RunLog:
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         kept = [line for line in lines if _step(line) <= step]
         replace(self.path, lambda part: part.write_text("".join(kept)))
-        if config.run.tensorboard:
+        if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(directory), purge_step=step + 1)
@@ -67,7 +67,7 @@ class RunLog:
             self.board.close()
 
 
-def require_board(config: TrainConfig) -> None:
+def require_board(settings: RunSettings) -> None:
     """Refuse to begin without the package that TensorBoard events need.
 
     Not a check of the settings themselves: a run that wrote events can be evaluated anywhere.
@@ -75,8 +75,8 @@ def require_board(config: TrainConfig) -> None:
     Raises:
         ConfigError: it is not installed.
     """
-    has_board = not config.run.tensorboard or importlib.util.find_spec("tensorboard") is not None
-    require(has_board, "run.tensorboard", "needs: pip install tensorboard", True)
+    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("run.tensorboard needs: pip install tensorboard")
 
 
 def _step(line: str) -> float:
