@@ -1,5 +1,6 @@
 """Shared fixtures: a small demo world, stores of it and of another dataset, the real keyframe."""
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -20,7 +21,27 @@ from occfeat_targets.store.files import open_group
 from occfeat_targets.store.reader import SEAL, seal
 
 TESTS = Path(__file__).parent
+OFFLINE = (
+    *("against_reference", "build", "cli", "cluster", "corruptions", "demo_world", "docs"),
+    *("geometry", "kill", "labels", "robustness", "seams_targets", "teacher", "verify"),
+)
+"""Tests of the offline side: not collected where its extra ``targets`` is not installed."""
+HAS_DEVKIT = importlib.util.find_spec("nuscenes") is not None
+collect_ignore = [] if HAS_DEVKIT else [f"test_{name}.py" for name in OFFLINE]
+SLOW = (
+    *("build", "cluster", "demo_world", "docs", "gradients", "img_also", "kill", "map_task"),
+    *("overfit", "reproduce", "robustness", "seams_targets", "seams_train", "train"),
+    *("train_cli", "train_view", "checksums", "encoder_weights"),
+)
+"""Tests that start processes, train or build: all but these are ``make quick``."""
 FAST = ["teacher.name=teachers:PatchMeans", "block_frames=2", "map.mode=required"]
+
+
+def pytest_collection_modifyitems(items):
+    slow_fixtures = {"demo_root", "demo_store", "drive", "two_camera_store"}
+    for item in items:
+        if item.path.stem.removeprefix("test_") in SLOW or slow_fixtures & {*item.fixturenames}:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +97,8 @@ def build_store(dataroot, store, *overrides, skip_errors=False, overwrite=False)
 @pytest.fixture(scope="session")
 def demo_store(demo_root, made_once):
     """Finished store of the demo world; read-only by agreement."""
+    if not HAS_DEVKIT:
+        pytest.skip("needs nuscenes-devkit: pip install 'occfeat[targets]'")
     return made_once("demo.zarr", lambda store: build_store(demo_root, store))
 
 
