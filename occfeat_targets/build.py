@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -48,12 +49,12 @@ def read_dataset(dataroot: Path, version: str | None, config: TargetsConfig) -> 
     Raises:
         SourceError: the dataset is unusable. ConfigError: there is no such source.
     """
-    source = source_of(config.source, Path(dataroot))
+    name, source = source_of(config.source, Path(dataroot))
     mode, sweeps = config.map.mode, config.lidar.sweeps
     dataset = source.read(Path(dataroot), version, config.frames, sweeps, mode)
     if len(dataset.cameras) > MAX_CAMERAS:
         raise SourceError(f"{dataroot} has {len(dataset.cameras)} cameras, at most {MAX_CAMERAS}")
-    return dataset
+    return replace(dataset, records=[replace(r, source=name) for r in dataset.records])
 
 
 def check_records(dataset: Dataset, config: TargetsConfig) -> None:
@@ -66,7 +67,10 @@ def check_records(dataset: Dataset, config: TargetsConfig) -> None:
     outputs = make_outputs(config, layout_of(config, vars(dataset), 0))
 
     def faults_of(record: FrameRecord) -> list[str]:
-        return [f"{record}: {fault}" for output in outputs for fault in output.faults(record)]
+        found = list(record.misfits(len(dataset.cameras)))
+        if not found:  # the outputs rely on that
+            found = [fault for output in outputs for fault in output.faults(record)]
+        return [f"{record}: {fault}" for fault in found]
 
     records = dataset.records
     with ThreadPoolExecutor(16) as pool:  # waits for storage, not for the processor

@@ -22,6 +22,7 @@ _GPU_THREADS = 8
 """Most threads of a GPU worker: JPEG decoding, not the teacher, bounds it."""
 _RETRIES = 2
 _RECOUNT_SECONDS = 10
+_CONNECT_SECONDS = 10
 _WORKER_SETTINGS = {
     # Dask makes malloc give every freed buffer back at once; the teacher's activations are then
     # paged in again for each layer. glibc's largest thresholds keep them.
@@ -88,7 +89,8 @@ class DaskExecutor:
 
         client = self._client
         # Not pinned to addresses: a worker that dies comes back under another one.
-        futures = [client.submit(function, argument, pure=False) for _ in client.nthreads()]
+        n = max(1, len(client.nthreads()))  # if all are being started again: waits for one
+        futures = [client.submit(function, argument, pure=False) for _ in range(n)]
         try:
             return client.gather(futures)
         except (KilledWorker, ImportError) as error:
@@ -170,7 +172,7 @@ def _connect(scheduler: str) -> Any:
     from distributed import Client
 
     try:
-        client = Client(scheduler, timeout="10s")
+        client = Client(scheduler, timeout=_CONNECT_SECONDS)
     except (OSError, ValueError) as error:
         raise ClusterError(f"no Dask scheduler at {scheduler}: {error}") from error
     if not client.nthreads():

@@ -69,7 +69,8 @@ def frame_targets(
         Arrays by the names, dtypes and axes of the outputs' specs, trimmed to what is valid.
 
     Raises:
-        FrameError: naming scene, sample and file, when the frame can't be processed.
+        FrameError: naming scene, sample and file, when the frame can't be processed; or the
+            array, when an output does not give what its specs say.
     """
     layout, arrays = outputs[0].layout, {}
     inputs = FrameInputs(
@@ -82,7 +83,41 @@ def frame_targets(
     )
     try:
         for output in outputs:
-            arrays |= output.compute(inputs)
+            given = output.compute(inputs)
+            _require_specs(output, given)
+            arrays |= given
+        _require_same_rows(outputs, arrays)
     except ValueError as error:  # ImageError among them
         raise FrameError(f"{record}: {error}") from error
     return arrays
+
+
+def _require_specs(output: Output, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError unless an output's arrays are as its specs say."""
+    specs, name = {spec.name: spec for spec in output.specs()}, type(output).__name__
+    missing = {spec.name for spec in specs.values() if spec.chunk is not None} - arrays.keys()
+    if missing or arrays.keys() - specs.keys():
+        raise ValueError(f"{name} gives {[*arrays]}, its specs are of {[*specs]}")
+    for key, values in arrays.items():
+        spec, values = specs[key], np.asarray(values)
+        found, wanted = (values.dtype, values.shape), (np.dtype(spec.dtype), spec.shape)
+        if spec.rows and len(values) <= spec.shape[0]:
+            wanted = (wanted[0], (len(values), *spec.shape[1:]))
+        if found != wanted:
+            given = f"{found[0]} {found[1]}"
+            raise ValueError(
+                f"{name} gives {key} as {given}, its spec says {spec.dtype} {spec.axes}"
+            )
+
+
+def _require_same_rows(outputs: Sequence[Output], arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError if arrays with the same count of rows differ in length."""
+    rows: dict[str, dict[str, int]] = {}
+    for spec in (spec for output in outputs for spec in output.specs()):
+        if spec.rows in arrays:
+            rows.setdefault(spec.rows, {})[spec.rows] = int(np.ravel(arrays[spec.rows])[-1])
+        if spec.rows:
+            rows.setdefault(spec.rows, {})[spec.name] = len(arrays[spec.name])
+    for counter, lengths in rows.items():
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"arrays counted by {counter} differ in their rows: {lengths}")

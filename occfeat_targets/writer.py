@@ -29,7 +29,7 @@ from occfeat_targets.sources.base import Dataset, FrameError, FrameRecord
 from occfeat_targets.store import checksums, files, schema
 from occfeat_targets.store.checksums import RecordingStore
 from occfeat_targets.store.files import StoreError
-from occfeat_targets.store.reader import SEAL, seal
+from occfeat_targets.store.reader import SEAL, array_seals, seal
 from occfeat_targets.store.schema import ArraySpec
 from occfeat_targets.store.settings import differences
 from occfeat_targets.teachers import shared_teacher
@@ -136,7 +136,8 @@ def set_teacher(url: str, config: TargetsConfig, teacher: dict) -> None:
     specs = _specs(make_outputs(config, layout_of(config, attrs, teacher["dim"])))
     schema.create_arrays(group, specs, attrs["n_frames"], config.block_frames)
     # Last: a store that names its teacher has its arrays.
-    group.attrs.update({"arrays": [spec.name for spec in specs], "teacher": teacher})
+    arrays = array_seals(url, [spec.name for spec in specs])
+    group.attrs.update({"arrays": arrays, "teacher": teacher})
 
 
 def _specs(outputs: Sequence[Output]) -> list[ArraySpec]:
@@ -296,6 +297,7 @@ def finalise(url: str, config: TargetsConfig, dataset: Dataset) -> dict[int, str
     _write_small(group, dataset, [frame for marker in ordered for frame in marker["frames"]])
     attrs = {"failed": {str(i): text for i, text in failed.items()}, "complete": True}
     group.attrs.update(attrs | {SEAL: seal({**group.attrs, **attrs})})
+    sweep_litter(url)  # a killed worker's, which must not be among what has a checksum
     written = {key: tuple(sums) for m in ordered for key, sums in m["objects"].items()}
     checksums.write_checksums(url, group, written, without=() if failed else (schema.MARKERS,))
     sweep_litter(url)
@@ -370,7 +372,7 @@ def _existing_attributes(url: str) -> dict | None:
         return None
     try:
         attrs = dict(files.open_group(url, "r").attrs)
-    except (FileNotFoundError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         attrs = {}
     if attrs.get("format") != schema.FORMAT:
         raise StoreError(f"{url} exists and is not an {schema.FORMAT} store: choose another place")

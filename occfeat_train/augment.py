@@ -10,10 +10,41 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from pydantic import Field, field_validator
 from torch.nn import functional as F
 
-from occfeat_train.config import AugmentConfig
+from occfeat_targets.store.settings import Settings
 from occfeat_train.geometry import resize_and_crop, rotation_z
+
+
+class AugmentSettings(Settings):
+    """Simple-BEV's training augmentation, drawn per camera or per sample."""
+
+    resize: tuple[float, float] = (0.8, 1.2)
+    """Images are resized by a factor drawn from here, then cropped at the centre."""
+    shift: float = Field(default=0.2, ge=0, lt=1)
+    """The crop is moved by up to this share of the image's height, in both directions."""
+    flip_images: bool = True
+    """Mirror each image with probability 1/2; its features are mirrored back."""
+    flip_bev: bool = True
+    """Mirror the lifted features along x and y with probability 1/2 each, undone before the
+    heads."""
+    rotate_bev_deg: float = Field(default=180.0, ge=0, le=180)
+    """Turn the BEV frame by up to this angle either way: cameras, voxels and labels together.
+    Stands for Simple-BEV's random reference camera."""
+
+    @field_validator("resize")
+    @classmethod
+    def _is_a_range(cls, resize: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < resize[0] <= resize[1]:
+            raise ValueError(f"must be [low, high], 0 < low, got {list(resize)}")
+        return resize
+
+
+NO_AUGMENT = AugmentSettings(
+    resize=(1.0, 1.0), shift=0.0, flip_images=False, flip_bev=False, rotate_bev_deg=0.0
+)
+"""What evaluation uses: images resized to the network's size, nothing else."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +64,7 @@ class Draws:
 
 
 def draw(
-    config: AugmentConfig, seed: int, epoch: int, frames: torch.Tensor, n_cameras: int
+    settings: AugmentSettings, seed: int, epoch: int, frames: torch.Tensor, n_cameras: int
 ) -> Draws:
     """Draw for ``frames`` (B,); the same frame gets other numbers in every epoch."""
     rows = []
@@ -41,11 +72,11 @@ def draw(
         rng = np.random.default_rng([seed, epoch, frame])
         rows.append(
             (
-                rng.uniform(*config.resize, n_cameras),
+                rng.uniform(*settings.resize, n_cameras),
                 rng.uniform(-1, 1, (n_cameras, 2)),
-                rng.random(n_cameras) < 0.5 * config.flip_images,
-                rng.random(2) < 0.5 * config.flip_bev,
-                np.radians(config.rotate_bev_deg) * rng.uniform(-1, 1),
+                rng.random(n_cameras) < 0.5 * settings.flip_images,
+                rng.random(2) < 0.5 * settings.flip_bev,
+                np.radians(settings.rotate_bev_deg) * rng.uniform(-1, 1),
                 rng.integers(2**63 - 1),
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -9,46 +10,62 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from occfeat_targets.store.registry import Registry
 from occfeat_train import __version__
-from occfeat_train.config import PRETRAININGS, TASKS
+from occfeat_train.objectives import OBJECTIVES
+from occfeat_train.tasks import TASKS
 
 if TYPE_CHECKING:
     from occfeat_train.distributed import Process
-    from occfeat_train.jobs import Job
+    from occfeat_train.runs.job import Job
+
+Say = Callable[[str], None]
+
+
+def _names(registry: Registry) -> str:
+    return f"What to learn: {', '.join(registry.names)}, or a plug-in, package.module:Class."
+
+
+def _run_option(help: str) -> Callable:
+    return click.option("--run-dir", "run", type=click.Path(path_type=Path), help=help)
+
 
 store_option = click.option(
     "--store",
     metavar="PATH|URL",
     help="Targets store (occfeat-targets build).  [default: targets.zarr, or the run's own]",
 )
-config_option = click.option(
-    "--config",
-    metavar="FILE.yaml|PRESET",
-    help="Settings: a file, or a preset by name (paper, demo, miniature).  [default: what the "
-    "store or the pretraining run asks for, else paper]",
-)
 set_option = click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="SECTION.KEY=VALUE",
-    help="One setting, over --config; repeatable. pipelines/train_paper.yaml lists all.",
+    help="One setting, over --config; repeatable. occfeat_train/presets/paper.yaml lists all.",
 )
-run_option = click.option(
-    "--run-dir",
-    "run",
-    type=click.Path(path_type=Path),
-    help="Run directory.  [default: a new one in runs/, named by the time]",
-)
-resume_option = click.option(
-    "--resume",
-    is_flag=True,
-    help="Go on with --run-dir, or with the newest unfinished run of this kind in runs/.",
-)
+
+
+def _training_options(command: Callable) -> Callable:
+    options = (
+        store_option,
+        click.option(
+            "--config",
+            metavar="FILE.yaml|PRESET",
+            help="Settings: a file, or a preset by name (paper, demo, miniature).  [default: what "
+            "the store or the pretraining run asks for, else paper]",
+        ),
+        set_option,
+        _run_option("Run directory.  [default: a new one in runs/, named by the time]"),
+        click.option(
+            "--resume",
+            is_flag=True,
+            help="Go on with --run-dir, or with the newest unfinished run of this kind in runs/.",
+        ),
+    )
+    return functools.reduce(lambda f, option: option(f), reversed(options), command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -66,60 +83,25 @@ def main() -> None:
 
 
 @main.command()
-@store_option
-@config_option
-@set_option
-@run_option
-@resume_option
+@_training_options
 @click.option(
     "--objective",
-    type=click.Choice(PRETRAININGS),
-    help="What to learn: the paper's occfeat, or its baseline img-also. Short for --set "
-    "pretrain.objective=...  [default: what the settings say: occfeat]",
+    metavar="NAME",
+    help=_names(OBJECTIVES) + " Short for --set pretrain.objective=...  [default: what the "
+    "settings say]",
 )
-def pretrain(
-    store: str | None,
-    config: str | None,
-    overrides: tuple[str, ...],
-    run: Path | None,
-    resume: bool,
-    objective: str | None,
-) -> None:
-    """Pretrain without labels: predict occupancy and teacher features from images.
-
-    With --objective img-also: what is free and what occupied along lidar rays instead.
+def pretrain(**asked: Any) -> None:
+    """Pretrain without labels: predict from images what the store has of lidar and a teacher.
 
     Ctrl-C saves and stops; --resume goes on, also after a crash.
     """
-    with _session() as (process, say):
-        from occfeat_targets.store.schema import absolute
-        from occfeat_train import choices
-        from occfeat_train.jobs import Job
-
-        if resume:
-            job, directory = choices.resumed("pretrain", run, store, overrides)
-        else:
-            store = absolute(store or "targets.zarr")
-            if objective:
-                overrides = (*overrides, f"pretrain.objective={objective}")
-            settings = choices.settings(store, config, None, overrides, say)
-            job, directory = Job("pretrain", store, settings), run or choices.new_run("pretrain")
-        _train(job, directory, resume, process, say)
-        say(f"Next: occfeat-train finetune --init {directory} --fraction 0.01")
+    _train("pretrain", asked, "finetune --init {} --fraction 0.01")
 
 
 @main.command()
-@store_option
-@config_option
-@set_option
-@run_option
-@resume_option
+@_training_options
 @click.option(
-    "--task",
-    type=click.Choice(TASKS),
-    default=TASKS[0],
-    show_default=True,
-    help="What to segment: vehicles, or the map's road, sidewalk, crosswalk, parking and divider.",
+    "--task", metavar="NAME", default=TASKS.names[0], show_default=True, help=_names(TASKS)
 )
 @click.option(
     "--fraction",
@@ -141,57 +123,18 @@ def pretrain(
     help="Pretraining run to start from; none starts from encoder weights alone.  [default: the "
     "newest finished one in runs/]",
 )
-def finetune(
-    store: str | None,
-    config: str | None,
-    overrides: tuple[str, ...],
-    run: Path | None,
-    resume: bool,
-    task: str,
-    fraction: float,
-    fraction_unit: str,
-    init: str | None,
-) -> None:
-    """Finetune for BEV segmentation of vehicles or the map with a share of the labels.
+def finetune(**asked: Any) -> None:
+    """Finetune for a task with a share of the labels.
 
     Epochs, batch and learning rate follow the paper for the share, unless set.
     """
-    with _session() as (process, say):
-        from occfeat_targets.store.schema import absolute
-        from occfeat_train import choices
-        from occfeat_train.jobs import Job
-
-        if resume:
-            job, directory = choices.resumed("finetune", run, store, overrides)
-        else:
-            pretraining = choices.pretraining(init, say)
-            if not store and pretraining:
-                store = pretraining.description()["store"]
-            store = absolute(store or "targets.zarr")
-            settings = choices.settings(store, config, pretraining, overrides, say)
-            job = Job(
-                "finetune",
-                store,
-                settings.for_fraction(fraction),
-                fraction,
-                fraction_unit,
-                str(pretraining.path.resolve()) if pretraining else None,
-                task,
-            )
-            directory = run or choices.new_run("finetune")
-        _train(job, directory, resume, process, say)
-        say(f"Next: occfeat-train evaluate --run-dir {directory}")
+    _train("finetune", asked, "evaluate --run-dir {}")
 
 
 @main.command()
 @store_option
 @set_option
-@click.option(
-    "--run-dir",
-    "run",
-    type=click.Path(path_type=Path),
-    help="Finetuning run.  [default: the newest finished one in runs/]",
-)
+@_run_option("Finetuning run.  [default: the newest finished one in runs/]")
 @click.option(
     "--corrupted",
     metavar="FOLDER|URL",
@@ -207,38 +150,28 @@ def evaluate(
 ) -> None:
     """IoU of a finetuned network on the validation split.
 
-    At probability 0.5, by distance, and at the best of seven thresholds. Vehicles: with and
-    without the cells where only those of visibility 0-40 % lie. Map: each class and their mean.
-    Written to result.json in the run.
+    At probability 0.5, by distance, and at the best of seven thresholds. Written to result.json
+    in the run.
 
     With --corrupted, IoU by corruption and severity of nuScenes-C, and the share of the clean IoU
     that remains: RR, and mRR over the corruptions. Written to corrupted.json in the run.
     """
     with _session() as (process, say):
-        from dataclasses import replace
+        from occfeat_train import evaluate, robustness
+        from occfeat_train.runs import resolve
+        from occfeat_train.runs.job import Job
+        from occfeat_train.runs.run import write_json
 
-        from occfeat_common.settings import from_plain, override, to_plain
-        from occfeat_targets.store.schema import absolute
-        from occfeat_train import choices, robustness
-        from occfeat_train.config import TrainConfig
-        from occfeat_train.evaluate import evaluate as evaluate_run
-        from occfeat_train.evaluate import table
-        from occfeat_train.jobs import Job
-        from occfeat_train.runs import Run, write_json
-
-        finetuned = Run(run) if run else choices.newest_finished("finetune")
-        job = Job.of_run(finetuned, store and absolute(store))
+        finetuned = resolve.finished(run, "finetune")
+        job = resolve.changed(Job.of_run(finetuned, store), overrides)
         tell = (lambda _: None) if as_json else say
-        config = from_plain(TrainConfig, override(to_plain(job.config), overrides))
-        job = replace(job, config=config)
         if corrupted:
-            folder = absolute(corrupted)
-            result = robustness.evaluate_corrupted(job, finetuned, process, folder, tell)
+            result = robustness.evaluate_corrupted(job, finetuned, process, corrupted, tell)
             text, name = robustness.table(result), "corrupted.json"
         else:
             tell(f"Store: {job.store}")
-            result = evaluate_run(job, finetuned, process)
-            text, name = table(result), "result.json"
+            result = evaluate.evaluate(job, finetuned, process)
+            text, name = evaluate.table(result), "result.json"
         result["set"] = list(overrides)
         say(json.dumps(result, indent=1) if as_json else text)
         if process.is_main:
@@ -246,12 +179,7 @@ def evaluate(
 
 
 @main.command()
-@click.option(
-    "--run-dir",
-    "run",
-    type=click.Path(path_type=Path),
-    help="Run to export.  [default: the newest finished pretraining in runs/]",
-)
+@_run_option("Run to export.  [default: the newest finished pretraining in runs/]")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -264,23 +192,17 @@ def export(run: Path | None, out: Path) -> None:
     occfeat_train.export.load_bev_net(DIRECTORY) loads it.
     """
     with _session() as (_, say):
-        from occfeat_train import choices
-        from occfeat_train.export import export as export_run
-        from occfeat_train.runs import Run
+        from occfeat_train.export import export
+        from occfeat_train.runs import resolve
 
-        chosen = Run(run) if run else choices.newest_finished("pretrain")
-        export_run(chosen, out)
+        chosen = resolve.finished(run, "pretrain")
+        export(chosen, out)
         say(f"{out}: the BEV network of {chosen.path}")
 
 
 @main.command()
 @store_option
-@click.option(
-    "--run-dir",
-    "run",
-    type=click.Path(path_type=Path),
-    help="A finetuning, or a pretraining by occfeat.  [default: the newest finished run in runs/]",
-)
+@_run_option("A run of either kind.  [default: the newest finished one in runs/]")
 @click.option(
     "--frame", type=int, help="Frame number in the store.  [default: the first of validation]"
 )
@@ -294,33 +216,49 @@ def export(run: Path | None, out: Path) -> None:
 def view(store: str | None, run: Path | None, frame: int | None, out: Path) -> None:
     """Draw what a network predicts for one frame, and what it should, to a PNG.
 
-    Of a finetuning: the masks. Of a pretraining: occupancy and features, seen from above.
+    Seen from above. What is drawn is up to what the network learned.
     """
     with _session() as (process, say):
-        from occfeat_targets.store.schema import absolute
-        from occfeat_train import choices
-        from occfeat_train.jobs import Job
-        from occfeat_train.runs import Run
+        from occfeat_train.runs import resolve
+        from occfeat_train.runs.job import Job
         from occfeat_train.view import draw_frame
 
-        chosen = Run(run) if run else choices.newest_finished("pretrain", "finetune")
-        job = Job.of_run(chosen, store and absolute(store))
+        chosen = resolve.finished(run, "pretrain", "finetune")
+        job = Job.of_run(chosen, store)
         if process.is_main:
             i = draw_frame(job, chosen, frame, process.device, out)
             say(f"{out}: frame {i} of {job.store} as {chosen.path} ({job.title}) sees it")
 
 
-def _train(
-    job: Job, directory: Path, resume: bool, process: Process, say: Callable[[str], None]
-) -> None:
-    """Train, and say how it went."""
-    from occfeat_targets.store.schema import open_store
+def _train(kind: str, asked: dict[str, Any], then: str) -> None:
+    """Train as the options say, and say how it went and what comes next."""
+    with _session() as (process, say):
+        from occfeat_train.runs import resolve
+
+        resume, path = asked.pop("resume"), asked.pop("run")
+        if resume:
+            store, overrides = asked["store"], asked["overrides"]
+            job, path = resolve.resumed(kind, path, store, overrides, _given())
+        else:
+            job = resolve.new_job(kind, asked, say)
+            path = path or resolve.new_run(kind)
+        finished, run = _train_job(job, path, resume, process, say)
+        say(f"{run}: {'finished' if finished else 'stopped'}")
+        if not finished:
+            say(f"Go on with: occfeat-train {kind} --resume --run-dir {run}")
+            raise SystemExit(130)
+        say(f"Next: occfeat-train {then.format(run)}")
+
+
+def _train_job(job: Job, path: Path, resume: bool, process: Process, say: Say) -> tuple[bool, Path]:
+    """Whether a training came to its end, and its directory in all processes."""
+    from occfeat_targets.store.reader import open_store
     from occfeat_train.distributed import from_main
-    from occfeat_train.runs import Run, check_same_store
+    from occfeat_train.runs.run import Run, check_same_store
     from occfeat_train.train import train
 
     store = open_store(job.store)
-    run = Run(Path(from_main(str(directory))))
+    run = Run(Path(from_main(str(path))))
     if resume:
         check_same_store(run.description()["store_identity"], store)
     elif process.is_main:  # which makes it soon after
@@ -331,21 +269,24 @@ def _train(
             "The store's features come from a RANDOM-WEIGHTS teacher: good for trying things out, "
             "useless for results."
         )
-    finished = train(job, run, process, resume)
-    say(f"{run.path}: {'finished' if finished else 'stopped'}")
-    if not finished:
-        say(f"Go on with: occfeat-train {job.kind} --resume --run-dir {run.path}")
-        raise SystemExit(130)
+    return train(job, run, process, resume), run.path
+
+
+def _given() -> set[str]:
+    """Names of this command's options that were given, not left to their defaults."""
+    context = click.get_current_context()
+    commandline = click.core.ParameterSource.COMMANDLINE
+    return {name for name in context.params if context.get_parameter_source(name) is commandline}
 
 
 @contextmanager
-def _session() -> Iterator[tuple[Process, Callable[[str], None]]]:
+def _session() -> Iterator[tuple[Process, Say]]:
     """Join the process group; the main process speaks; known errors become one clear sentence."""
-    from occfeat_common.settings import ConfigError
-    from occfeat_targets.store.schema import StoreError
+    from occfeat_targets.store.files import StoreError
+    from occfeat_targets.store.settings import ConfigError
     from occfeat_train.distributed import process_group
     from occfeat_train.models.encoder_weights import WeightsError
-    from occfeat_train.runs import RunError
+    from occfeat_train.runs.run import RunError
     from occfeat_train.train import NonFiniteLoss
 
     try:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from occfeat_common.settings import ConfigError
+from occfeat_targets.store.settings import ConfigError
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,13 @@ def from_main(value: str) -> str:
     return values[0]
 
 
+def any_process(*flags: bool, device: torch.device) -> list[bool]:
+    """Of each flag whether any process has it set."""
+    if not dist.is_initialized():
+        return list(flags)
+    return all_reduce_sum(torch.tensor(flags, dtype=torch.float32, device=device)).bool().tolist()
+
+
 def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():
@@ -95,3 +103,26 @@ def pick_precision(precision: str, device: torch.device) -> tuple[torch.dtype, s
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "this GPU has it"
     return torch.float16, "this GPU has no bfloat16"
+
+
+@contextmanager
+def stop_signals(tell: bool) -> Iterator[Callable[[], bool]]:
+    """Note Ctrl-C and SIGTERM instead of dying: yields a function that says whether one came.
+
+    A second Ctrl-C is obeyed at once. With ``tell``, the first signal is answered on the terminal.
+    """
+    received = []
+
+    def note(number: int, _frame: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if tell and not received:  # not by print, which the signal may have interrupted
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, unsaved\n")
+        received.append(number)
+
+    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -8,12 +8,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from occfeat_common.settings import from_plain
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_train.config import ModelConfig
-from occfeat_train.jobs import require_same_tensors
-from occfeat_train.models.bev_net import BEVNet
-from occfeat_train.runs import Run, RunError, write_json
+from occfeat_train.models.bev_net import BEVNet, ModelSettings
+from occfeat_train.runs.run import Run, RunError, write_json
+from occfeat_train.runs.weights import bev_net_state, require_same_tensors
 
 FORMAT = "occfeat-bev-net"
 
@@ -28,12 +26,7 @@ def export(run: Run, out: Path) -> None:
         raise RunError(f"{out} exists already: choose another --out")
     state, position = run.load()
     description = run.description()
-    prefix = "bev_net."
-    weights = {
-        k.removeprefix(prefix): v.contiguous()
-        for k, v in state["network"].items()
-        if k.startswith(prefix)
-    }
+    weights = {k: v.contiguous() for k, v in bev_net_state(state["network"]).items()}
     out.mkdir(parents=True)
     save_file(weights, out / "model.safetensors")
     write_json(
@@ -64,7 +57,7 @@ def load_bev_net(directory: str | Path) -> BEVNet:
         raise RunError(f"{directory} holds no exported network: {error}") from error
     if description.get("format") != FORMAT:
         raise RunError(f"{directory}/model.json was not written by occfeat-train export")
-    model = from_plain(ModelConfig, description["model"])
+    model = ModelSettings.of(description["model"], "model")
     network = BEVNet(model, VoxelGrid.from_dict(description["grid"]))
     require_same_tensors(network.state_dict(), weights, str(directory))
     network.load_state_dict(weights)

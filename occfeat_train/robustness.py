@@ -10,21 +10,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from occfeat_common.settings import differences
-from occfeat_targets.store.schema import (
-    CORRUPTIONS,
-    SEVERITIES,
-    StoreError,
-    TargetStore,
-    absolute,
-    filesystem,
-    open_store,
-)
-from occfeat_train.data import select_frames
+from occfeat_targets.store.files import StoreError, absolute, filesystem
+from occfeat_targets.store.reader import TargetStore, open_store
+from occfeat_targets.store.schema import CORRUPTIONS, SEVERITIES
+from occfeat_targets.store.settings import differences
+from occfeat_train.data.order import select_frames, split_names
 from occfeat_train.distributed import Process
-from occfeat_train.evaluate import evaluate
-from occfeat_train.jobs import Job, split_names
-from occfeat_train.runs import Run
+from occfeat_train.evaluate import evaluate, where
+from occfeat_train.runs.job import Job
+from occfeat_train.runs.run import Run
+from occfeat_train.tasks.base import as_text
 
 
 def evaluate_corrupted(
@@ -47,6 +42,7 @@ def evaluate_corrupted(
     Raises:
         RunError, StoreError: as :func:`evaluate`; or a store is not of the clean one's frames.
     """
+    folder = absolute(folder)
     found = find_corrupted(folder)
     clean = open_store(job.store)
     for store in found.values():  # all before the first hour is spent
@@ -92,8 +88,8 @@ def find_corrupted(folder: str) -> dict[str, TargetStore]:
 
 
 def headline(result: dict[str, Any]) -> float | None:
-    """The one IoU of a result, at probability 0.5: vehicles' visible cells, the map's mean."""
-    return result[result["task"]]["visible" if result["task"] == "vehicle" else "mean"]["iou"]
+    """The one IoU of a result, in per cent."""
+    return result["headline"]["iou"]
 
 
 def summary(clean: float | None, scores: dict[str, dict[str, float | None]]) -> dict[str, Any]:
@@ -106,8 +102,8 @@ def summary(clean: float | None, scores: dict[str, dict[str, float | None]]) -> 
     """
     means, rates = {}, {}
     for corruption, by_severity in scores.items():
-        values = [by_severity.get(severity) for severity in SEVERITIES]
-        if None in values:
+        values = [v for s in SEVERITIES if (v := by_severity.get(s)) is not None]
+        if len(values) < len(SEVERITIES):
             continue
         means[corruption] = round(sum(values) / len(values), 2)
         if clean:
@@ -129,23 +125,19 @@ def summary(clean: float | None, scores: dict[str, dict[str, float | None]]) -> 
 def table(result: dict[str, Any]) -> str:
     """A result as text for people."""
     clean = result["clean"]
-    what = (
-        "vehicle IoU, visible cells" if clean["task"] == "vehicle" else "map IoU, mean of classes"
-    )
     lines = [
-        f"{clean['run']} (step {clean['step']}{'' if clean['finished'] else ', NOT FINISHED'}) on "
-        f"{clean['frames']} frames of {', '.join(clean['splits'])}: {what}, in per cent at "
+        f"{where(clean)}: {clean['task']} IoU, {clean['headline']['name']}, in per cent at "
         "probability 0.5",
         "",
         f"{'':<14}{''.join(f'{name:>8}' for name in (*SEVERITIES, 'mean', 'RR'))}",
-        f"{'clean':<14}{'':>24}{_text(headline(clean)):>8}",
+        f"{'clean':<14}{'':>24}{as_text(headline(clean)):>8}",
     ]
     for corruption, by_severity in result["iou"].items():
         row = [by_severity.get(severity) for severity in SEVERITIES]
         row += [result["mean"].get(corruption), result["RR"].get(corruption)]
-        lines.append(f"{corruption:<14}{''.join(f'{_text(value):>8}' for value in row)}")
+        lines.append(f"{corruption:<14}{''.join(f'{as_text(value):>8}' for value in row)}")
     of = f"mRR over {len(result['RR'])} of {len(CORRUPTIONS)} corruptions"
-    lines.append(f"{of:<46}{_text(result['mRR']):>8}")
+    lines.append(f"{of:<46}{as_text(result['mRR']):>8}")
     if result["missing"]:
         lines.append(f"missing: {', '.join(result['missing'])}")
     return "\n".join(lines)
@@ -161,13 +153,9 @@ def _require_same_frames(store: TargetStore, clean: TargetStore, eval_split: str
             "corrupt, or name the one it was made from with --store"
         )
     # Another size or quality would pass for an effect of the corruption.
-    settings = [
+    ours, theirs = (
         {key: s.attrs["config"]["images"][key] for key in ("size", "quality")}
         for s in (clean, store)
-    ]
-    if changed := differences(*settings):
+    )
+    if changed := differences(ours, theirs):
         raise StoreError(f"{store.url} has other images than {clean.url}: {'; '.join(changed)}")
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"

@@ -7,13 +7,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from occfeat_common.settings import ConfigError, from_plain, override, read_yaml, to_plain
-from occfeat_pipelines.recipes import HERE, Preset, Recipe, store_settings
-from occfeat_targets.store.schema import TargetStore, absolute, open_store
-from occfeat_train.choices import HOW
-from occfeat_train.config import TrainConfig
+from occfeat_pipelines.recipes import Preset, Recipe, store_settings
+from occfeat_targets.store.files import absolute
+from occfeat_targets.store.reader import TargetStore, open_store
+from occfeat_targets.store.settings import ConfigError
+from occfeat_train.config import TrainConfig, preset_path
 from occfeat_train.models.encoder_weights import names_file
-from occfeat_train.runs import Run, identity
+from occfeat_train.runs.job import Job
+from occfeat_train.runs.resolve import HOW
+from occfeat_train.runs.run import Run, identity
 
 
 @dataclass(frozen=True)
@@ -137,10 +139,9 @@ class Planner:
         self, kind: str, store_name: str, settings: tuple[str, ...], options: dict[str, str]
     ) -> Training:
         store = absolute(beside(self.store, store_name))
-        base = HERE / f"train_{self.preset.train}.yaml"
+        base = preset_path(self.preset.train)
         settings = (*settings, *self.overrides)
-        config = from_plain(TrainConfig, override(read_yaml(base), settings))
-        config = config.for_fraction(float(options.get("fraction", 1)))
+        config = TrainConfig.load(base, settings).for_fraction(float(options.get("fraction", 1)))
         arguments = ["--store", store, "--config", str(base)]
         for text in settings:
             arguments += ["--set", text]
@@ -149,7 +150,7 @@ class Planner:
         # Moving the directory of runs, or the store, changes no name.
         named = options | {"init": Path(options.get("init", "")).name}
         targets = identity(self._open(store, store_name))
-        decides = [kind, _what_it_computes(config, kind), named, targets]
+        decides = [kind, _what_it_computes(config, kind, options.get("task")), named, targets]
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
         path = self.out / f"{kind}-{digest[:12]}-seed{config.run.seed}"
         how = tuple(text for text in self.overrides if text.partition("=")[0] in HOW)
@@ -167,15 +168,14 @@ class Planner:
             settings = store_settings(name) if name else ()
             raise ConfigError(
                 f"there is no store {url}; build it: occfeat-targets build DATAROOT {url} --config "
-                f"pipelines/{self.preset.targets}.yaml "
-                + " ".join(f"--set '{text}'" for text in settings)
+                f"{self.preset.targets} " + " ".join(f"--set '{text}'" for text in settings)
             )
         store = open_store(url)
         meant = store.attrs["config"].get("train_preset") or "paper"
         if meant != self.preset.train:
             raise ConfigError(
-                f"{url} was built to train with pipelines/train_{meant}.yaml, this preset trains "
-                f"with train_{self.preset.train}.yaml: name a store of its kind, --store"
+                f"{url} was built to train with the preset {meant}, this one trains with "
+                f"{self.preset.train}: name a store of its kind, --store"
             )
         return store
 
@@ -202,11 +202,12 @@ def beside(store: str, name: str) -> str:
     return f"{store.rstrip('/').removesuffix('.zarr')}-{name}.zarr" if name else store
 
 
-def _what_it_computes(config: TrainConfig, kind: str) -> dict:
-    """Settings that decide a run's result: not how it runs, nor those of the other kind."""
-    plain = to_plain(config)
+def _what_it_computes(config: TrainConfig, kind: str, task: str | None) -> dict:
+    """Settings that decide a run's result: not how it runs, nor those of what it does not learn."""
+    plain, own = config.plain(), Job(kind, "", config, task=task).own_settings
     for name in HOW:
         section, key = name.split(".")
         del plain[section][key]
-    del plain["finetune" if kind == "pretrain" else "pretrain"]
-    return plain
+    for section in ("finetune" if kind == "pretrain" else "pretrain", "objectives", "tasks"):
+        del plain[section]
+    return plain | {"own": own.plain()}

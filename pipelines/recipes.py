@@ -7,12 +7,13 @@ reports.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from occfeat_common.settings import ConfigError, from_plain, read_yaml, require
-from occfeat_train.config import TASKS
+from pydantic import Field, field_validator
+
+from occfeat_targets.store.settings import ConfigError, Settings, did_you_mean, read_yaml
+from occfeat_train.tasks import TASKS
 
 HERE = Path(__file__).parent
 TABLES = tuple(sorted(path.name for path in (HERE / "recipes").iterdir()))
@@ -20,8 +21,7 @@ TABLES = tuple(sorted(path.name for path in (HERE / "recipes").iterdir()))
 ``variants`` what it leaves for later."""
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(Settings):
     """One row of a table."""
 
     label: str
@@ -34,31 +34,32 @@ class Recipe:
     pretrain_store: str = ""
     """A store of ``stores.yaml`` to pretrain on; empty: the main one."""
     finetune_store: str = ""
-    paper: dict = field(default_factory=dict)
+    paper: dict[str, dict[float, float | None]] = Field(default_factory=dict)
     """Task -> label fraction -> the paper's IoU, None if it is unknown."""
 
-    def __post_init__(self) -> None:
-        for task, values in self.paper.items():
-            require(task in TASKS, "paper", f"must be by {' and '.join(TASKS)}", task)
-            require(isinstance(values, dict), f"paper.{task}", "must be by fraction", values)
+    @field_validator("paper")
+    @classmethod
+    def _by_task(cls, paper: dict[str, dict]) -> dict[str, dict]:
+        for task in paper:
+            TASKS(task)
+        return paper
 
 
-@dataclass(frozen=True)
-class Preset:
+class Preset(Settings):
     """What all rows have in common, and which of them there are."""
 
     targets: str = "nuscenes"
-    """Settings that its store is built with: ``NAME.yaml``."""
+    """The preset of ``occfeat_targets`` that its store is built with."""
     train: str = "paper"
-    """Settings that rows start from: ``train_NAME.yaml``."""
+    """The preset of ``occfeat_train`` that rows start from."""
     store: str = "targets.zarr"
     seeds: int = 1
     jobs: int = 1
     """Runs at the same time."""
     rows: tuple[str, ...] = ("*",)
     """Patterns of recipe names."""
-    tasks: tuple[str, ...] = TASKS
-    fractions: dict = field(default_factory=dict)
+    tasks: tuple[str, ...] = TASKS.names
+    fractions: dict[float, float] = Field(default_factory=dict)
     """Stand-ins for the paper's label fractions; those not named stay as they are."""
 
 
@@ -68,7 +69,7 @@ def load_preset(name: str) -> Preset:
     Raises:
         ConfigError: there is none, or it holds something impossible.
     """
-    return from_plain(Preset, read_yaml(HERE / f"reproduce_{name}.yaml"))
+    return Preset.load(HERE / f"reproduce_{name}.yaml")
 
 
 def load_recipes(table: str, rows: tuple[str, ...]) -> dict[str, Recipe]:
@@ -88,7 +89,7 @@ def load_recipes(table: str, rows: tuple[str, ...]) -> dict[str, Recipe]:
             known = ", ".join(name for _, _, name in numbered)
             raise ConfigError(f"table {table} has no row {row!r}; its rows are {known}")
     return {
-        name: from_plain(Recipe, read_yaml(path))
+        name: Recipe.load(path)
         for path, number, name in numbered
         if any(_matches(row, number, name) for row in rows)
     }
@@ -101,7 +102,8 @@ def store_settings(name: str) -> tuple[str, ...]:
         ConfigError: it has no such store.
     """
     stores = read_yaml(HERE / "stores.yaml")
-    require(name in stores, "store", f"must be one of {', '.join(stores)}", name)
+    if name not in stores:
+        raise ConfigError(f"no store {name!r}; {did_you_mean(name, tuple(stores))}")
     return tuple(stores[name])
 
 

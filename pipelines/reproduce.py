@@ -30,15 +30,15 @@ import click
 import torch
 from tqdm import tqdm
 
-from occfeat_common.settings import ConfigError
 from occfeat_pipelines import report
 from occfeat_pipelines.experiments import Experiment, Planner, Training, require_weights
 from occfeat_pipelines.recipes import HERE, TABLES, Recipe, load_preset, load_recipes
 from occfeat_pipelines.report import Cell
-from occfeat_targets.store.schema import StoreError, absolute
-from occfeat_train.config import TASKS
+from occfeat_targets.store.files import StoreError, absolute
+from occfeat_targets.store.settings import ConfigError
 from occfeat_train.robustness import headline
-from occfeat_train.runs import RunError
+from occfeat_train.runs.run import RunError
+from occfeat_train.tasks import TASKS
 
 LOOK_AGAIN_S = 2.0
 """Between looks at a run that another reproduction is at."""
@@ -292,7 +292,9 @@ def cells(
     help="A training setting of all runs, as in occfeat-train; repeatable.",
 )
 @click.option("--rows", multiple=True, help="Only rows of this number or pattern; repeatable.")
-@click.option("--task", "tasks", multiple=True, type=click.Choice(TASKS), help="Only this task.")
+@click.option(
+    "--task", "tasks", multiple=True, type=click.Choice(TASKS.names), help="Only this task."
+)
 @click.option("--fraction", "fractions", multiple=True, type=float, help="Only this fraction.")
 @click.option("--seeds", type=click.IntRange(min=1), help="Runs of each row.  [default: preset's]")
 @click.option("--jobs", type=click.IntRange(min=1), help="At the same time, sharing GPUs or cores.")

@@ -1,33 +1,69 @@
-"""Shared fixtures: a small demo world, a store of it, the real keyframe."""
+"""Shared fixtures: a small demo world, stores of it and of another dataset, the real keyframe."""
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import two_camera_drive
+from filelock import FileLock
 from tiny_store import make_tiny_store
 
 from occfeat_targets.build import build, prepare
 from occfeat_targets.cluster import InProcess
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.demo_world import make_demo_world
+from occfeat_targets.frame import frame_targets, layout_of, make_outputs
+from occfeat_targets.store.checksums import write_checksums
+from occfeat_targets.store.files import open_group
+from occfeat_targets.store.reader import SEAL, seal
 
 TESTS = Path(__file__).parent
 FAST = ["teacher.name=teachers:PatchMeans", "block_frames=2", "map.mode=required"]
 
 
 @pytest.fixture(scope="session")
-def demo_root(tmp_path_factory):
+def made_once(tmp_path_factory):
+    """``made_once(name, make)``: a path that ``make(path)`` fills once for all of pytest's
+    processes; read-only by agreement."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # each of xdist's processes has a folder of its own in there
+
+    def made(name, make):
+        with FileLock(base / f"{name}.lock"):
+            if not (base / f"{name}.done").exists():
+                make(base / name)
+                (base / f"{name}.done").touch()
+        return base / name
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def demo_root(made_once):
     """Dataroot of a synthetic world, 2 scenes x 2 samples; read-only by agreement."""
-    root = tmp_path_factory.mktemp("world") / "demo-world"
-    make_demo_world(root, scenes=2, samples=2, seed=0)
-    return root
+    return made_once("demo-world", lambda root: make_demo_world(root, scenes=2, samples=2, seed=0))
 
 
 @pytest.fixture
 def dataroot(demo_root, tmp_path):
     """A copy of the demo world that a test may spoil."""
     return Path(shutil.copytree(demo_root, tmp_path / "dataroot"))
+
+
+def reseal(store):
+    """Make seal and checksums fit what a test changed in a store: as if it had been built so."""
+    group = open_group(store, "r+")
+    group.attrs[SEAL] = seal(dict(group.attrs))
+    write_checksums(str(store), group, {})
+
+
+def targets_of(record, dataset, config, teacher):
+    """All arrays of one keyframe."""
+    outputs = make_outputs(config, layout_of(config, vars(dataset), teacher.dim))
+    return frame_targets(record, config, outputs, teacher)
 
 
 def build_store(dataroot, store, *overrides, skip_errors=False, overwrite=False):
@@ -38,11 +74,31 @@ def build_store(dataroot, store, *overrides, skip_errors=False, overwrite=False)
 
 
 @pytest.fixture(scope="session")
-def demo_store(demo_root, tmp_path_factory):
+def demo_store(demo_root, made_once):
     """Finished store of the demo world; read-only by agreement."""
-    store = tmp_path_factory.mktemp("store") / "targets.zarr"
-    build_store(demo_root, store)
-    return store
+    return made_once("demo.zarr", lambda store: build_store(demo_root, store))
+
+
+@pytest.fixture(scope="session")
+def toys():
+    """Folder of the plug-ins in ``toys``, importable from now on as a user's would be."""
+    folder = str(TESTS / "toys")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def drive(made_once):
+    """Dataroot of a drive with two cameras; read-only by agreement."""
+    return made_once("drive", two_camera_drive.write_drive)
+
+
+@pytest.fixture(scope="session")
+def two_camera_store(toys, drive, made_once):
+    """Finished store of the drive (4 frames train, 2 val), with boxes, a map and an output of its
+    own; read-only by agreement."""
+    return made_once("two-cameras.zarr", lambda store: two_camera_drive.build(drive, store))
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +118,6 @@ def tree_bytes(root):
 
 
 @pytest.fixture(scope="session")
-def tiny_store(tmp_path_factory):
+def tiny_store(made_once):
     """A store of 16 small made-up frames (12 mini_train, 4 mini_val); read-only by agreement."""
-    return make_tiny_store(tmp_path_factory.mktemp("tiny") / "targets.zarr")
+    return made_once("tiny.zarr", make_tiny_store)

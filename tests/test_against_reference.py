@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import reference
 import torch
+from conftest import targets_of
 from PIL import Image
 
-from occfeat_targets.config import TargetsConfig
-from occfeat_targets.frame_targets import frame_targets, read_lidar
 from occfeat_targets.build import read_dataset
+from occfeat_targets.config import TargetsConfig
+from occfeat_targets.frame import layout_of
+from occfeat_targets.outputs.base import FrameInputs
 from occfeat_targets.store.schema import dequantise
+from occfeat_targets.teachers.base import NoTeacher
 
 DIM = 12
 KINDS = ("linear", "product", "sinusoid", "noise")
@@ -67,7 +70,12 @@ class Analytic:
 @cache
 def read(dataroot, overrides, sweeps):
     config = TargetsConfig.load(None, ["map.mode=never", f"lidar.sweeps={sweeps}", *overrides])
-    return config, read_dataset(dataroot, None, config).records
+    return config, read_dataset(dataroot, None, config)
+
+
+def read_lidar(dataset, number, config, near_m=2.2):
+    layout = layout_of(config, vars(dataset), 0)
+    return FrameInputs(dataset.records[number], layout, near_m, NoTeacher(), (1, 1)).lidar
 
 
 @cache
@@ -86,9 +94,10 @@ def naive(dataroot, token, overrides, sweeps):
 
 
 def assert_targets_are_the_loops(dataroot, number, overrides, kind, sweeps=1):
-    config, records = read(dataroot, overrides, sweeps)
-    wanted = naive(dataroot, records[number].token, overrides, sweeps)
-    found = frame_targets(records[number], config, Analytic(kind))
+    config, dataset = read(dataroot, overrides, sweeps)
+    record = dataset.records[number]
+    wanted = naive(dataroot, record.token, overrides, sweeps)
+    found = targets_of(record, dataset, config, Analytic(kind))
     assert found["voxel_index"].dtype == np.uint32
     assert found["voxel_index"].tolist() == sorted(wanted)
     bits = np.array([wanted[index][0] for index in sorted(wanted)])
@@ -121,8 +130,9 @@ def test_real_keyframe_is_the_loops(nuscenes_one, overrides, kind):
 
 
 def test_real_keyframe_has_the_published_counts(nuscenes_one):
-    config, (record,) = read(nuscenes_one, PAPER, 1)
-    found = frame_targets(record, config, Analytic("linear"))
+    config, dataset = read(nuscenes_one, PAPER, 1)
+    (record,) = dataset.records
+    found = targets_of(record, dataset, config, Analytic("linear"))
     cameras = np.unpackbits(found["feature_cameras"][:, None], axis=1).sum(axis=1)
     assert len(found["voxel_index"]) == 4267
     shares = 100 * np.bincount(cameras.astype(int)) / 4267
@@ -132,8 +142,9 @@ def test_real_keyframe_has_the_published_counts(nuscenes_one):
 @pytest.mark.parametrize("kind", ["linear", "product"])
 def test_real_features_follow_the_projection_with_no_bilinear_code_at_all(nuscenes_one, kind):
     # Between the outer cell centres, bilinear sampling of a bilinear function is the function.
-    config, (record,) = read(nuscenes_one, DEFAULT, 1)
-    found = frame_targets(record, config, Analytic(kind))
+    config, dataset = read(nuscenes_one, DEFAULT, 1)
+    (record,) = dataset.records
+    found = targets_of(record, dataset, config, Analytic(kind))
     cameras = reference.camera_list(tables(nuscenes_one), record.token)
     bounds = (config.grid.x, config.grid.y, config.grid.z)
     n_checked = 0
@@ -159,12 +170,12 @@ def test_real_features_follow_the_projection_with_no_bilinear_code_at_all(nuscen
 
 def assert_teacher_sees_the_cameras(dataroot, number):
     """RGB in 0..1, each image at its own camera's place, resized and not cropped."""
-    config, records = read(dataroot, DEFAULT, 1)
-    teacher = Analytic("linear")
-    frame_targets(records[number], config, teacher)
+    config, dataset = read(dataroot, DEFAULT, 1)
+    teacher, token = Analytic("linear"), dataset.records[number].token
+    targets_of(dataset.records[number], dataset, config, teacher)
     assert teacher.images.dtype == torch.float32
     for c, name in enumerate(reference.CAMERAS):
-        row = tables(dataroot).data[records[number].token, "CAM_" + name]
+        row = tables(dataroot).data[token, "CAM_" + name]
         image = Image.open(tables(dataroot).root / row["filename"]).convert("RGB")
         wanted = np.asarray(image.resize((448, 252), Image.Resampling.BOX), dtype=np.float64) / 255
         wanted = torch.from_numpy(wanted).permute(2, 0, 1)
@@ -194,7 +205,7 @@ def test_demo_keyframe_is_the_loops(demo_root, number, overrides, sweeps):
 @pytest.mark.parametrize("fixture", ["demo_root", "nuscenes_one"])
 def test_record_poses_are_the_loops(fixture, request):
     dataroot = request.getfixturevalue(fixture)
-    for record in read(dataroot, DEFAULT, 1)[1]:
+    for record in read(dataroot, DEFAULT, 1)[1].records:
         lidar = tables(dataroot).data[record.token, "LIDAR_TOP"]
         ego_T_sensor = tables(dataroot).ego_T_sensor(lidar)
         np.testing.assert_allclose(record.ego_T_sweep, ego_T_sensor[None], atol=1e-9)
@@ -212,7 +223,7 @@ def test_record_poses_are_the_loops(fixture, request):
 def test_world_moves_between_lidar_and_cameras_and_between_keyframes(demo_root):
     # Without this the demo world could not tell a pose at the wrong time from the right one.
     drift = []
-    for record in read(demo_root, DEFAULT, 1)[1]:
+    for record in read(demo_root, DEFAULT, 1)[1].records:
         lidar = tables(demo_root).data[record.token, "LIDAR_TOP"]
         here = tables(demo_root).global_T_ego(lidar)[:3, 3]
         for name in reference.CAMERAS:
@@ -221,31 +232,32 @@ def test_world_moves_between_lidar_and_cameras_and_between_keyframes(demo_root):
     assert max(drift) > 0.05
     moved = [
         np.linalg.norm(b.global_T_ego[:3, 3] - a.global_T_ego[:3, 3])
-        for a, b in pairwise(read(demo_root, DEFAULT, 1)[1])
+        for a, b in pairwise(read(demo_root, DEFAULT, 1)[1].records)
         if a.scene == b.scene
     ]
     assert max(moved) > 0.5
 
 
 def test_second_sweep_is_the_keyframe_before(demo_root):
-    one, two = (read(demo_root, DEFAULT, sweeps)[1] for sweeps in (1, 2))
-    for number, (short, long) in enumerate(zip(one, two, strict=True)):
-        points, intensity = read_lidar(long, 2.2)
+    (config, first), (_, both) = (read(demo_root, DEFAULT, sweeps) for sweeps in (1, 2))
+    one = first.records
+    for number, (short, long) in enumerate(zip(one, both.records, strict=True)):
+        points, intensity = read_lidar(both, number, config)
         wanted = reference.points_ego(tables(demo_root), long.token, 2.2, 2)
         np.testing.assert_allclose(points, wanted, atol=1e-9)
         assert len(intensity) == len(points)
         first_of_scene = number == 0 or one[number - 1].scene != short.scene
         n_sweeps = 1 if first_of_scene else 2
         assert len(long.sweep_paths) == n_sweeps
-        assert (len(points) > len(read_lidar(short, 2.2)[0])) == (n_sweeps == 2)
+        assert (len(points) > len(read_lidar(first, number, config)[0])) == (n_sweeps == 2)
 
 
 @pytest.mark.parametrize("near_m", [0.0, 2.2, 5.0])
 def test_near_filter_is_a_square_in_the_sensor_frame(nuscenes_one, near_m):
-    _, (record,) = read(nuscenes_one, DEFAULT, 1)
-    points, _ = read_lidar(record, near_m)
-    wanted = reference.points_ego(tables(nuscenes_one), record.token, near_m)
+    config, dataset = read(nuscenes_one, DEFAULT, 1)
+    points, _ = read_lidar(dataset, 0, config, near_m)
+    wanted = reference.points_ego(tables(nuscenes_one), dataset.records[0].token, near_m)
     np.testing.assert_allclose(points, wanted, atol=1e-9)
     dropped = {0.0: 0.0, 2.2: 0.25, 5.0: 0.4}[near_m]  # a quarter of all returns hit the car
-    everything = len(read_lidar(record, 0.0)[0])
+    everything = len(read_lidar(dataset, 0, config, 0.0)[0])
     assert 1 - len(points) / everything >= dropped * 0.8

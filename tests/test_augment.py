@@ -9,22 +9,17 @@ import pytest
 import torch
 import train_reference as reference
 
-from occfeat_train.augment import Draws, draw, network_inputs
-from occfeat_train.config import (
-    NO_AUGMENT,
-    AugmentConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from occfeat_train.augment import NO_AUGMENT, AugmentSettings, Draws, draw, network_inputs
+from occfeat_train.config import RunSettings, TrainConfig
 from occfeat_train.evaluate import predict
 from occfeat_train.geometry import resize_and_crop, rotation_z
+from occfeat_train.models.bev_net import ModelSettings
 
 # Below 256 pixels a side, so that one grey level is one pixel and a ramp is exact.
 STORED_WH = (240, 136)
 NETWORK_HW = (104, 176)  # another aspect ratio
 N = 3
-AUGMENT = AugmentConfig()
+AUGMENT = AugmentSettings()
 
 
 def painted(batch):
@@ -270,12 +265,11 @@ def test_evaluation_in_bfloat16_sees_the_same_cameras_and_images():
     network = SimpleNamespace(
         eval=lambda: None,
         bev_net=bev_net,
-        objective=SimpleNamespace(head=lambda _: {"mask": torch.zeros(2, 3, 3)}),
     )
     for precision in ("float32", "bfloat16"):
-        model, run = ModelConfig(image_size=NETWORK_HW), RunConfig(precision=precision)
+        model, run = ModelSettings(image_size=NETWORK_HW), RunSettings(precision=precision)
         job = SimpleNamespace(config=TrainConfig(model=model, run=run))
-        predict(network, stored, job, torch.device("cpu"))
+        predict(network, stored, job, lambda bev: bev)
     single, half = seen
     assert torch.equal(half["K"], single["K"])
     torch.testing.assert_close(half["cam_T_bev"], single["cam_T_bev"])
@@ -354,12 +348,12 @@ def test_draws_of_cameras_and_axes_are_independent():
 def test_what_is_switched_off_is_never_drawn_and_the_rest_is_as_before(off, name):
     frames = torch.arange(50)
     with_it = as_dict(draw(AUGMENT, 2, 1, frames, N))
-    without = as_dict(draw(replace(AUGMENT, **off), 2, 1, frames, N))
+    without = as_dict(draw(AUGMENT.with_(**off), 2, 1, frames, N))
     assert with_it.pop(name).any() and not without.pop(name).any()
     torch.testing.assert_close(without, with_it, atol=0, rtol=0)
 
 
 def test_angles_stay_within_the_configured_range():
-    angles = draw(replace(AUGMENT, rotate_bev_deg=30.0), 0, 0, torch.arange(500), N).angle
+    angles = draw(AUGMENT.with_(rotate_bev_deg=30.0), 0, 0, torch.arange(500), N).angle
     assert math.radians(29) < angles.abs().max() <= math.radians(30) + 1e-6
     assert angles.min() < 0 < angles.max()

@@ -7,22 +7,24 @@ import train_reference as reference
 from torch import nn
 from torch.nn import functional as F
 
-from occfeat_common.settings import ConfigError
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_targets.store.schema import open_store
-from occfeat_train.augment import draw, network_inputs
-from occfeat_train.config import NO_AUGMENT, ModelConfig, TrainConfig
-from occfeat_train.data import FrameDataset, collate
+from occfeat_targets.store.reader import open_store
+from occfeat_targets.store.settings import ConfigError
+from occfeat_train.augment import NO_AUGMENT, draw, network_inputs
+from occfeat_train.config import PretrainSettings, TrainConfig
+from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.geometry import volume_centres
-from occfeat_train.models.bev_net import BEVNet
+from occfeat_train.models.bev_net import BEVNet, ModelSettings
 from occfeat_train.models.deformable import DeformableAttention, deformable_sums
-from occfeat_train.models.lift_bevformer import (
+from occfeat_train.models.lifts.bevformer import (
     BEVFormerLift,
     CrossAttention,
     SelfAttention,
     seen_queries,
 )
-from occfeat_train.objectives import OBJECTIVES, Network
+from occfeat_train.network import Network
+from occfeat_train.runs.job import Job
+from occfeat_train.tasks import TASKS
 
 # No two axes alike, not centred on the car; the top is above every image, x reaches behind.
 UNEVEN = VoxelGrid((-9.0, 13.0, 11), (-8.0, 6.0, 7), (-2.0, 8.0, 5))
@@ -404,14 +406,20 @@ def test_the_queries_start_small():
 
 @pytest.mark.parametrize("name", ["occfeat", "img-also", "vehicle"])
 def test_a_training_step_reaches_every_parameter(name, tiny_store):
-    model = ModelConfig("bevformer", encoder_weights="random", image_size=(32, 64), channels=C)
-    config = TrainConfig(model=model)
+    model = ModelSettings(
+        lift="bevformer", encoder_weights="random", image_size=(32, 64), channels=C
+    )
+    finetunes = name in TASKS.names
+    config = TrainConfig(
+        model=model, pretrain=PretrainSettings(objective="occfeat" if finetunes else name)
+    )
+    job = Job("finetune", "", config, task=name) if finetunes else Job("pretrain", "", config)
     store = open_store(tiny_store)
     torch.manual_seed(0)
-    network = Network(config, OBJECTIVES[name](config, store)).train()
+    network = Network(model, job.objective(store)).train()
     assert isinstance(network.bev_net.lift, BEVFormerLift)
     dataset = FrameDataset(tiny_store, [0, 1], ("images", *network.objective.arrays))
-    batch = collate([dataset[i] for i in range(2)])
+    batch = dataset.collate([dataset[i] for i in range(2)])
     inputs = network_inputs(batch, draw(NO_AUGMENT, 0, 0, batch["frame"], 6), (32, 64), 0.0)
     targets = network.objective.targets(batch | {"seed": batch["frame"]}, torch.zeros(2))
     loss, _ = network(inputs, targets, network.objective.counts(targets), 1.0)
@@ -423,18 +431,19 @@ def test_a_training_step_reaches_every_parameter(name, tiny_store):
 
 
 def test_the_lift_follows_the_configuration():
-    config = ModelConfig("bevformer", encoder_weights="random", channels=C)
+    config = ModelSettings(lift="bevformer", encoder_weights="random", channels=C)
     names = [name for name, _ in BEVNet(config, UNEVEN).named_parameters()]
     assert any(name.startswith("lift.") for name in names)
     assert not any(name.startswith("compressor.") for name in names)
-    simple = BEVNet(ModelConfig(encoder_weights="random", channels=C), UNEVEN)
+    simple = BEVNet(ModelSettings(encoder_weights="random", channels=C), UNEVEN)
     assert not any(name.startswith("lift.") for name, _ in simple.named_parameters())
 
 
 def test_bev_flips_mirror_x_and_y_and_are_undone(cameras):
     K, cam_T_ego, _ = cameras
     torch.manual_seed(0)
-    network = BEVNet(ModelConfig("bevformer", encoder_weights="random", channels=C), UNEVEN).eval()
+    model = ModelSettings(lift="bevformer", encoder_weights="random", channels=C)
+    network = BEVNet(model, UNEVEN).eval()
     network.decoder = nn.Identity()
     decoded = []
     network.decoder.register_forward_pre_hook(lambda _, inputs: decoded.append(inputs[0]))
@@ -447,7 +456,7 @@ def test_bev_flips_mirror_x_and_y_and_are_undone(cameras):
 
 
 def test_settings_that_do_not_fit_are_refused():
-    with pytest.raises(ConfigError, match="model.network must be one of simplebev, bevformer"):
-        ModelConfig(network="lss")
+    with pytest.raises(ConfigError, match="no lift 'lss' .known: simplebev, bevformer"):
+        ModelSettings.of({"lift": "lss"}, "model")
     with pytest.raises(ConfigError, match="model.channels must be a multiple of 4"):
-        ModelConfig(network="bevformer", channels=6)
+        ModelSettings.of({"lift": "bevformer", "channels": 6}, "model")

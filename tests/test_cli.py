@@ -9,7 +9,8 @@ from click.testing import CliRunner
 from conftest import FAST
 
 from occfeat_targets.cli import EXIT_SKIPPED, main
-from occfeat_targets.store.schema import open_store
+from occfeat_targets.config import TargetsConfig
+from occfeat_targets.store.reader import open_store
 
 SETTINGS = [part for setting in FAST for part in ("--set", setting)]
 
@@ -24,7 +25,8 @@ def built(demo_store, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["demo-data", "build", "check", "info", "verify", "view", "corrupt"]
+    "command",
+    ["demo-data", "build", "check", "info", "settings", "verify", "view", "corrupt"],
 )
 def test_every_command_explains_itself(command):
     result = _run(command, "--help")
@@ -92,9 +94,30 @@ def test_skip_has_its_own_exit_status_and_info_lists_the_frame(dataroot, tmp_pat
     assert _run("verify", store).exit_code == 0
 
 
+def test_settings_come_from_presets_and_files(demo_root, tmp_path):
+    printed = _run("settings", "demo")
+    assert printed.exit_code == 0
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(printed.output.replace("block_frames: 4", "block_frames: 3"))
+    assert TargetsConfig.load(mine).block_frames == 3
+    fast = ("--teacher", "none", "--limit", 1, "--workers", 0)
+    for config, block_frames in (("demo", 4), (mine, 3)):
+        store = tmp_path / f"{block_frames}.zarr"
+        result = _run("build", demo_root, store, "--config", config, *fast)
+        assert result.exit_code == 0, result.output
+        stored = open_store(store).attrs["config"]
+        assert (stored["train_preset"], stored["block_frames"]) == ("demo", block_frames)
+    assert _run("settings").output.startswith("# Targets from nuScenes: every setting")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["settings", "demmo"], "there is no preset 'demmo'; there are demo, miniature, nuscenes"),
+        (["check", ".", "--config", "demmo"], "there is no preset 'demmo'"),
+        (["check", ".", "--config", "mine.yaml"], "cannot read mine.yaml: No such file"),
+        (["check", ".", "--set", "=3"], "unknown setting"),
+        (["check", ".", "--set", "source=kitti"], "no source 'kitti' (known: nuscenes)"),
         (["info", "nothing.zarr"], "no targets store here"),
         (["verify", "nothing.zarr"], "no targets store here"),
         (["view", "nothing.zarr"], "no targets store here"),
@@ -124,7 +147,7 @@ def test_other_mistakes(built, demo_root):
 def test_info_tells_how_far_an_unfinished_build_is(built):
     import zarr
 
-    from occfeat_targets.store.schema import zarr_store
+    from occfeat_targets.store.files import zarr_store
 
     zarr.open_group(zarr_store(built, read_only=False), mode="r+").attrs["complete"] = False
     output = _run("info", built).output
@@ -161,4 +184,4 @@ def test_the_makefile_passes_its_variables_on(pytestconfig):
     assert [line.split()[1] for line in real] == ["build", "info"]
     for part in ("'/data' 's.zarr'", "--version v1.0-mini", "--teacher dir", "--workers 3"):
         assert part in real[0]
-    assert "--scheduler tcp://h:1" in real[0] and "pipelines/nuscenes.yaml" in real[0]
+    assert "--scheduler tcp://h:1" in real[0] and "--config" not in real[0]

@@ -1,19 +1,24 @@
 """Dask: the store does not depend on who computes it, and a dead worker is survived."""
 
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import warnings
 
 import psutil
 import pytest
+import teachers
 from conftest import FAST, TESTS, tree_bytes
 
+from occfeat_targets import cluster as cluster_module
 from occfeat_targets.build import BuildStopped, build, prepare
 from occfeat_targets.cluster import ClusterError, choose, executor
 from occfeat_targets.config import TargetsConfig
-from occfeat_targets.store.schema import open_store
+from occfeat_targets.store.reader import open_store
 
 GB = 1_000_000_000
 
@@ -24,31 +29,47 @@ def _square(x):
     return x * x
 
 
-def _build(dataroot, store, *overrides, **where):
+def _build(cluster, dataroot, store, *overrides):
     config = TargetsConfig.load(None, [*FAST, "block_frames=1", *overrides])
-    source = prepare(dataroot, str(store), None, config, overwrite=False)
-    with executor(**where) as chosen:
-        build(str(store), config, source, chosen)
+    dataset = prepare(dataroot, str(store), None, config, overwrite=False)
+    build(str(store), config, dataset, cluster)
+
+
+@pytest.fixture(scope="module")
+def one():
+    """A cluster of one worker."""
+    with executor(workers=1, threads=1) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def two(one):
+    """Another of two workers on the same machine, and the warnings while it started."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with executor(workers=2) as cluster:
+            yield cluster, list(said)
 
 
 @pytest.fixture(scope="module")
 def reference(demo_root, tmp_path_factory):
     """Store with one frame a block, built in this process."""
     store = tmp_path_factory.mktemp("reference") / "targets.zarr"
-    _build(demo_root, store, workers=0)
+    with executor(workers=0) as here:
+        _build(here, demo_root, store)
     return tree_bytes(store)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_number_of_workers_changes_nothing(demo_root, reference, tmp_path, workers):
-    _build(demo_root, tmp_path / "targets.zarr", workers=workers)
-    assert tree_bytes(tmp_path / "targets.zarr") == reference
+def test_the_number_of_workers_changes_nothing(demo_root, reference, tmp_path, one, two):
+    for name, cluster in (("one", one), ("two", two[0])):
+        _build(cluster, demo_root, tmp_path / name)
+        assert tree_bytes(tmp_path / name) == reference
 
 
-def test_a_second_cluster_on_a_machine_says_nothing(recwarn):
-    with executor(workers=1), executor(workers=1) as second:
-        assert dict(second.run(_square, [3])) == {3: 9}
-    assert not recwarn.list
+def test_a_second_cluster_on_a_machine_says_nothing(two):
+    second, said = two
+    assert dict(second.run(_square, [3])) == {3: 9}
+    assert not said
 
 
 def test_errors_come_back_as_results_and_jobs_may_end_early():
@@ -67,7 +88,7 @@ def test_errors_come_back_as_results_and_jobs_may_end_early():
     assert drawn == [3, -1]
 
 
-def test_few_tasks_are_in_flight():
+def test_few_tasks_are_in_flight(one):
     """Jobs are drawn as workers come free: the client never holds 34,149 of them."""
     drawn = []
 
@@ -76,11 +97,11 @@ def test_few_tasks_are_in_flight():
             drawn.append(job)
             yield job
 
-    with executor(workers=1, threads=1) as cluster:
-        results = cluster.run(_square, jobs())
-        next(results)
-        assert len(drawn) <= 3
-        assert sorted(result for _, result in results) == [x * x for x in range(1, 50)]
+    results = one.run(_square, jobs())
+    first, _ = next(results)
+    assert len(drawn) <= 3
+    others = sorted({*range(50)} - {first})
+    assert sorted(result for _, result in results) == [x * x for x in others]
 
 
 def _free_port():
@@ -95,7 +116,7 @@ def hand_started():
     address = f"tcp://127.0.0.1:{_free_port()}"
     dask = [sys.executable, "-m", "distributed.cli."]
     scheduler = [f"{dask[2]}dask_scheduler", "--host", address, "--no-dashboard"]
-    worker = [f"{dask[2]}dask_worker", address, "--nthreads", "1", "--no-dashboard"]
+    worker = [f"{dask[2]}dask_worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": TESTS}
     commands = [scheduler, worker, worker]
     processes = [subprocess.Popen([*dask[:2], *command], **quiet) for command in commands]
@@ -108,7 +129,7 @@ def hand_started():
 
 
 def test_a_running_scheduler_is_used(demo_root, reference, tmp_path, hand_started):
-    deadline = time.time() + 60
+    deadline = time.time() + 120
     while True:
         try:
             with executor(scheduler=hand_started) as remote:
@@ -118,11 +139,14 @@ def test_a_running_scheduler_is_used(demo_root, reference, tmp_path, hand_starte
             pass
         assert time.time() < deadline, "the workers did not come up"
         time.sleep(0.5)
-    _build(demo_root, tmp_path / "targets.zarr", scheduler=hand_started)
+    with executor(scheduler=hand_started) as remote:
+        _build(remote, demo_root, tmp_path / "targets.zarr")
     assert tree_bytes(tmp_path / "targets.zarr") == reference
 
 
-def test_a_scheduler_that_is_not_there():
+def test_a_scheduler_that_is_not_there(monkeypatch):
+    assert cluster_module._CONNECT_SECONDS == 10
+    monkeypatch.setattr(cluster_module, "_CONNECT_SECONDS", 0.5)
     with (
         pytest.raises(ClusterError, match="no Dask scheduler at tcp://127.0.0.1"),
         executor(scheduler=f"tcp://127.0.0.1:{_free_port()}"),
@@ -130,57 +154,9 @@ def test_a_scheduler_that_is_not_there():
         pass
 
 
-def test_a_killed_worker_is_survived(demo_root, reference, tmp_path):
-    store = tmp_path / "targets.zarr"
-    # The slow teacher has the name and weights of the fast one, so the arrays must be equal.
-    command = [sys.executable, "-m", "occfeat_targets.cli", "build", str(demo_root), str(store)]
-    command += ["--workers", "2"]
-    for setting in [*FAST, "block_frames=1", "teacher.name=teachers:Slow"]:
-        command += ["--set", setting]
-    client = subprocess.Popen(command, cwd=TESTS, stderr=subprocess.PIPE, text=True)
-    killed = 0
-    while client.poll() is None and not killed:
-        if (store / "features" / "zarr.json").exists():
-            workers = [
-                child
-                for child in psutil.Process(client.pid).children(recursive=True)
-                if "spawn_main" in " ".join(child.cmdline())
-            ]
-            if workers:
-                time.sleep(0.2)
-                workers[0].send_signal(signal.SIGKILL)
-                killed += 1
-        time.sleep(0.02)
-    errors = client.communicate(timeout=120)[1]
-    assert killed == 1
-    assert client.returncode == 0, errors
-    ours = tree_bytes(store)
-    differs = {name for name in reference if ours[name] != reference[name]}
-    assert ours.keys() == reference.keys()
-    assert differs == {"zarr.json"}  # the config names the slow teacher
-
-
-def test_a_task_that_always_kills_its_worker_is_named(demo_root, tmp_path):
-    config = TargetsConfig.load(None, [*FAST, "teacher.name=teachers:Suicidal"])
-    store = str(tmp_path / "targets.zarr")
-    source = prepare(demo_root, store, None, config, overwrite=False)
-    with (
-        executor(workers=1) as cluster,
-        pytest.raises(BuildStopped, match=r"block 0 \(scene-.*worker died every time"),
-    ):
-        build(store, config, source, cluster)
-
-
-def test_workers_that_die_while_loading_the_teacher_end_the_build(demo_root, tmp_path):
-    config = TargetsConfig.load(None, [*FAST, "teacher.name=teachers:DiesLoading"])
-    store = str(tmp_path / "targets.zarr")
-    source = prepare(demo_root, store, None, config, overwrite=False)
-    with executor(workers=2) as cluster, pytest.raises(ClusterError, match="worker died"):
-        build(store, config, source, cluster)
-
-
 def test_a_plug_in_with_parameters_needs_no_care(demo_root, tmp_path):
-    _build(demo_root, tmp_path / "targets.zarr", "teacher.name=teachers:Learned", workers=0)
+    with executor(workers=0) as here:
+        _build(here, demo_root, tmp_path / "targets.zarr", "teacher.name=teachers:Learned")
     store = open_store(tmp_path / "targets.zarr")
     assert len(store.attrs["teacher"]["weights"]) == 64
     assert store.frame(0)["features"].shape[1] == 4
@@ -192,3 +168,51 @@ def test_one_worker_per_gpu_else_one_per_core_that_fits_in_memory():
     assert choose(cores=1, memory=GB // 2, gpus=0) == (1, 1)
     assert choose(cores=64, memory=500 * GB, gpus=4) == (4, 8)
     assert choose(cores=16, memory=500 * GB, gpus=8) == (8, 2)
+
+
+# Last, since these kill workers of the shared clusters, which start them again.
+
+
+def _pid(_):
+    return os.getpid()
+
+
+def test_a_killed_worker_is_survived(demo_root, tmp_path, two, monkeypatch):
+    slow, store, killed = "teacher.name=teachers:Slow", tmp_path / "targets.zarr", []
+    (victim, *_) = two[0].everywhere(_pid, None)
+
+    def kill():
+        while not (store / "build" / "blocks").exists() and len(killed) < 3000:
+            killed.append(None)
+            time.sleep(0.01)
+        os.kill(victim, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    _build(two[0], demo_root, store, slow)
+    killer.join()
+    assert not psutil.pid_exists(victim) or psutil.Process(victim).status() == "zombie"
+    monkeypatch.setattr(teachers.time, "sleep", lambda seconds: None)
+    with executor(workers=0) as here:
+        _build(here, demo_root, tmp_path / "reference.zarr", slow)
+    assert tree_bytes(store) == tree_bytes(tmp_path / "reference.zarr")
+
+
+def test_a_task_that_always_kills_its_worker_is_named(demo_root, tmp_path, one):
+    with pytest.raises(BuildStopped, match=r"block 0 \(scene-.*worker died every time"):
+        _build(one, demo_root, tmp_path / "targets.zarr", "teacher.name=teachers:Suicidal")
+
+
+def test_workers_that_die_while_loading_the_teacher_end_the_build(demo_root, tmp_path, two):
+    with pytest.raises(ClusterError, match="worker died"):
+        _build(two[0], demo_root, tmp_path / "targets.zarr", "teacher.name=teachers:DiesLoading")
+
+
+def test_a_cluster_whose_workers_are_all_starting_again_is_waited_for(one):
+    (victim,) = one.everywhere(_pid, None)
+    os.kill(victim, signal.SIGKILL)
+    deadline = time.time() + 20
+    while one._client.nthreads() and time.time() < deadline:
+        time.sleep(0.01)
+    (other,) = one.everywhere(_pid, None)
+    assert other != victim

@@ -1,7 +1,6 @@
 """Frames of a store to batches: right bytes, right order, every start method, clear errors."""
 
 import io
-import json
 import pickle
 import shutil
 import subprocess
@@ -17,18 +16,13 @@ import pytest
 import torch
 import zarr
 from PIL import Image
+from tiny_store import change_attributes
 
-from occfeat_targets.store.schema import StoreError, open_store, zarr_store
-from occfeat_train.data import (
-    EvalSampler,
-    FrameDataset,
-    FrameReader,
-    ShardSampler,
-    collate,
-    frame_order,
-    make_loader,
-    select_frames,
-)
+from occfeat_targets.store.files import StoreError, zarr_store
+from occfeat_targets.store.reader import open_store
+from occfeat_train.data.dataset import FrameDataset, FrameReader, number_voxels
+from occfeat_train.data.order import EvalSampler, ShardSampler, frame_order, select_frames
+from occfeat_train.data.workers import make_loader
 
 NAMES = (
     "images",
@@ -37,7 +31,8 @@ NAMES = (
     "feature_scale",
     "feature_cameras",
     "points",
-    "vehicle_boxes",
+    "boxes",
+    "box_class",
     "vehicle",
     "map",
 )
@@ -65,7 +60,7 @@ def _equal(left, right):
 
 def test_a_frame_is_what_the_store_says(demo_store):
     store, reader = open_store(demo_store), FrameReader(demo_store)
-    names = [spec.name for spec in store.specs]
+    names = list(store.specs)
     for i in range(len(store)):
         expected, frame = store.frame(i), reader.read(i, names)
         assert list(frame) == names
@@ -79,7 +74,7 @@ def test_a_frame_is_what_the_store_says(demo_store):
 def test_a_batch_is_its_frames_one_after_another(demo_store):
     store = open_store(demo_store)
     dataset = FrameDataset(demo_store, [3, 1, 2], NAMES)
-    batch = collate([dataset[0], dataset[2], dataset[1]])
+    batch = dataset.collate([dataset[0], dataset[2], dataset[1]])
     frames = [store.frame(i) for i in (3, 2, 1)]
     assert batch["frame"].tolist() == [3, 2, 1]
     assert {name: (values.dtype, values.ndim) for name, values in batch.items()} == {
@@ -88,23 +83,26 @@ def test_a_batch_is_its_frames_one_after_another(demo_store):
         "cam_T_ego": (torch.float32, 4),
         "images": (torch.uint8, 5),
         "voxel": (torch.int32, 1),
+        "n_voxels": (torch.int64, 1),
         "features": (torch.int8, 2),
         "feature_scale": (torch.float16, 1),
         "feature_cameras": (torch.uint8, 1),
         "points": (torch.int16, 2),
-        "point_count": (torch.int64, 1),
-        "vehicle_boxes": (torch.float32, 2),
-        "vehicle_count": (torch.int64, 1),
+        "n_points": (torch.int64, 1),
+        "boxes": (torch.float32, 2),
+        "box_class": (torch.uint8, 1),
+        "n_boxes": (torch.int64, 1),
         "vehicle": (torch.uint8, 3),
         "map": (torch.uint8, 4),
     }
     assert batch["images"].shape == (3, 6, 288, 512, 3)
     for name in ("K", "cam_T_ego", "vehicle", "map"):
         np.testing.assert_array_equal(batch[name], [frame[name] for frame in frames])
-    for name in ("features", "feature_scale", "feature_cameras", "points", "vehicle_boxes"):
+    ragged = ("features", "feature_scale", "feature_cameras", "points", "boxes", "box_class")
+    for name in ragged:
         np.testing.assert_array_equal(batch[name], np.concatenate([f[name] for f in frames]))
-    assert batch["point_count"].tolist() == [f["n_points"] for f in frames]
-    assert batch["vehicle_count"].tolist() == [f["n_vehicles"] for f in frames]
+    for name in ("n_voxels", "n_points", "n_boxes"):
+        assert batch[name].tolist() == [frame[name] for frame in frames]
     of_batch, index = np.divmod(batch["voxel"].numpy(), store.grid.n_voxels)
     np.testing.assert_array_equal(index, np.concatenate([f["voxel_index"] for f in frames]))
     assert np.bincount(of_batch).tolist() == [f["n_voxels"] for f in frames]
@@ -113,22 +111,22 @@ def test_a_batch_is_its_frames_one_after_another(demo_store):
 def test_frames_without_voxels_and_vehicles_collate(store):
     group = zarr.open_group(zarr_store(store, read_only=False), mode="r+")
     group["n_voxels"][:2] = 0
-    group["n_vehicles"][:] = 0
+    group["n_boxes"][:] = 0
     dataset = FrameDataset(store, range(4), NAMES)
-    batch = collate([dataset[0], dataset[1]])
+    batch = dataset.collate([dataset[0], dataset[1]])
     assert batch["voxel"].shape == (0,)
     assert batch["features"].shape == (0, 8)
-    assert batch["vehicle_boxes"].shape == (0, 8)
-    batch = collate([dataset[0], dataset[3]])
+    assert batch["boxes"].shape == (0, 8)
+    batch = dataset.collate([dataset[0], dataset[3]])
     assert (batch["voxel"] >= 320_000).all()
-    assert batch["vehicle_count"].tolist() == [0, 0]
+    assert batch["n_boxes"].tolist() == [0, 0]
 
 
 def test_voxels_of_a_huge_batch_are_int64():
-    sample = {"frame": 0, "grid_voxels": 2**31 - 1, "voxel_index": np.array([7], np.uint32)}
-    assert collate([sample])["voxel"].dtype == torch.int32
-    voxel = collate([sample, sample])["voxel"]
-    assert voxel.tolist() == [7, 2**31 + 6]
+    index = np.array([7], np.uint32)
+    assert [v.dtype for v in number_voxels([index], 2**31 - 1)] == [np.int32]
+    numbered = number_voxels([index, index], 2**31 - 1)
+    assert [v.tolist() for v in numbered] == [[7], [2**31 + 6]]
 
 
 def test_a_dataset_that_was_used_pickles_small(demo_store):
@@ -146,7 +144,7 @@ def test_any_url(demo_store):
         remote = FrameDataset("memory://test-data/targets.zarr", range(4), NAMES)
         local = FrameDataset(demo_store, range(4), NAMES)
         for i in range(4):
-            assert _equal([collate([remote[i]])], [collate([local[i]])])
+            assert _equal([remote.collate([remote[i]])], [local.collate([local[i]])])
     finally:
         fs.rm("/test-data", recursive=True)
 
@@ -158,18 +156,6 @@ def _shard(store, name):
     return next(path for path in sorted((store / name / "c").rglob("*")) if path.is_file())
 
 
-def _break_jpeg(store):
-    content = bytearray(_shard(store, "images").read_bytes())
-    content[:4] = b"nope"
-    _shard(store, "images").write_bytes(content)
-
-
-def _hole_in_jpeg(store):
-    content = bytearray(_shard(store, "images").read_bytes())
-    content[5000:6000] = bytes(1000)
-    _shard(store, "images").write_bytes(content)
-
-
 def _cut_shard(store):
     shard = _shard(store, "features")
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -179,13 +165,18 @@ def _delete_shard(store):
     _shard(store, "voxel_index").unlink()
 
 
-def _write(name, value):
+def _write(name, value, where=0):
+    """What a build might have written: no checksum tells."""
+
     def damage(store):
         group = zarr.open_group(zarr_store(store, read_only=False), mode="r+")
-        group[name][0] = value
+        group[name][where] = value
 
     return damage
 
+
+_break_jpeg = _write("images", list(b"nope"), (0, slice(4)))
+_hole_in_jpeg = _write("images", 0, (0, slice(5000, 6000)))
 
 DAMAGE = {
     "no JPEG": (_break_jpeg, "cannot decode the image of CAM_FRONT_LEFT: "),
@@ -193,7 +184,7 @@ DAMAGE = {
     "image cut short": (_write("image_offset", [0, 999, *[36000] * 5]), "CAM_FRONT_LEFT: "),
     "truncated": (_cut_shard, "features/c/0/0/0 is damaged: the shard index does not match"),
     "deleted": (_delete_shard, "voxel_index/c/0/0 is missing"),
-    "failed frame": (_write("n_voxels", -1), "it has no targets, it failed when the store was"),
+    "failed frame": (_write("n_voxels", -1), "has no targets: it failed when the store was"),
     "voxel outside": (_write("voxel_index", 320_000), "voxels outside of the grid"),
 }
 
@@ -207,16 +198,15 @@ def test_errors_name_store_frame_scene_and_sample(store, what):
     dataset[0]
     with pytest.raises(StoreError) as caught:
         dataset[1]
-    start = f"{store}: frame 0 ({good.scene(0)}, sample {good.token(0)}): "
+    start = f"{store}: frame 0 ({good.scene(0)}, sample {good.token(0)})"
     assert str(caught.value).startswith(start)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_an_image_of_another_size(store):
-    meta = json.loads((store / "zarr.json").read_text())
-    meta["attributes"]["config"]["images"]["size"] = [100, 200]
-    (store / "zarr.json").write_text(json.dumps(meta))
+    config = open_store(store).attrs["config"]
+    change_attributes(store, config=config | {"images": {"size": [100, 200]}})
     with pytest.raises(StoreError, match="CAM_FRONT_LEFT: it is RGB 288x512"):
         FrameReader(store).read(1, ("images",))
 
@@ -308,7 +298,9 @@ def test_evaluation_reads_every_frame_once(n, world):
 
 SCRIPT = """
 import hashlib, os, signal, sys
-from occfeat_train.data import *
+from occfeat_train.data.dataset import *
+from occfeat_train.data.order import *
+from occfeat_train.data.workers import *
 
 def digest(batch):
     hashed = hashlib.sha256()
@@ -319,7 +311,7 @@ def digest(batch):
 
 def main(store, names, workers, method):
     dataset = FrameDataset(store, [3, 2, 1, 0], names.split())
-    before = digest(collate([dataset[0]]))  # what hangs other readers after a fork
+    before = digest(dataset.collate([dataset[0]]))  # what hangs other readers after a fork
     sampler = ShardSampler(4, 1, seed=7)
     loader = make_loader(dataset, sampler, int(workers), method, pin_memory=False)
     pids = []
@@ -333,7 +325,7 @@ def main(store, names, workers, method):
                 os.kill(pid, signal.SIGINT)  # as Ctrl-C in a terminal would
         for batch in batches:
             print(digest(batch))
-    assert before == digest(collate([dataset[0]]))
+    assert before == digest(dataset.collate([dataset[0]]))
     assert pids == [] or pids[0] == pids[1]  # the same workers in both epochs
 
 if __name__ == "__main__":
@@ -370,7 +362,9 @@ def test_workers_change_nothing(load, without_workers, method):
 
 DYING = """
 import os, signal, sys
-from occfeat_train.data import *
+from occfeat_train.data.dataset import *
+from occfeat_train.data.order import *
+from occfeat_train.data.workers import *
 
 if __name__ == "__main__":
     dataset = FrameDataset(sys.argv[1], [0, 1, 2, 3], ("images",))

@@ -7,10 +7,9 @@ from torch.nn import functional as F
 
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_train.augment import Draws, network_inputs
-from occfeat_train.config import ModelConfig
-from occfeat_train.models.bev_net import BEVNet, mirror
+from occfeat_train.models.bev_net import BEVNet, ModelSettings, mirror
 from occfeat_train.models.decoder import Compressor, Decoder, UpAndAdd
-from occfeat_train.models.segmentation_head import SegmentationHead
+from occfeat_train.tasks.vehicle import SegmentationHead
 
 
 def count(module):
@@ -201,7 +200,7 @@ FLIPS = torch.tensor([[False, False], [True, False], [False, True], [True, True]
 
 def network(encoder, decoder):
     """A BEV network with another encoder, compressor and decoder around its lifting."""
-    config = ModelConfig(encoder_weights="random", channels=CHANNELS)
+    config = ModelSettings(encoder_weights="random", channels=CHANNELS)
     net = BEVNet(config, GRID).eval()
     net.encoder, net.compressor, net.decoder = encoder, nn.Identity(), decoder
     return net
@@ -303,7 +302,7 @@ def test_images_mirrored_by_augmentation_give_the_same_map_as_straight_ones():
 def test_the_real_network_has_the_documented_shape_and_takes_any_number_of_cameras():
     torch.manual_seed(0)
     grid = VoxelGrid((1.0, 9.0, 16), (-3.0, 4.0, 17), (0.0, 2.0, 2))
-    net = BEVNet(ModelConfig(encoder_weights="random", channels=8), grid).eval()
+    net = BEVNet(ModelSettings(encoder_weights="random", channels=8), grid).eval()
     images, K, cam_T_ego = views(2)
     with torch.no_grad():
         assert net(images, K, cam_T_ego).shape == (2, 8, 16, 17)

@@ -12,24 +12,13 @@ import pytest
 from PIL import Image
 from pyquaternion import Quaternion
 
-from occfeat_targets.demo_world import (
-    Plan,
-    cast_rays,
-    frame_world,
-    ground_material,
-    make_demo_world,
-    render_camera,
-)
-from occfeat_targets.demo_world.frames import write_atomically
-from occfeat_targets.demo_world.materials import (
-    PARKING_MATERIALS,
-    ROAD_MATERIALS,
-    WALKWAY_MATERIALS,
-    Material,
-)
-from occfeat_targets.demo_world.paint import Paint
-from occfeat_targets.demo_world.primitives import Kind, SolidBuilder, intersect, taper_planes
-from occfeat_targets.demo_world.taxonomy import scene_names, visibility_level
+from occfeat_targets.demo_world import make_demo_world
+from occfeat_targets.demo_world.frames import visibility_level, write_atomically
+from occfeat_targets.demo_world.render import cast_rays, ground_material, render_camera, sweep
+from occfeat_targets.demo_world.scene import Plan, frame_world
+from occfeat_targets.demo_world.solids import Part, Shape, intersect, place, side_planes
+from occfeat_targets.demo_world.surface import Material
+from occfeat_targets.demo_world.tables import scene_names
 
 nuscenes = pytest.importorskip("nuscenes.nuscenes")
 # What the fixture demo_root holds (see conftest).
@@ -42,6 +31,16 @@ CAMERAS = (
     "CAM_BACK",
     "CAM_BACK_RIGHT",
 )
+# Ground materials found inside a drivable area (its paint included), a walkway, a parking area.
+ROAD_MATERIALS = (
+    Material.ASPHALT,
+    Material.CROSSING,
+    Material.CROSSING_STRIPE,
+    Material.LANE_LINE,
+    Material.DIVIDER_LINE,
+)
+WALKWAY_MATERIALS = (Material.SIDEWALK, Material.KERB)
+PARKING_MATERIALS = (Material.PARKING, Material.PARKING_LINE)
 
 
 @pytest.fixture(scope="session")
@@ -181,24 +180,27 @@ def test_visibility_level():
 # ---------------------------------------------------------------- geometry
 
 
-@pytest.mark.parametrize("kind", list(Kind))
-def test_intersection_is_on_the_surface(kind):
+@pytest.mark.parametrize(
+    ("shape", "taper"),
+    [*((shape, (0.0, 0.0, 0.0)) for shape in Shape), (Shape.BOX, (0.4, 0.2, 0.1))],
+)
+def test_intersection_is_on_the_surface(shape, taper):
     """Entry points satisfy the solid's own equation, and rays that miss never get inside."""
     rng = np.random.default_rng(3)
-    out = SolidBuilder()
-    half = np.array([0.9, 0.9, 0.6]) if kind == Kind.CYLINDER else np.array([1.1, 0.7, 0.5])
-    out.add(kind, (0, 0, 0), half, 0, Paint.PLAIN, (0, 0, 0), taper=(0.4, 0.2, 0.1))
-    solids = out.build()
+    half = np.array([0.9, 0.9, 0.6]) if shape == Shape.CYLINDER else np.array([1.1, 0.7, 0.5])
+    extent = [(-extent, extent) for extent in half]
+    part = Part(shape, Material.METAL, None, *extent, taper=taper)
+    solids = place([part], (0, 0, 0), object_id=1)
 
     def level(points):  # < 1 inside, 1 on the surface
         q = np.abs(points) / half
-        if kind == Kind.BOX:
-            return q.max(axis=-1)
-        if kind == Kind.CYLINDER:
+        if shape == Shape.CYLINDER:
             return np.maximum(np.hypot(q[..., 0], q[..., 1]), q[..., 2])
-        if kind == Kind.ELLIPSOID:
+        if shape == Shape.ELLIPSOID:
             return np.linalg.norm(q, axis=-1)
-        sides = [1 + points @ n - offset for n, offset in taper_planes(half, solids.taper[0])]
+        if taper == (0, 0, 0):
+            return q.max(axis=-1)
+        sides = [1 + points @ n - offset for n, offset in side_planes(half, solids.taper[0])]
         return np.max([*sides, q[..., 2]], axis=0)
 
     origin = np.array([30.0, -20.0, 6.0])
@@ -221,7 +223,7 @@ def test_depth_is_the_range_along_pixel_rays(nusc, worlds):
     _, _, sample = next(samples_of(nusc))
     pose, K = sensor_chain(nusc, sample["data"]["CAM_BACK"])
     K = np.diag([0.125, 0.125, 1]) @ K
-    rgb, depth, ids = render_camera(worlds[0, 0], K, pose, 112, 200)
+    rgb, depth, ids, _ = render_camera(worlds[0, 0], K, pose, 112, 200)
     assert rgb.shape == (112, 200, 3) and rgb.dtype == np.uint8
     assert depth.dtype == np.float32 and ids.dtype == np.int32
     rows, columns = np.mgrid[:112, :200]
@@ -268,7 +270,7 @@ def compare_with_depth(nusc, sample, channel, world, pose_of=None):
     _, xyz = lidar_points(nusc, sample)
     true_pose, K = sensor_chain(nusc, sample["data"][channel])
     K = np.diag([0.5, 0.5, 1]) @ K
-    _, depth, ids = render_camera(world, K, true_pose, 450, 800)
+    _, depth, ids, _ = render_camera(world, K, true_pose, 450, 800)
     pose, _ = sensor_chain(nusc, sample["data"][channel], pose_of)
     local = (xyz - pose[:3, 3]) @ pose[:3, :3]
     local = local[local[:, 2] > 1]
@@ -319,7 +321,7 @@ def test_stored_images_are_what_the_tables_say(nusc, worlds):
     errors = []
     for pose_of in (key, sample["data"]["LIDAR_TOP"]):
         pose, K = sensor_chain(nusc, key, pose_of)
-        rgb, _, _ = render_camera(worlds[scene, number], K, pose, 900, 1600)
+        rgb, _, _, _ = render_camera(worlds[scene, number], K, pose, 900, 1600)
         errors.append(np.abs(rgb - stored).mean())
     assert errors[0] < 2
     assert errors[1] > 2 * errors[0]
@@ -366,10 +368,8 @@ def test_num_lidar_pts_is_counted(nusc):
 
 def test_boxes_hold_their_things(nusc, worlds):
     """Nearly all returns of an annotated thing lie in its box: the box encloses what is drawn."""
-    from occfeat_targets.demo_world import sweep
-
     scene, number, sample = next(samples_of(nusc))
-    _, ids = sweep(worlds[scene, number], np.random.default_rng(0))
+    _, ids, _ = sweep(worlds[scene, number], np.random.default_rng(0))
     hits = (ids > 0) & (ids < 90_000)
     counted = sum(nusc.get("sample_annotation", key)["num_lidar_pts"] for key in sample["anns"])
     assert hits.sum() > 300
@@ -382,7 +382,9 @@ def test_visibility_is_measured(nusc, worlds):
     seen = set()
     for channel in CAMERAS:
         pose, K = sensor_chain(nusc, sample["data"][channel])
-        _, _, ids = render_camera(worlds[scene, number], np.diag([0.5, 0.5, 1]) @ K, pose, 450, 800)
+        _, _, ids, _ = render_camera(
+            worlds[scene, number], np.diag([0.5, 0.5, 1]) @ K, pose, 450, 800
+        )
         seen |= set(np.unique(ids))
     by_place = {
         tuple(np.round(p.centre, 3)): p.actor.object_id for p in worlds[scene, number].placed
@@ -449,7 +451,7 @@ def test_texture_agrees_with_map(nusc, worlds, shapes):
     for scene, number, sample in samples_of(nusc):
         for channel in ("CAM_FRONT", "CAM_BACK"):
             pose, K = sensor_chain(nusc, sample["data"][channel])
-            _, depth, ids = render_camera(
+            _, depth, ids, _ = render_camera(
                 worlds[scene, number], np.diag([0.25, 0.25, 1]) @ K, pose, 225, 400
             )
             rows, columns = np.nonzero((ids == 0) & (depth < 40))

@@ -12,18 +12,18 @@ from torch import nn
 from torch.nn import functional as F
 from train_runs import COMPARABLE, SMALL
 
-from occfeat_common.settings import load_settings
-from occfeat_targets.store.schema import open_store
+from occfeat_targets.store.reader import open_store
 from occfeat_train.config import TrainConfig
-from occfeat_train.data import FrameDataset, collate
-from occfeat_train.jobs import Job, build_network
+from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.models.instance_norm import InstanceNorm
+from occfeat_train.runs.job import Job
+from occfeat_train.runs.weights import build_network
 from occfeat_train.train import prepare
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = {
     "occfeat": ("pretrain", None),
-    "bevformer": ("pretrain", None, "model.network=bevformer"),
+    "bevformer": ("pretrain", None, "model.lift=bevformer"),
     "resnet": ("pretrain", None, "model.encoder=resnet-50"),
     "img-also": ("pretrain", None, "pretrain.objective=img-also"),
     "vehicle": ("finetune", "vehicle"),
@@ -40,7 +40,7 @@ def store(tmp_path_factory):
 
 def _network(case, store, *settings):
     kind, task, *others = CASES[case]
-    config = load_settings(TrainConfig, None, [*SMALL, *COMPARABLE, *others, *settings])
+    config = TrainConfig.load(None, [*SMALL, *COMPARABLE, *others, *settings])
     job = Job(kind, store.url, config, task=task)
     torch.manual_seed(0)
     network = build_network(job, store, load_weights=False)[0].train()
@@ -55,7 +55,9 @@ def _network(case, store, *settings):
 def _gradients(job, network, parts):
     """Of a step on some frames, cut into parts."""
     data = FrameDataset(job.store, range(4), ("images", *network.objective.arrays))
-    parts = [prepare(collate([data[i] for i in part]), job, network, 0, DEVICE) for part in parts]
+    parts = [
+        prepare(data.collate([data[i] for i in part]), job, network, 0, DEVICE) for part in parts
+    ]
     counts = sum(network.objective.counts(targets) for _, targets in parts).tolist()
     network.zero_grad()
     for inputs, targets in parts:

@@ -124,7 +124,7 @@ def test_float32_points_are_binned_in_float64():
 
 
 def test_dict_round_trip():
-    assert VoxelGrid.from_dict(UNEVEN.plain()) == UNEVEN
+    assert VoxelGrid.from_dict(UNEVEN.to_dict()) == UNEVEN
 
 
 @pytest.mark.parametrize(

@@ -17,16 +17,24 @@ from tiny_store import make_tiny_store
 from torch import nn
 from train_runs import COMPARABLE, assert_same_state, final_state, log_of, options, run
 
-from occfeat_common.settings import ConfigError, load_settings
+from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_targets.store.schema import StoreError, open_store
+from occfeat_targets.store.reader import open_store
+from occfeat_targets.store.settings import ConfigError
 from occfeat_train.cli import main
-from occfeat_train.config import ModelConfig, PretrainConfig, TrainConfig
-from occfeat_train.data import FrameDataset, collate
-from occfeat_train.jobs import Job
-from occfeat_train.models.query_head import QueryHead
-from occfeat_train.objectives import ImgAlso
-from occfeat_train.query_targets import draw_queries, frame_queries, near_cells, query_targets
+from occfeat_train.config import TrainConfig
+from occfeat_train.data.dataset import FrameDataset
+from occfeat_train.models.bev_net import ModelSettings
+from occfeat_train.objectives.img_also import (
+    ImgAlso,
+    QueryHead,
+    draw_queries,
+    frame_queries,
+    near_cells,
+    query_targets,
+)
+from occfeat_train.objectives.occfeat import OccFeat
+from occfeat_train.runs.job import Job
 from occfeat_train.train import prepare
 
 GRID = VoxelGrid((-3.0, 4.0, 14), (-4.0, 2.0, 10), (-1.0, 2.0, 3))
@@ -51,7 +59,7 @@ def a_batch(counts, sensor=SENSOR, seed=0):
     ego_T_lidar[:, :3, 3] = torch.tensor(sensor)
     return {
         "points": torch.cat([some_points(n, seed + i) for i, n in enumerate(counts)]),
-        "point_count": torch.tensor(counts),
+        "n_points": torch.tensor(counts),
         "ego_T_lidar": ego_T_lidar,
         "seed": torch.arange(len(counts)) + 2**62,
     }
@@ -64,9 +72,9 @@ def a_store(grid=GRID, sweeps=1):
 
 def an_objective(store=None, queries=90, seed=0):
     """In double precision, every parameter random."""
-    model = ModelConfig(encoder_weights="random", channels=C)
-    config = TrainConfig(model=model, pretrain=PretrainConfig(queries=queries))
-    objective = ImgAlso(config, store or a_store())
+    model = ModelSettings(encoder_weights="random", channels=C)
+    settings = ImgAlso.Settings(queries=queries)
+    objective = ImgAlso(settings, store or a_store(), model.channels, turned=True)
     torch.manual_seed(seed)
     for parameter in objective.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -221,7 +229,7 @@ def test_pairs_are_those_of_a_search_of_all_cells(grid):
 def naive_pairs(batch, angles, n_queries):
     """{(sample, query of it, flat cell): (relative, label, intensity or None)}, and ties."""
     pairs, ties = {}, set()
-    points = batch["points"].split(batch["point_count"].tolist())
+    points = batch["points"].split(batch["n_points"].tolist())
     for b, angle in enumerate(angles):
         queries = naive_queries(points[b], SENSOR, n_queries, batch["seed"][b].item())
         turned = [reference.turn(place, angle) for place, _, _ in queries]
@@ -264,7 +272,7 @@ def test_targets_of_a_turned_frame_are_its_turned_queries(angles):
 def test_loss_and_gradients_are_those_of_loops_over_pairs():
     objective, batch, angles = an_objective(), a_batch([60, 30]), [0.4, -1.0]
     pairs, _ = naive_pairs(batch, angles, 18)
-    objective.n_queries = 18
+    objective.settings = ImgAlso.Settings(queries=18)
     targets = objective.targets(batch, torch.tensor(angles))
     ny = GRID.bev_shape[1]
     rows = [(b, cell // ny, cell % ny, *what) for (b, _, cell), what in pairs.items()]
@@ -308,7 +316,7 @@ def test_the_decoder_stays_precise_under_autocast():
 
 def tiny_batch(store, frames):
     dataset = FrameDataset(store, frames, ("points", "ego_T_lidar"))
-    batch = collate([dataset[i] for i in range(len(frames))])
+    batch = dataset.collate([dataset[i] for i in range(len(frames))])
     return batch | {"seed": batch["frame"] + 100}
 
 
@@ -380,9 +388,9 @@ def test_queries_of_a_frame_depend_on_seed_epoch_and_frame_alone(tiny_store):
     def cells(frames, seed=0, epoch=0):
         """Of each frame, whatever batch it is in."""
         settings = [f"run.seed={seed}", "augment.rotate_bev_deg=0"]
-        job = Job("pretrain", str(tiny_store), load_settings(TrainConfig, None, settings))
+        job = Job("pretrain", str(tiny_store), TrainConfig.load(None, settings))
         dataset = FrameDataset(tiny_store, frames, ("images", "points", "ego_T_lidar"))
-        batch = collate([dataset[i] for i in range(len(frames))])
+        batch = dataset.collate([dataset[i] for i in range(len(frames))])
         torch.manual_seed(len(frames))
         targets = prepare(batch, job, network, epoch, device)[1]
         sample = targets["cell"] // 256
@@ -396,16 +404,16 @@ def test_queries_of_a_frame_depend_on_seed_epoch_and_frame_alone(tiny_store):
 
 
 def test_what_does_not_fit_is_refused():
-    config = TrainConfig()
+    settings = ImgAlso.Settings()
     with pytest.raises(StoreError, match="some.zarr accumulates 3 lidar sweeps .* lidar.sweeps=1"):
-        ImgAlso(config, a_store(sweeps=3))
+        ImgAlso(settings, a_store(sweeps=3), C, True)
     coarse = VoxelGrid((-9.0, 9.0, 9), (-9.0, 9.0, 18), (-1.0, 2.0, 3))
     with pytest.raises(StoreError, match="BEV cells of 2 x 1 m, but img-also needs .* finer grid"):
-        ImgAlso(config, a_store(coarse))
-    with pytest.raises(ConfigError, match="pretrain.objective must be one of occfeat, img-also"):
-        PretrainConfig(objective="also")
-    with pytest.raises(ConfigError, match="pretrain.queries must be >= 3"):
-        PretrainConfig(queries=2)
+        ImgAlso(settings, a_store(coarse), C, True)
+    with pytest.raises(ConfigError, match="no objective 'also' .did you mean img-also"):
+        TrainConfig.load(None, ["pretrain.objective=also"])
+    with pytest.raises(ConfigError, match="objectives.img-also.queries must be greater .* 3"):
+        TrainConfig.load(None, ["objectives.img-also.queries=2"])
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -419,7 +427,7 @@ def command(*arguments, cwd, code=0):
     return result.output
 
 
-SETTINGS = ("pretrain.queries=100", "augment.rotate_bev_deg=90")
+SETTINGS = ("objectives.img-also.queries=100", "augment.rotate_bev_deg=90")
 
 
 @pytest.fixture(scope="module")
@@ -494,12 +502,12 @@ def test_accumulation_and_two_processes_are_one_large_batch(workplace):
     torch.testing.assert_close(two, one, rtol=1e-4, atol=2e-6)
 
 
-def test_old_runs_learned_occfeat(workplace):
+def test_a_run_that_names_no_objective_learned_occfeat(workplace):
     cwd, _ = workplace
     said = json.loads((cwd / "runs/also/run.json").read_text())
-    del said["config"]["pretrain"]["objective"], said["config"]["pretrain"]["queries"]
+    del said["config"]["pretrain"]["objective"]
     job = Job.of_run(SimpleNamespace(description=lambda: said))
-    assert job.objective == "occfeat" and job.title == "occfeat pretraining"
+    assert job.learns is OccFeat and job.title == "occfeat pretraining"
 
 
 def test_a_store_that_does_not_fit_is_refused_before_any_work(tmp_path):

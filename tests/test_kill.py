@@ -1,5 +1,6 @@
 """SIGKILL of the client at several moments: the re-run ends as if nothing had happened."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,22 +8,41 @@ import time
 
 import psutil
 import pytest
+import teachers
+from click.testing import CliRunner
 from conftest import FAST, TESTS, tree_bytes
 
+from occfeat_targets.cli import main
 
-def _command(dataroot, store):
-    command = [sys.executable, "-m", "occfeat_targets.cli", "build", str(dataroot), str(store)]
-    command += ["--workers", "1"]
+
+def _arguments(dataroot, store, workers):
+    arguments = ["build", str(dataroot), str(store), "--workers", str(workers)]
     for setting in [*FAST, "block_frames=1", "teacher.name=teachers:Slow"]:
-        command += ["--set", setting]
-    return command
+        arguments += ["--set", setting]
+    return arguments
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(demo_root, tmp_path_factory):
-    store = tmp_path_factory.mktemp("uninterrupted") / "targets.zarr"
-    subprocess.run(_command(demo_root, store), cwd=TESTS, check=True, capture_output=True)
-    return tree_bytes(store)
+def _start(dataroot, store, **more):
+    command = [sys.executable, "-m", "occfeat_targets.cli", *_arguments(dataroot, store, 1)]
+    return subprocess.Popen(command, cwd=TESTS, stderr=subprocess.PIPE, text=True, **more)
+
+
+@pytest.fixture
+def run_here(demo_root, monkeypatch):
+    """The same command in this process; it need not be slow."""
+    monkeypatch.setattr(teachers.time, "sleep", lambda seconds: None)
+
+    def run(store):
+        result = CliRunner().invoke(main, _arguments(demo_root, store, 0))
+        assert result.exit_code == 0, result.output
+
+    return run
+
+
+@pytest.fixture
+def uninterrupted(run_here, tmp_path):
+    run_here(tmp_path / "uninterrupted.zarr")
+    return tree_bytes(tmp_path / "uninterrupted.zarr")
 
 
 MOMENTS = {
@@ -34,41 +54,49 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_kill_and_run_again(demo_root, uninterrupted, tmp_path, moment):
-    store = tmp_path / "targets.zarr"
-    command = _command(demo_root, store)
-    client = subprocess.Popen(command, cwd=TESTS, stderr=subprocess.DEVNULL)
+def _wait(client, moment, store):
     while not MOMENTS[moment](store):
-        assert client.poll() is None, "the build ended before it could be killed"
+        assert client.poll() is None, f"the build ended before {moment}: {client.stderr.read()}"
         time.sleep(0.002)
-    family = psutil.Process(client.pid).children(recursive=True)
+
+
+def test_kill_and_run_again(demo_root, uninterrupted, run_here, tmp_path):
+    """At each moment all of the build's processes are stopped dead and what is on the disk is
+    copied: what a SIGKILL there and then would leave. At the last one the client is killed."""
+    store = tmp_path / "targets.zarr"
+    client = _start(demo_root, store)
+    left = {}
+    for moment in MOMENTS:
+        _wait(client, moment, store)
+        parent = psutil.Process(client.pid)
+        family = parent.children(recursive=True)
+        for process in (parent, *family):
+            process.suspend()
+        left[moment] = shutil.copytree(store, tmp_path / moment)
+        if moment != [*MOMENTS][-1]:
+            for process in (*family, parent):
+                process.resume()
     client.send_signal(signal.SIGKILL)
+    for process in family:
+        process.resume()
     client.wait()
     assert not psutil.wait_procs(family, timeout=20)[1], "workers outlived their client"
-    again = subprocess.run(command, cwd=TESTS, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert tree_bytes(store) == uninterrupted
+    for moment, copy in (left | {"the end of the killed one": store}).items():
+        assert tree_bytes(copy) != uninterrupted, moment
+        run_here(copy)
+        assert tree_bytes(copy) == uninterrupted, moment
 
 
-def test_interrupting_says_how_to_go_on(demo_root, uninterrupted, tmp_path):
+def test_interrupting_says_how_to_go_on(demo_root, uninterrupted, run_here, tmp_path):
     store = tmp_path / "targets.zarr"
-    command = _command(demo_root, store)
-    client = subprocess.Popen(
-        command,
-        cwd=TESTS,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell starts its background jobs, and so perhaps these tests, with Ctrl-C ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    while not MOMENTS["one block is done"](store):
-        assert client.poll() is None, "the build ended before it could be interrupted"
-        time.sleep(0.002)
+    # A shell starts its background jobs, and so perhaps these tests, with Ctrl-C ignored.
+    ignores_nothing = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    client = _start(demo_root, store, **ignores_nothing)
+    _wait(client, "one block is done", store)
     client.send_signal(signal.SIGINT)
     errors = client.communicate(timeout=60)[1]
     assert client.returncode == 130, errors
     assert "interrupted; run the same command again to continue" in errors
     assert "Traceback" not in errors
-    subprocess.run(command, cwd=TESTS, check=True, capture_output=True)
+    run_here(store)
     assert tree_bytes(store) == uninterrupted

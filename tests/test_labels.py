@@ -1,5 +1,6 @@
 """BEV masks against a test of every cell: boxes, polygons with holes, lines, the whole map."""
 
+import dataclasses
 import json
 import math
 
@@ -8,20 +9,18 @@ import pytest
 import reference
 from pyquaternion import Quaternion
 
-from occfeat_targets.config import TargetsConfig
-from occfeat_targets.frame_targets import bev_labels
-from occfeat_targets.labels import (
-    draw_line,
-    fill_polygon,
-    footprint,
-    map_masks,
-    vehicle_boxes,
-    vehicle_masks,
-)
-from occfeat_targets.sources.nuscenes_map import MapLayers, Shapes
 from occfeat_targets.build import read_dataset
-from occfeat_targets.sources.base import Boxes
+from occfeat_targets.config import TargetsConfig
+from occfeat_targets.frame import layout_of, make_outputs
+from occfeat_targets.outputs.base import FrameInputs
+from occfeat_targets.outputs.boxes import Boxes as BoxesOutput
+from occfeat_targets.outputs.boxes import footprint, vehicle_masks
+from occfeat_targets.outputs.map import map_masks
+from occfeat_targets.outputs.masks import draw_line, fill_polygon
+from occfeat_targets.sources.base import Boxes, MapLayers, Shapes
+from occfeat_targets.sources.nuscenes_map import AREAS, MAP_CLASSES
 from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.teachers.base import NoTeacher
 
 # Unequal axes of odd cell sizes, not centred on the car.
 GRID = VoxelGrid((-9.0, 14.0, 31), (-8.0, 5.0, 22), (-1.0, 1.0, 2))
@@ -88,11 +87,54 @@ def test_only_boxes_of_visibility_1_alone_are_left_out(levels, counts):
     assert (visible[vehicle == 0] == 1).all()
 
 
-def test_vehicles_are_all_categories_of_that_name_and_no_other():
-    names = ("vehicle.car", "human.pedestrian.adult", "vehicle.bus.rigid", "movable_object.barrier")
-    boxes = Boxes(names, np.arange(28.0).reshape(4, 7), np.array([1, 2, 0, 4], dtype=np.uint8))
-    found = vehicle_boxes(boxes)
-    np.testing.assert_array_equal(found, [[*range(7), 1], [*range(14, 21), 0]])
+NAMES = ("vehicle.car", "human.pedestrian.adult", "vehicle.bus.rigid", "movable_object.barrier")
+
+
+def test_all_boxes_are_stored_and_the_masks_are_of_vehicle_classes_alone(demo_root):
+    config = TargetsConfig.load(None, ["grid.x=[-9,14,31]", "grid.y=[-8,5,22]", "map.mode=never"])
+    dataset = read_dataset(demo_root, None, config)
+    shared = vars(dataset) | {
+        "box_classes": ("animal", *NAMES),
+        "vehicle_classes": ("vehicle.bus.rigid", "vehicle.car"),
+    }
+    box = random_boxes(np.random.default_rng(0), 4)[:, :7]
+    box[:, :2] = [[2, -6], [4, -3], [6, 0], [8, 3]]
+    annotated = Boxes(NAMES, box, np.array([1, 2, 0, 4], dtype=np.uint8))
+    record = dataclasses.replace(dataset.records[0], boxes=annotated)
+    output = BoxesOutput(config.boxes, layout_of(config, shared, 0))
+    found = output.compute(FrameInputs(record, output.layout, 0, NoTeacher(), (1, 1)))
+    assert found["box_class"].dtype == np.uint8
+    assert found["box_class"].tolist() == [1, 2, 3, 4]
+    stored = np.column_stack([box, [1, 2, 0, 4]]).astype(np.float32)
+    np.testing.assert_array_equal(found["boxes"], stored)
+    vehicles = as_reference(stored[[0, 2]].astype(np.float64))
+    bounds = (config.grid.x, config.grid.y, config.grid.z)
+    np.testing.assert_array_equal(found["vehicle"], reference.vehicle_mask(vehicles, bounds))
+    wanted = reference.visible_mask(vehicles, bounds)
+    np.testing.assert_array_equal(found["vehicle_visible"], wanted)
+    assert found["vehicle"].any()
+    unknown = dataclasses.replace(record, boxes=Boxes(("tram",), box[:1], annotated.visibility[:1]))
+    assert list(output.faults(unknown)) == ["boxes of no known class: tram"]
+
+
+def test_vehicles_of_nuscenes_are_all_categories_of_that_name_and_no_other(demo_root):
+    dataset = read_dataset(demo_root, None, TargetsConfig())
+    rows = json.loads((demo_root / "v1.0-mini" / "category.json").read_text())
+    assert dataset.box_classes == tuple(row["name"] for row in rows)
+    wanted = {row["name"] for row in rows if row["name"].split(".")[0] == "vehicle"}
+    assert set(dataset.vehicle_classes) == wanted
+    assert {"vehicle.car", "vehicle.bus.rigid", "vehicle.bicycle"} <= wanted
+
+
+def bev_labels(dataset, number, config):
+    """The masks and boxes of a keyframe."""
+    layout = layout_of(config, vars(dataset), 0)
+    frame = FrameInputs(dataset.records[number], layout, 0, NoTeacher(), (1, 1))
+    labels = {}
+    for output in make_outputs(config, layout):
+        if type(output).__name__ in ("Boxes", "Map"):
+            labels |= output.compute(frame)
+    return labels
 
 
 UNEVEN = ("grid.x=[-40,48,110]", "grid.y=[-32,30,93]")
@@ -100,16 +142,19 @@ UNEVEN = ("grid.x=[-40,48,110]", "grid.y=[-32,30,93]")
 
 def assert_vehicle_masks_are_the_loops(dataroot, number, overrides):
     config = TargetsConfig.load(None, ["map.mode=never", *overrides])
-    record = read_dataset(dataroot, None, config).records[number]
-    labels = bev_labels(record, config)
+    dataset = read_dataset(dataroot, None, config)
+    labels = bev_labels(dataset, number, config)
     bounds = (config.grid.x, config.grid.y, config.grid.z)
-    boxes = reference.vehicle_boxes(reference.Tables(dataroot), record.token)
+    boxes = reference.vehicle_boxes(reference.Tables(dataroot), dataset.records[number].token)
     np.testing.assert_array_equal(labels["vehicle"], reference.vehicle_mask(boxes, bounds))
     np.testing.assert_array_equal(labels["vehicle_visible"], reference.visible_mask(boxes, bounds))
     assert labels["vehicle"].sum() > 50
     # Stored boxes are float32; the angle may differ by a whole turn.
-    stored = labels["vehicle_boxes"]
+    stored = labels["boxes"]
     assert stored.dtype == np.float32
+    assert len(stored) == len(dataset.records[number].boxes.category) > len(boxes)
+    names = [dataset.box_classes[c] for c in labels["box_class"]]
+    stored = stored[[name.startswith("vehicle.") for name in names]]
     np.testing.assert_allclose(
         stored[:, [0, 1, 3, 4, 7]], np.array(boxes)[:, [0, 1, 2, 3, 5]], atol=1e-5
     )
@@ -233,9 +278,9 @@ def test_map_is_moved_into_the_ego_frame(seed):
     layers[0][0].append(star(rng, layers[0][0][0].mean(axis=0), 3, 7))
     layers[1].append([star(rng, here + 5000, 9, 9)])
     lines = [[here + rng.uniform(-25, 25, (5, 2))] for _ in range(2)]
-    masks = map_masks(
-        MapLayers(tuple(map(Shapes.of, layers)), Shapes.of(lines)), global_T_ego, 1.5, GRID
-    )
+    areas = dict(zip(AREAS, map(Shapes.of, layers), strict=True))
+    found = map_masks(MapLayers(areas, {"divider": Shapes.of(lines)}), global_T_ego, 1.5, GRID)
+    masks = np.stack([found[name] for name in MAP_CLASSES])
     np.testing.assert_array_equal(masks, naive_map(layers, lines, global_T_ego, 1.5, BOUNDS))
     assert masks.any(axis=(1, 2)).all()
 
@@ -263,7 +308,8 @@ def test_demo_worlds_map_is_the_loops(demo_root):
     config = TargetsConfig.load(
         None, ["grid.x=[-40,48,34]", "grid.y=[-32,30,27]", "map.mode=required"]
     )
-    source = read_dataset(demo_root, None, config)
+    dataset = read_dataset(demo_root, None, config)
+    assert dataset.map_classes == ("road", "sidewalk", "crosswalk", "parking", "divider")
     bounds = (config.grid.x, config.grid.y, config.grid.z)
     (path,) = (demo_root / "maps" / "expansion").glob("*.json")
     tables = json.loads(path.read_text())
@@ -285,9 +331,9 @@ def test_demo_worlds_map_is_the_loops(demo_root):
     ]
     lines = [[line[row["line_token"]]] for row in tables["road_divider"]]
     painted = np.zeros(5, dtype=int)
-    for record in (source.records[0], source.records[-1]):
-        masks = bev_labels(record, config)["map"]
-        global_T_ego = record.global_T_ego
+    for number in (0, -1):
+        masks = bev_labels(dataset, number, config)["map"]
+        global_T_ego = dataset.records[number].global_T_ego
         wanted = naive_map(layers, lines, global_T_ego, config.map.line_width_m, bounds)
         np.testing.assert_array_equal(masks, wanted)
         painted += wanted.any(axis=(1, 2))

@@ -8,9 +8,9 @@ from conftest import build_store
 from torch.nn import functional as F
 
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_targets.store.schema import open_store
+from occfeat_targets.store.reader import open_store
 from occfeat_train.geometry import volume_centres
-from occfeat_train.models.lift_simplebev import SimpleBEVLift, bilinear_corners
+from occfeat_train.models.lifts.simplebev import SimpleBEVLift, bilinear_corners
 
 # No two axes alike, not centred on the car, reaching behind and below every camera.
 UNEVEN = VoxelGrid((-20.0, 24.0, 22), (-18.0, 15.0, 27), (-3.0, 5.0, 5))
@@ -101,7 +101,7 @@ def assert_lifted(volume, features, weights, close, voxels):
 def test_lifted_features_of_the_real_keyframe_equal_the_naive_loop(real):
     K, cam_T_ego, hw = real
     features = random_features((1, 6, CHANNELS, 36, 64))
-    volume = SimpleBEVLift(UNEVEN)(features, K, cam_T_ego, hw)
+    volume = SimpleBEVLift(UNEVEN, CHANNELS)(features, K, cam_T_ego, hw)
     assert volume.shape == (1, 5 * CHANNELS, 22, 27)
     voxels = every_voxel(UNEVEN)
     weights, close = all_weights(K[0], cam_T_ego[0], hw, (36, 64), UNEVEN, voxels)
@@ -114,7 +114,7 @@ def test_lifted_features_on_the_default_grid_equal_the_naive_loop(real, demo):
     assert demo[2] == hw
     K, cam_T_ego = torch.cat([K, demo[0][-1:]]), torch.cat([cam_T_ego, demo[1][-1:]])
     features = random_features((2, 6, CHANNELS, 28, 50))  # not the images' aspect ratio
-    volume = SimpleBEVLift(grid)(features, K, cam_T_ego, hw)
+    volume = SimpleBEVLift(grid, CHANNELS)(features, K, cam_T_ego, hw)
     rng = np.random.default_rng(1)
     voxels = rng.integers((200, 200, 8), size=(2500, 3)).tolist()
     for b in range(2):
@@ -125,7 +125,7 @@ def test_lifted_features_on_the_default_grid_equal_the_naive_loop(real, demo):
 def test_gradient_by_the_features_is_the_same_weights_transposed(real):
     K, cam_T_ego, hw = real
     features = random_features((1, 6, CHANNELS, 18, 32)).requires_grad_()
-    volume = SimpleBEVLift(UNEVEN)(features, K, cam_T_ego, hw)
+    volume = SimpleBEVLift(UNEVEN, CHANNELS)(features, K, cam_T_ego, hw)
     voxels = every_voxel(UNEVEN)
     weights, close = all_weights(K[0], cam_T_ego[0], hw, (18, 32), UNEVEN, voxels)
     out_gradient = random_features(volume.shape, seed=2)
@@ -142,7 +142,7 @@ def test_gradient_by_the_features_is_the_same_weights_transposed(real):
 def test_gradcheck_in_double_precision():
     grid = VoxelGrid((0.5, 6.5, 3), (-3.0, 4.0, 4), (-1.0, 3.0, 2))
     K, cam_T_ego = tiny_cameras(batch=2)
-    lift = SimpleBEVLift(grid)
+    lift = SimpleBEVLift(grid, CHANNELS)
     features = random_features((2, 2, 2, 3, 4)).double().requires_grad_()
     assert (lift(features, K, cam_T_ego, (12, 16)) != 0).float().mean() > 0.5
     assert torch.autograd.gradcheck(lambda f: lift(f, K, cam_T_ego, (12, 16)), features)
@@ -152,7 +152,7 @@ def test_a_batch_of_different_calibrations_equals_each_alone(real, demo):
     cropped = demo[0][:1] * torch.tensor([1.1, 0.9, 1.0])[:, None]
     K, cam_T_ego = torch.cat([cropped, real[0]]), torch.cat([demo[1][:1], real[1]])
     features = random_features((2, 6, CHANNELS, 18, 32))
-    lift = SimpleBEVLift(UNEVEN)
+    lift = SimpleBEVLift(UNEVEN, CHANNELS)
     both = lift(features, K, cam_T_ego, real[2])
     for b in range(2):
         alone = lift(features[b : b + 1], K[b : b + 1], cam_T_ego[b : b + 1], real[2])
@@ -163,7 +163,7 @@ def test_a_batch_of_different_calibrations_equals_each_alone(real, demo):
 def test_the_order_of_cameras_does_not_matter(real):
     K, cam_T_ego, hw = real
     features = random_features((1, 6, CHANNELS, 18, 32))
-    lift, order = SimpleBEVLift(UNEVEN), [4, 2, 0, 5, 1, 3]
+    lift, order = SimpleBEVLift(UNEVEN, CHANNELS), [4, 2, 0, 5, 1, 3]
     shuffled = lift(features[:, order], K[:, order], cam_T_ego[:, order], hw)
     torch.testing.assert_close(shuffled, lift(features, K, cam_T_ego, hw), atol=1e-5, rtol=0)
 
@@ -172,7 +172,7 @@ def test_a_voxel_of_constant_features_gets_that_constant_however_many_cameras_se
     K, cam_T_ego, hw = real
     constant = torch.tensor([2.0, -1.0, 0.25])
     features = constant[:, None, None].expand(1, 6, CHANNELS, 18, 32)
-    volume = SimpleBEVLift(UNEVEN)(features, K, cam_T_ego, hw)
+    volume = SimpleBEVLift(UNEVEN, CHANNELS)(features, K, cam_T_ego, hw)
     vectors = volume[0].unflatten(0, (-1, CHANNELS)).transpose(0, 1).flatten(1)
     seen = vectors.any(dim=0)
     assert 0.3 < seen.float().mean() < 1
@@ -184,7 +184,7 @@ def test_cameras_that_see_no_voxel_give_zeros_and_no_gradient():
     K, cam_T_ego = tiny_cameras()
     cam_T_ego[..., 2, 3] -= 100  # all voxels far behind both cameras, inside their mirrored view
     features = random_features((1, 2, 3, 3, 4)).requires_grad_()
-    volume = SimpleBEVLift(grid)(features, K, cam_T_ego, (12, 16))
+    volume = SimpleBEVLift(grid, CHANNELS)(features, K, cam_T_ego, (12, 16))
     assert volume.shape == (1, 6, 2, 2) and not volume.any()
     volume.sum().backward()
     assert not features.grad.any()
@@ -193,14 +193,14 @@ def test_cameras_that_see_no_voxel_give_zeros_and_no_gradient():
 def test_output_is_channels_last_for_the_convolution_behind_it(real):
     K, cam_T_ego, hw = real
     features = random_features((1, 6, CHANNELS, 18, 32))
-    volume = SimpleBEVLift(UNEVEN)(features, K, cam_T_ego, hw)
+    volume = SimpleBEVLift(UNEVEN, CHANNELS)(features, K, cam_T_ego, hw)
     assert volume.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_autocast_leaves_the_geometry_in_float32(real):
     K, cam_T_ego, hw = real
     features = random_features((1, 6, CHANNELS, 18, 32))
-    lift = SimpleBEVLift(UNEVEN)
+    lift = SimpleBEVLift(UNEVEN, CHANNELS)
     expected = lift(features, K, cam_T_ego, hw)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(lift(features, K, cam_T_ego, hw), expected)

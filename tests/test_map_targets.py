@@ -8,10 +8,10 @@ import torch
 import train_reference as reference
 
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_targets.store.schema import open_store
+from occfeat_targets.store.reader import open_store
 from occfeat_train.augment import Draws, network_inputs
-from occfeat_train.map_targets import map_targets
-from occfeat_train.targets import vehicle_targets
+from occfeat_train.tasks.map import map_targets
+from occfeat_train.tasks.vehicle import vehicle_targets
 
 SQUARE = VoxelGrid((-50.0, 50.0, 200), (-50.0, 50.0, 200), (-1.0, 1.0, 2))
 UNEVEN = VoxelGrid((-9.0, 14.0, 31), (-8.0, 5.0, 22), (-1.0, 1.0, 2))
@@ -85,9 +85,9 @@ def test_what_is_not_known_is_outside_of_the_stored_square_and_empty():
 def test_the_map_turns_with_the_vehicles(angle):
     """A map with the vehicles' footprints on it agrees with the turned vehicles but at edges."""
     box = np.array([[12.0, -20.0, 0, 30.0, 14.0, 1.5, 0.4, 4]], np.float32)
-    batch = {"vehicle_boxes": torch.from_numpy(box), "vehicle_count": torch.tensor([1])}
+    box, count = torch.from_numpy(box), torch.tensor([1])
     before, after = (
-        vehicle_targets(batch, torch.tensor([a]), SQUARE)["vehicle"] for a in (0.0, angle)
+        vehicle_targets(box, count, torch.tensor([a]), SQUARE)["vehicle"] for a in (0.0, angle)
     )
     turned = targets_of(before[:, None].byte(), [angle], SQUARE)["map"][:, 0]
     either = ((turned + after) > 0).sum().item()
@@ -102,7 +102,7 @@ def test_the_map_turns_with_the_vehicles(angle):
 def test_the_map_turns_with_the_cameras(demo_store, angle):
     """A cell's turned map is the stored one where the turned camera's rays say it is."""
     store = open_store(demo_store)
-    frame = store.frame(0)
+    frame = reference.with_vehicles(store.frame(0), store.attrs)
     batch = reference.collated([frame], store.grid.n_voxels)
     stored = torch.from_numpy(frame["map"])[None]
     hw = store.attrs["config"]["images"]["size"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,14 +11,18 @@ import train_reference as reference
 from tiny_store import make_tiny_store
 from train_runs import assert_same_state, log_of, options, run
 
-from occfeat_targets.store.schema import MAP_CLASSES, open_store
-from occfeat_train.data import FrameDataset, collate
+from occfeat_targets.sources.nuscenes_map import MAP_CLASSES
+from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.reader import open_store
+from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.distributed import Process
-from occfeat_train.evaluate import evaluate, predict, summary, table
+from occfeat_train.evaluate import evaluate, predict, table
 from occfeat_train.export import load_bev_net
-from occfeat_train.jobs import Job, build_network
-from occfeat_train.metrics import HEADLINE, RANGES_M, THRESHOLDS
-from occfeat_train.runs import Run
+from occfeat_train.runs.job import Job
+from occfeat_train.runs.run import Run, RunError
+from occfeat_train.runs.weights import build_network
+from occfeat_train.tasks.map import MapSegmentation
+from occfeat_train.tasks.masks import HEADLINE, RANGES_M, THRESHOLDS
 
 COUNTS = "true_positive, false_positive, false_negative"
 
@@ -37,7 +42,7 @@ def workplace(tmp_path_factory):
 
 def test_finetuning_for_the_map_says_so_and_learns_every_class(workplace):
     cwd, (finetuned, _) = workplace
-    assert "runs/map: map segmentation on 12 frames of 3 scene(s)" in finetuned
+    assert "runs/map: map finetuning on 12 frames of 3 scene(s)" in finetuned
     assert json.loads((cwd / "runs/map/run.json").read_text())["task"] == "map"
     lines = log_of(cwd / "runs/map")
     assert len(lines) == 9
@@ -62,13 +67,17 @@ def test_evaluation_equals_naive_counting(workplace):
     cwd, _ = workplace
     result, expected = json.loads((cwd / "runs/map/result.json").read_text()), []
     job, store = Job.of_run(Run(cwd / "runs/map")), open_store(cwd / "targets.zarr")
-    assert result["task"] == "map" and "vehicle" not in result
+    assert result["task"] == "map"
+    assert result["headline"] == {
+        "name": "mean of classes",
+        "iou": result["rows"]["mean"]["iou"],
+    }
     network = build_network(job, store, load_weights=False)[0]
     network.load_state_dict(Run(cwd / "runs/map").load()[0]["network"])
     frames = [i for i in range(len(store)) if store.split(i) == "mini_val"]
     data = FrameDataset(job.store, frames, ("images", "map"))
-    batch = collate([data[i] for i in range(len(frames))])
-    mask = predict(network, batch, job, torch.device("cpu"))["mask"]
+    batch = data.collate([data[i] for i in range(len(frames))])
+    mask = predict(network, batch, job, network.objective.predict)["mask"]
     probability = mask.float().sigmoid().numpy()
     truth = np.stack([store.frame(i)["map"] for i in frames])
     assert probability.shape == truth.shape == (4, 5, 16, 16)
@@ -80,7 +89,7 @@ def test_evaluation_equals_naive_counting(workplace):
             probability[:, k], truth[:, k], visible, bounds, thresholds, RANGES_M
         )[1].sum(axis=0)
         ious = counts[:, 0] / counts.sum(axis=1)
-        row = result["map"][name]
+        row = result["rows"][name]
         assert row[COUNTS] == counts[HEADLINE].tolist()
         assert row["iou"] == pytest.approx(100 * ious[HEADLINE], abs=0.005)
         assert row["best"]["iou"] == pytest.approx(100 * ious.max(), abs=0.005)
@@ -88,8 +97,8 @@ def test_evaluation_equals_naive_counting(workplace):
         assert list(row["by_threshold"].values()) == pytest.approx(100 * ious, abs=0.005)
         expected.append(100 * ious[HEADLINE])
         best.append(100 * ious.max())
-    assert result["map"]["mean"]["iou"] == pytest.approx(np.mean(expected), abs=0.005)
-    assert result["map"]["mean"]["best"] == {
+    assert result["rows"]["mean"]["iou"] == pytest.approx(np.mean(expected), abs=0.005)
+    assert result["rows"]["mean"]["best"] == {
         "iou": pytest.approx(np.mean(best), abs=0.005),
         "threshold": None,
     }
@@ -112,7 +121,7 @@ def test_a_resumed_run_keeps_its_task_and_ends_bit_equal(workplace):
     output = run("finetune", "--resume", "--run-dir", copy, "--task", "map", cwd=cwd, code=1)
     assert "a resumed run keeps its --task: leave it out" in output
     output = run("finetune", "--resume", "--run-dir", copy, cwd=cwd)
-    assert "map segmentation on 12 frames" in output and "resumed after step" in output
+    assert "map finetuning on 12 frames" in output and "resumed after step" in output
     assert_same_state(cwd / "runs/map", copy)
 
 
@@ -136,12 +145,13 @@ def test_the_network_of_a_map_run_exports_like_any_other(workplace):
         assert torch.equal(value, trained[f"bev_net.{name}"])
 
 
-def test_runs_of_before_there_were_tasks_are_of_vehicles(workplace, tmp_path):
+def test_runs_of_before_there_were_tasks_are_refused(workplace, tmp_path):
     cwd, _ = workplace
     said = json.loads((cwd / "runs/map/run.json").read_text())
     del said["task"]
     (tmp_path / "run.json").write_text(json.dumps(said))
-    assert Job.of_run(Run(tmp_path)).task == "vehicle"
+    with pytest.raises(RunError, match="of another version of occfeat: it says no task"):
+        Job.of_run(Run(tmp_path))
 
 
 def test_evaluation_takes_its_head_from_the_run_not_from_the_store(workplace):
@@ -149,14 +159,19 @@ def test_evaluation_takes_its_head_from_the_run_not_from_the_store(workplace):
     cwd, _ = workplace
     arguments = ("--store", "targets.zarr", "--init", "none", "--run-dir", "vehicles")
     output = run("finetune", *arguments, *options("finetune.epochs=1"), cwd=cwd)
-    assert "vehicle segmentation on 12 frames" in output
+    assert "vehicle finetuning on 12 frames" in output
     run_ = Run(cwd / "vehicles")
     result = evaluate(Job.of_run(run_), run_, Process(0, 1, torch.device("cpu")))
-    assert result["task"] == "vehicle" and list(result["vehicle"]) == ["visible", "all"]
+    assert result["task"] == "vehicle" and list(result["rows"]) == ["visible", "all"]
     assert "visible (as Simple-BEV)" in table(result)
 
 
-# --- the summary ----------------------------------------------------------------------------------
+# --- the rows -------------------------------------------------------------------------------------
+
+
+def map_of(*classes):
+    store = SimpleNamespace(url="", grid=VoxelGrid(), attrs={"map_classes": classes})
+    return MapSegmentation(MapSegmentation.Settings(), store, 4, turned=False)
 
 
 def made_up_counts(*totals):
@@ -170,7 +185,7 @@ def made_up_counts(*totals):
 def test_the_mean_of_the_best_takes_each_class_at_its_own_threshold():
     first = [[t + 1, 0, 9 - t] for t in range(7)]  # 10 % at 0.35 to 70 % at 0.65
     second = [[8 - t, 0, 2 + t] for t in range(7)]  # 80 % to 20 %
-    result = summary(made_up_counts(first, second), ("a", "b"))
+    result = map_of("a", "b").rows(made_up_counts(first, second))
     assert result["a"]["best"] == {"iou": 70.0, "threshold": 0.65}
     assert result["b"]["best"] == {"iou": 80.0, "threshold": 0.35}
     assert result["mean"]["best"] == {"iou": 75.0, "threshold": None}
@@ -181,10 +196,10 @@ def test_the_mean_of_the_best_takes_each_class_at_its_own_threshold():
 
 def test_a_class_that_is_nowhere_is_left_out_of_the_mean():
     here, nowhere = [[5, 0, 5]] * 7, [[0, 0, 0]] * 7
-    result = summary(made_up_counts(here, nowhere), ("a", "b"))
+    result = map_of("a", "b").rows(made_up_counts(here, nowhere))
     assert result["b"]["iou"] is None
     assert result["b"]["best"] == {"iou": None, "threshold": None}
     assert result["mean"]["iou"] == result["mean"]["best"]["iou"] == 50.0
     said = {"run": "r", "step": 1, "finished": True, "frames": 2, "splits": ["val"], "task": "map"}
-    *_, last = table(said | {"map": result}).splitlines()[:-1]
+    *_, last = table(said | {"rows": result}).splitlines()[:-1]
     assert last.split() == ["b"] + ["-"] * 6

@@ -6,7 +6,7 @@ import torch
 import train_reference as reference
 
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_train.metrics import HEADLINE, RANGES_M, THRESHOLDS, IoUCounter, iou
+from occfeat_train.tasks.masks import HEADLINE, RANGES_M, THRESHOLDS, IoUCounter, iou
 
 # Cells of every ring, many just at its edge: centres at whole metres, (12, 16) at 20 m.
 GRID = VoxelGrid((-8.5, 62.5, 71), (-20.5, 22.5, 43), (-1.0, 1.0, 2))

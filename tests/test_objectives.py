@@ -10,32 +10,37 @@ import torch
 import train_reference as reference
 from torch import nn
 
+from occfeat_targets.sources.nuscenes_map import MAP_CLASSES
+from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_targets.store.schema import MAP_CLASSES, StoreError, open_store
-from occfeat_train.config import (
-    AugmentConfig,
-    FinetuneConfig,
-    ModelConfig,
-    PretrainConfig,
-    TrainConfig,
-)
-from occfeat_train.objectives import MapSegmentation, Network, OccFeat, Segmentation
+from occfeat_targets.store.reader import open_store
+from occfeat_train.models.bev_net import ModelSettings
+from occfeat_train.network import Network
+from occfeat_train.objectives.occfeat import OccFeat
+from occfeat_train.tasks.map import MapSegmentation
+from occfeat_train.tasks.vehicle import VehicleSegmentation
 
 GRID = VoxelGrid((-3.0, 3.0, 6), (-3.0, 4.0, 7), (-1.0, 2.0, 3))
 C, N_Y = 6, 5
-ATTRS = {"point_step_m": 0.002, "teacher": {"dim": N_Y}, "map_classes": list(MAP_CLASSES)}
+ATTRS = {
+    "point_step_m": 0.002,
+    "teacher": {"dim": N_Y},
+    "map_classes": list(MAP_CLASSES),
+    "box_classes": ["bicycle", "car", "pedestrian"],
+    "vehicle_classes": ["bicycle", "car"],
+}
 STORE = SimpleNamespace(url="some.zarr", grid=GRID, attrs=ATTRS)
 VARIANTS = {
-    "both": PretrainConfig(),
-    "occupancy": PretrainConfig(features=False),
-    "features": PretrainConfig(occupancy=False),
-    "heavy features": PretrainConfig(feature_weight=2.5),
+    "both": OccFeat.Settings(),
+    "occupancy": OccFeat.Settings(features=False),
+    "features": OccFeat.Settings(occupancy=False),
+    "heavy features": OccFeat.Settings(feature_weight=2.5),
 }
 
 
-def config(**sections):
-    model = ModelConfig(encoder_weights="random", channels=C)
-    return TrainConfig(model=model, **sections)
+def fresh(cls, store=STORE, turned=True, **settings):
+    """An objective or task as a network of C channels has it."""
+    return cls(cls.Settings(**settings), store, C, turned)
 
 
 def randomised(objective, seed=0):
@@ -47,16 +52,15 @@ def randomised(objective, seed=0):
 
 
 def occfeat(variant="both", seed=0):
-    return randomised(OccFeat(config(pretrain=VARIANTS[variant]), STORE), seed)
+    return randomised(OccFeat(VARIANTS[variant], STORE, C, turned=True), seed)
 
 
 def segmentation(seed=0):
-    return randomised(Segmentation(config(), STORE), seed)
+    return randomised(fresh(VehicleSegmentation), seed)
 
 
 def map_segmentation(seed=0, **settings):
-    plan = FinetuneConfig(**settings)
-    return randomised(MapSegmentation(config(finetune=plan), STORE), seed)
+    return randomised(fresh(MapSegmentation, **settings), seed)
 
 
 def map_truth(objective, batch, seed=0, angles=None):
@@ -99,9 +103,8 @@ def segmentation_targets(objective, batch, seed=0):
         ]
     )
     boxes = torch.from_numpy(boxes.astype(np.float32))
-    return objective.targets(
-        {"vehicle_boxes": boxes, "vehicle_count": counts}, torch.linspace(0, 1, batch)
-    )
+    names = {"boxes": boxes, "box_class": torch.arange(n) % 2, "n_boxes": counts}
+    return objective.targets(names, torch.linspace(0, 1, batch))
 
 
 def part(targets, start, stop):
@@ -171,7 +174,7 @@ def test_a_map_finetuning_step_is_the_same_however_it_is_split(cuts):
 
 @pytest.mark.parametrize("weight", [1.0, 3.0])
 def test_the_map_loss_and_its_gradient_are_the_naive_ones(weight):
-    objective = map_segmentation(map_pos_weight=weight)
+    objective = map_segmentation(pos_weight=weight)
     targets = map_truth(objective, 2)
     assert targets["known"][0].all() and not targets["known"][1].all()
     logits = np.random.default_rng(0).normal(size=(2, 5, *GRID.bev_shape)) * 3
@@ -206,8 +209,8 @@ def test_the_map_head_is_one_branch_with_a_channel_per_class():
 
 
 def test_map_cells_weigh_one_by_default_and_no_weight_is_learned():
-    objective = MapSegmentation(config(), STORE)
-    assert objective.pos_weight == 1.0
+    objective = fresh(MapSegmentation)
+    assert objective.settings.pos_weight == 1.0
     assert all(name.startswith("head.") for name, _ in objective.named_parameters())
 
 
@@ -223,7 +226,7 @@ def test_a_map_of_which_nothing_is_known_has_no_loss():
 def test_a_store_without_a_map_is_refused():
     bare = SimpleNamespace(url="bare.zarr", grid=GRID, attrs=ATTRS | {"map_classes": []})
     with pytest.raises(StoreError, match="bare.zarr has no map: rebuild it with the map expansion"):
-        MapSegmentation(config(), bare)
+        fresh(MapSegmentation, bare)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -272,11 +275,11 @@ def test_the_finetuning_loss_is_simple_bev_s():
 
 
 def test_learned_weights_start_at_simple_bev_s():
-    assert Segmentation(config(), STORE).log_weights.tolist() == [0, 0, 0]
+    assert fresh(VehicleSegmentation).log_weights.tolist() == [0, 0, 0]
 
 
 def test_the_weight_of_vehicle_cells_is_configurable():
-    objective = Segmentation(config(finetune=FinetuneConfig(pos_weight=5.0)), STORE)
+    objective = fresh(VehicleSegmentation, pos_weight=5.0)
     objective = randomised(objective)
     bev, targets = bev_map(2), segmentation_targets(objective, 2)
     logits = objective.head(bev)["mask"].detach().numpy()
@@ -342,8 +345,8 @@ def test_counts_are_what_each_term_is_a_mean_over():
 
 
 def test_points_are_read_only_if_the_bev_is_turned():
-    turned = OccFeat(config(), STORE).arrays
-    still = OccFeat(config(augment=AugmentConfig(rotate_bev_deg=0.0)), STORE).arrays
+    turned = fresh(OccFeat).arrays
+    still = fresh(OccFeat, turned=False).arrays
     assert set(still) == {"voxel_index", "features", "feature_cameras"}
     assert set(turned) - set(still) == {"feature_scale", "points"}
 
@@ -351,8 +354,8 @@ def test_points_are_read_only_if_the_bev_is_turned():
 def test_a_step_on_the_demo_store_is_the_same_however_it_is_split(demo_store):
     """With targets made for each part alone, as micro-batches and processes make them."""
     store = open_store(demo_store)
-    objective = randomised(OccFeat(config(), store))
-    frames = [store.frame(i) for i in range(3)]
+    objective = randomised(fresh(OccFeat, store))
+    frames = [reference.with_vehicles(store.frame(i), store.attrs) for i in range(3)]
     angle = torch.tensor([0.5, -2.0, 1.0])
     bev = torch.randn(3, C, *store.grid.bev_shape, dtype=torch.float64)
 
@@ -378,12 +381,11 @@ def test_a_step_on_the_demo_store_is_the_same_however_it_is_split(demo_store):
 
 
 def test_frozen_batch_norms_keep_their_statistics_in_training():
-    objective = OccFeat(config(), STORE)
-    model = ModelConfig(encoder_weights="random", channels=C, freeze_batch_norm=True)
-    frozen = TrainConfig(model=model)
-    for settings, moves in ((config(), True), (frozen, False)):
+    objective = fresh(OccFeat)
+    for moves in (True, False):
+        model = ModelSettings(encoder_weights="random", channels=C, freeze_batch_norm=not moves)
         torch.manual_seed(0)
-        network = Network(settings, copy.deepcopy(objective)).train()
+        network = Network(model, copy.deepcopy(objective)).train()
         before = {n: b.clone() for n, b in network.named_buffers() if "running_mean" in n}
         assert before
         images = torch.rand(2, 1, 3, 64, 64)

@@ -7,8 +7,8 @@ import pytest
 import torch
 import train_reference as reference
 
-from occfeat_train.models import occfeat_head
-from occfeat_train.models.occfeat_head import PRIOR, OccFeatHead
+from occfeat_train.objectives import occfeat as occfeat_head
+from occfeat_train.objectives.occfeat import PRIOR, OccFeatHead
 
 C, Z, N_Y = 6, 3, 5
 B, X, Y = 3, 5, 7

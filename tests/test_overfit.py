@@ -4,19 +4,19 @@ import numpy as np
 import torch
 from conftest import build_store
 
-from occfeat_common.settings import load_settings
-from occfeat_targets.store.schema import open_store
-from occfeat_train.augment import draw, network_inputs
-from occfeat_train.config import NO_AUGMENT, TrainConfig
-from occfeat_train.data import FrameDataset, collate
-from occfeat_train.objectives import Network, OccFeat
+from occfeat_targets.store.reader import open_store
+from occfeat_train.augment import NO_AUGMENT, draw, network_inputs
+from occfeat_train.config import TrainConfig
+from occfeat_train.data.dataset import FrameDataset
+from occfeat_train.network import Network
+from occfeat_train.runs.job import Job
 
 SETTINGS = [
     "model.channels=64",
     "model.image_size=[128,224]",
     "model.drop_path=0",
     "augment.rotate_bev_deg=0",
-    "pretrain.feature_weight=5",  # both terms can be had on one frame, and in little time
+    "objectives.occfeat.feature_weight=5",  # both terms can be had on one frame, and in little time
 ]
 GRID = ["grid.x=[-16,16,16]", "grid.y=[-16,16,16]", "grid.z=[-2,2,2]"]
 
@@ -24,11 +24,12 @@ GRID = ["grid.x=[-16,16,16]", "grid.y=[-16,16,16]", "grid.z=[-2,2,2]"]
 def overfit(store_path, steps, lr=5e-3):
     """Train on frame 0; returns occupancy IoU at 0.5 and mean cosine over valid voxels."""
     store = open_store(store_path)
-    config = load_settings(TrainConfig, None, SETTINGS)
+    config = TrainConfig.load(None, SETTINGS)
     torch.manual_seed(0)
-    network = Network(config, OccFeat(config, store)).train()
-    objective = network.objective
-    batch = collate([FrameDataset(str(store_path), [0], ("images", *objective.arrays))[0]])
+    objective = Job("pretrain", "", config).objective(store)
+    network = Network(config.model, objective).train()
+    data = FrameDataset(str(store_path), [0], ("images", *objective.arrays))
+    batch = data.collate([data[0]])
     draws = draw(NO_AUGMENT, 0, 0, batch["frame"], 6)
     inputs = network_inputs(batch, draws, config.model.image_size, 0.0)
     targets = objective.targets(batch, draws.angle)
@@ -55,7 +56,7 @@ def overfit(store_path, steps, lr=5e-3):
 
 def test_one_real_keyframe_is_learned_by_heart(nuscenes_one, tmp_path):
     """A short version: 300 steps on the 384 channels of ``random:0`` reach 1.00 and 0.94."""
-    build_store(nuscenes_one, tmp_path / "one.zarr", "labels.map=auto", *GRID)
+    build_store(nuscenes_one, tmp_path / "one.zarr", "map.mode=auto", *GRID)
     iou, cosine = overfit(tmp_path / "one.zarr", steps=60)
     assert iou >= 0.95  # calling everything occupied has 0.50
     assert cosine >= 0.98  # the mean feature alone has 0.84

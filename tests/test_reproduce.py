@@ -15,14 +15,14 @@ from click.testing import CliRunner
 from tiny_store import make_tiny_store
 from train_runs import SMALL
 
-from occfeat_common.settings import ConfigError
 from occfeat_pipelines import recipes, report, reproduce
 from occfeat_pipelines.experiments import Planner, beside
 from occfeat_pipelines.recipes import HERE, TABLES, load_preset, load_recipes
 from occfeat_pipelines.report import Cell
 from occfeat_targets.store.schema import SEVERITIES
+from occfeat_targets.store.settings import ConfigError
 from occfeat_train.cli import main as occfeat_train
-from occfeat_train.runs import Run
+from occfeat_train.runs.run import Run
 
 TASKS = ("vehicle", "map")
 
@@ -85,11 +85,11 @@ def test_rows_do_what_their_labels_say(stores):
     by_name = {e.recipe: e for e in _experiments(stores, "3", fractions=(0.01,)) if e.task == "map"}
     pretraining = {name: e.pretraining for name, e in by_name.items()}
     assert pretraining["simplebev-none"] is pretraining["bevformer-none"] is None
-    assert "pretrain.features=false" in _settings(pretraining["simplebev-occupancy"])
-    assert "pretrain.occupancy=false" in _settings(pretraining["simplebev-features"])
+    assert "objectives.occfeat.features=false" in _settings(pretraining["simplebev-occupancy"])
+    assert "objectives.occfeat.occupancy=false" in _settings(pretraining["simplebev-features"])
     assert _settings(pretraining["simplebev-both"]) == {"run.seed=0"}
-    assert "model.network=bevformer" in _settings(pretraining["bevformer-both"])
-    assert "model.network=bevformer" in _settings(by_name["bevformer-both"].finetuning)
+    assert "model.lift=bevformer" in _settings(pretraining["bevformer-both"])
+    assert "model.lift=bevformer" in _settings(by_name["bevformer-both"].finetuning)
     options = by_name["simplebev-none"].finetuning.options
     assert options[-6:] == ("--task", "map", "--fraction", "0.01", "--init", "none")
 
@@ -105,8 +105,8 @@ def test_a_finer_image_is_finetuned_from_a_coarse_pretraining_on_a_store_of_its_
 def test_the_weight_of_the_feature_loss(stores):
     weights = [_settings(e.pretraining) - {"run.seed=0"} for e in _experiments(stores, "4")]
     values = ("0.0001", "0.001", None, "0.1", "1")
-    rest = [{f"pretrain.feature_weight={v}"} if v else set() for v in values]
-    assert weights == [{"pretrain.features=false"}, *rest]
+    rest = [{f"objectives.occfeat.feature_weight={v}"} if v else set() for v in values]
+    assert weights == [{"objectives.occfeat.features=false"}, *rest]
 
 
 def test_what_tables_have_in_common_is_one_run(stores):
@@ -166,12 +166,12 @@ def test_the_miniature_s_fraction_stands_for_the_paper_s(store_for):
 
 def test_a_store_of_another_preset_is_refused(tiny_store, store_for):
     for store, preset in ((tiny_store, "paper"), (store_for["paper"], "miniature")):
-        with pytest.raises(ConfigError, match=f"this preset trains with train_{preset}.yaml"):
+        with pytest.raises(ConfigError, match=f"this one trains with {preset}: name a store"):
             _experiments(str(store), "3", preset=preset)
 
 
 def test_a_missing_store_says_how_to_build_it(store_for, tmp_path):
-    with pytest.raises(ConfigError, match=r"m\.zarr --config pipelines/miniature\.yaml"):
+    with pytest.raises(ConfigError, match=r"m\.zarr --config miniature"):
         _experiments(str(tmp_path / "m.zarr"), "3", preset="miniature")
     (tmp_path / "t.zarr").symlink_to(store_for["paper"])
     with pytest.raises(ConfigError, match=r"build .*t-sweeps-10\.zarr .*--set 'lidar.sweeps=10'"):
@@ -182,8 +182,8 @@ def test_a_missing_store_says_how_to_build_it(store_for, tmp_path):
     ("values", "message"),
     [
         ({"paper": {"vehicle": {0.01: 1}}, "pretrian": []}, "did you mean pretrain"),
-        ({"paper": {"vehicles": {0.01: 1}}}, "must be by vehicle and map"),
-        ({"paper": {"vehicle": 13.7}}, "must be by fraction"),
+        ({"paper": {"vehicles": {0.01: 1}}}, "no task 'vehicles' .did you mean vehicle"),
+        ({"paper": {"vehicle": 13.7}}, "paper.vehicle must be a mapping"),
     ],
 )
 def test_impossible_recipes(tmp_path, monkeypatch, values, message):
@@ -330,7 +330,7 @@ def test_a_table_is_run_once_and_reported(reproduction, tmp_path):
         assert row["row"] in output and row["seeds"] == "1", line
     (none, both) = (float(row["mean"]) for row in rows)
     found = {
-        json.loads(path.read_text())["init"]: json.loads(path.read_text())["vehicle"]
+        json.loads(path.read_text())["init"]: json.loads(path.read_text())["rows"]
         for path in (tmp_path / "out").glob("finetune-*/result.json")
     }
     assert found.pop(None)["visible"]["iou"] == none

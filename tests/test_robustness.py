@@ -11,15 +11,17 @@ from click.testing import CliRunner
 from tiny_store import make_tiny_store
 from train_runs import log_of, options
 
-from occfeat_targets.store.schema import CORRUPTIONS, SEVERITIES, StoreError, open_store, zarr_store
+from occfeat_targets.store.files import StoreError, zarr_store
+from occfeat_targets.store.reader import open_store
+from occfeat_targets.store.schema import CORRUPTIONS, SEVERITIES
 from occfeat_train.cli import main
-from occfeat_train.data import FrameDataset, collate
+from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.distributed import process_group
 from occfeat_train.evaluate import evaluate
-from occfeat_train.jobs import Job
+from occfeat_train.objectives.occfeat import voxel_targets
 from occfeat_train.robustness import find_corrupted, headline, summary
-from occfeat_train.runs import Run
-from occfeat_train.targets import voxel_targets
+from occfeat_train.runs.job import Job
+from occfeat_train.runs.run import Run
 
 STORED = ("fog-hard", "fog-easy", "fog-mid", "snow-mid")
 
@@ -75,7 +77,7 @@ def test_every_store_is_evaluated_and_named_by_its_settings(workplace, task):
         "fog": {s: alone[f"fog-{s}"] for s in SEVERITIES},
         "snow": {"mid": alone["snow-mid"]},
     }
-    clean = result["clean"][task]["mean" if task == "map" else "visible"]["iou"]
+    clean = result["clean"]["rows"]["mean" if task == "map" else "visible"]["iou"]
     fog = sum(alone[f"fog-{s}"] for s in SEVERITIES)
     assert result["mean"] == {"fog": pytest.approx(fog / 3, abs=0.01)}
     assert result["mRR"] == result["RR"]["fog"] == pytest.approx(100 * fog / 3 / clean, abs=0.01)
@@ -153,7 +155,7 @@ def teacherless(tmp_path_factory):
 def test_pretraining_features_without_a_teacher_is_refused(teacherless, tmp_path):
     output = _invoke("pretrain", "--store", teacherless, *options(), cwd=tmp_path, code=1)
     assert "has no features, it was built with teacher.name=none" in output
-    assert "--set pretrain.features=false" in output
+    assert "--set objectives.occfeat.features=false" in output
 
 
 @pytest.mark.parametrize("turn", [0.0, 30.0])
@@ -161,7 +163,7 @@ def test_occupancy_alone_is_learned_as_from_a_store_with_features(
     teacherless, tiny_store, tmp_path, turn
 ):
     settings = options(
-        "pretrain.features=false", "pretrain.epochs=1", f"augment.rotate_bev_deg={turn}"
+        "objectives.occfeat.features=false", "pretrain.epochs=1", f"augment.rotate_bev_deg={turn}"
     )
     losses = []
     for name, store in (("without", teacherless), ("with", tiny_store)):
@@ -174,7 +176,7 @@ def test_occupancy_alone_is_learned_as_from_a_store_with_features(
 def test_targets_without_features_are_the_same_voxels(tiny_store):
     names = ("voxel_index", "features", "feature_scale", "feature_cameras", "points")
     dataset = FrameDataset(str(tiny_store), [0, 1], names)
-    batch = collate([dataset[0], dataset[1]])
+    batch = dataset.collate([dataset[0], dataset[1]])
     bare = {key: value for key, value in batch.items() if key not in names[1:3]}
     store = open_store(tiny_store)
     for angle in (torch.zeros(2), torch.tensor([0.5, -1.0])):

@@ -93,8 +93,9 @@ def test_camera_bits():
         dtype=bool,
     )
     bits = camera_bits(valid)
-    assert bits.dtype == np.uint8
+    assert bits.dtype == np.int64  # the output stores what its number of cameras needs
     assert bits.tolist() == [1, 32, 0, 63]
+    assert camera_bits(np.ones((16, 1), dtype=bool)).tolist() == [65535]
 
 
 def test_see_uses_each_images_own_size():

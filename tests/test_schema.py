@@ -9,22 +9,19 @@ from conftest import build_store
 from PIL import Image
 
 from occfeat_targets.config import TargetsConfig
+from occfeat_targets.frame import layout_of, make_outputs
+from occfeat_targets.outputs.points import point_step_m
+from occfeat_targets.sources.nuscenes import CAMERAS
+from occfeat_targets.store.files import StoreError, zarr_store
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_targets.store.schema import (
-    CAMERAS,
-    StoreError,
-    array_specs,
-    open_store,
-    point_step_m,
-    zarr_store,
-)
+from occfeat_targets.store.reader import SEAL, open_store
 
 
 def test_a_frame_reads_back_as_the_contract_says(demo_store):
     store = open_store(demo_store)
     assert len(store) == 4
     frame = store.frame(1)
-    for spec in store.specs:
+    for spec in store.specs.values():
         if spec.name != "images":
             assert frame[spec.name].dtype == spec.dtype, spec.name
     n = frame["n_voxels"]
@@ -32,7 +29,9 @@ def test_a_frame_reads_back_as_the_contract_says(demo_store):
     assert frame["features"].shape == (n, 8)
     assert frame["voxel_index"].shape == frame["feature_cameras"].shape == (n,)
     assert frame["map"].shape == (5, 200, 200)
-    assert frame["vehicle_boxes"].shape == (frame["n_vehicles"], 8)
+    assert frame["boxes"].shape == (frame["n_boxes"], 8)
+    assert frame["box_class"].shape == (frame["n_boxes"],)
+    assert frame["box_class"].max() < len(store.attrs["box_classes"])
     sizes = [Image.open(io.BytesIO(jpeg)).size for jpeg in frame["images"]]
     assert sizes == [(512, 288)] * len(CAMERAS)
     assert store.split(0) in ("mini_train", "mini_val")
@@ -42,12 +41,34 @@ def test_a_frame_reads_back_as_the_contract_says(demo_store):
 def test_root_attributes_describe_the_store(demo_store):
     attrs = open_store(demo_store).attrs
     assert attrs["format"] == "occfeat-targets"
-    assert attrs["format_version"] == 1
+    assert attrs["format_version"] == 2
     assert attrs["teacher"]["name"] == "patch-means"
-    assert attrs["grid"] == VoxelGrid().plain()
+    assert attrs["grid"] == VoxelGrid().to_dict()
     assert TargetsConfig.of(attrs["config"]).block_frames == 2
     assert attrs["source"]["version"] == "v1.0-mini"
-    assert attrs["cameras"][1] == "CAM_FRONT"
+    assert attrs["cameras"] == list(CAMERAS)
+    assert "human.pedestrian.adult" in attrs["box_classes"]
+    assert set(attrs["vehicle_classes"]) < set(attrs["box_classes"])
+    assert attrs["map_classes"] == ["road", "sidewalk", "crosswalk", "parking", "divider"]
+
+
+def test_arrays_say_themselves_what_they_are(demo_store):
+    """Names of the axes, which array counts the rows, a description: of the writer's own specs."""
+    store = open_store(demo_store)
+    config = TargetsConfig.of(store.attrs["config"])
+    layout = layout_of(config, store.attrs, 8)
+    wanted = {s.name: s for output in make_outputs(config, layout) for s in output.specs()}
+    assert store.specs.keys() == wanted.keys() == set(store.attrs["arrays"])
+    for name, spec in wanted.items():
+        array = store.array(name)
+        assert array.metadata.dimension_names == ("frame", *spec.axes)
+        assert array.shape == (4, *spec.axes.values())
+        assert array.attrs["description"] == spec.doc
+        found = store.specs[name]
+        np.testing.assert_array_equal(found.fill, spec.fill)
+        same = ("dtype", "axes", "doc", "rows", "chunk")
+        assert all(getattr(found, key) == getattr(spec, key) for key in same), name
+    assert wanted["boxes"].rows == "n_boxes" and wanted["images"].rows == "image_offset"
 
 
 def test_what_was_never_written_is_not_data(demo_store):
@@ -64,7 +85,7 @@ def test_no_two_blocks_share_a_file(demo_store):
     """One block, one shard of every sharded array: the rule that makes parallel writes safe."""
     store = open_store(demo_store)
     block = store.attrs["config"]["block_frames"]
-    for spec in store.specs:
+    for spec in store.specs.values():
         array = store.array(spec.name)
         if spec.chunk is None:
             assert array.nchunks == 1, spec.name
@@ -87,11 +108,33 @@ def test_only_codecs_with_a_stable_specification(demo_store):
 
 
 def test_voxels_can_never_outnumber_their_room():
-    specs = {s.name: s for s in array_specs(TargetsConfig().plain(), 384, with_map=False)}
+    specs = _specs(TargetsConfig(), map_classes=())
     assert specs["voxel_index"].shape == (40960,)
     assert "map" not in specs
-    few = TargetsConfig().plain() | {"grid": VoxelGrid(x=(0, 1, 2), y=(0, 1, 3)).plain()}
-    assert array_specs(few, 384, with_map=True)[12].shape == (2 * 3 * 8,)
+    few = TargetsConfig.load(None, ["grid.x=[0,1,2]", "grid.y=[0,1,3]"])
+    specs = _specs(few, map_classes=("road", "divider"))
+    assert specs["voxel_index"].shape == (2 * 3 * 8,)
+    assert specs["map"].axes == {"map_class": 2, "x": 2, "y": 3}
+
+
+def _specs(config, map_classes=(), cameras=CAMERAS):
+    shared = {"cameras": cameras, "map_classes": map_classes}
+    layout = layout_of(config, shared | {"box_classes": (), "vehicle_classes": ()}, 384)
+    return {s.name: s for output in make_outputs(config, layout) for s in output.specs()}
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype", "fill"),
+    [(1, "uint8", 255), (7, "uint8", 255), (8, "uint16", 65535), (15, "uint16", 65535),
+     (16, "uint32", 2**32 - 1)],
+)  # fmt: skip
+def test_any_number_of_cameras_has_bits_and_none_of_them_is_the_fill(n, dtype, fill):
+    specs = _specs(TargetsConfig(), cameras=tuple(f"camera {c}" for c in range(n)))
+    bits = specs["feature_cameras"]
+    assert (bits.dtype, bits.fill) == (dtype, fill)
+    assert 2**n - 1 < fill
+    assert specs["K"].axes == {"camera": n, "row": 3, "column": 3}
+    assert specs["image_offset"].shape == (n + 1,)
 
 
 def test_point_step_grows_with_the_grid():
@@ -112,7 +155,11 @@ def _with_attrs(store, tmp_path, **attrs):
     [
         ({"complete": False}, "not finished"),
         ({"format": "other"}, "not an occfeat-targets store"),
-        ({"format_version": 7}, "format version 7, this program reads 1"),
+        ({"format_version": 1}, "format version 1, this program reads 2: rebuild the store"),
+        ({"format_version": 7}, "format version 7, this program reads 2"),
+        ({"n_frames": 3}, "the attributes in its zarr.json are damaged"),
+        ({"scenes": ["a", "b"]}, "the attributes in its zarr.json are damaged"),
+        ({SEAL: 1}, "the attributes in its zarr.json are damaged"),
     ],
 )
 def test_wrong_stores_are_refused(demo_store, tmp_path, attrs, message):

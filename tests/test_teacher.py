@@ -17,15 +17,15 @@ from transformers import (
 )
 
 from occfeat_targets.store.settings import ConfigError
-from occfeat_targets.config import TeacherConfig
-from occfeat_targets.teacher import (
-    DinoTeacher,
+from occfeat_targets.teachers import load_teacher
+from occfeat_targets.teachers.base import (
     TeacherError,
+    TeacherSettings,
     dense_features,
     describe,
-    load_teacher,
     state_sha256,
 )
+from occfeat_targets.teachers.dino import DinoTeacher
 
 TINY = {
     "hidden_size": 32,
@@ -122,7 +122,7 @@ def save_tiny(folder, registers=False):
 
 @pytest.fixture
 def config(tmp_path):
-    return TeacherConfig(name=str(tmp_path), input_size=SIZE, precision="float32")
+    return TeacherSettings(name=str(tmp_path), input_size=SIZE, precision="float32")
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_tokens_are_those_computed_by_hand(size):
 
 
 def test_random_vit_s_tokens_are_those_computed_by_hand():
-    teacher = load_teacher(TeacherConfig(name="random:5", input_size=SIZE, precision="float32"))
+    teacher = load_teacher(TeacherSettings(name="random:5", input_size=SIZE, precision="float32"))
     pixels = images(n=1)
     tokens = teacher(pixels)
     assert (teacher.dim, teacher.patch_size) == (384, 14)
@@ -165,7 +165,7 @@ def test_local_directory_loads_and_registers_are_dropped(tmp_path, config, regis
 
 def test_random_weights_follow_the_seed():
     one, same, other = (
-        load_teacher(TeacherConfig(name=f"random:{seed}", input_size=SIZE)) for seed in (3, 3, 4)
+        load_teacher(TeacherSettings(name=f"random:{seed}", input_size=SIZE)) for seed in (3, 3, 4)
     )
     assert state_sha256(one._model) == state_sha256(same._model) != state_sha256(other._model)
     assert (one.weights, other.weights) == ("random(3)", "random(4)")
@@ -176,7 +176,7 @@ def test_random_teacher_leaves_the_callers_random_state_alone():
     torch.manual_seed(11)
     wanted = torch.rand(3)
     torch.manual_seed(11)
-    load_teacher(TeacherConfig(name="random:0", input_size=SIZE))
+    load_teacher(TeacherSettings(name="random:0", input_size=SIZE))
     assert torch.equal(torch.rand(3), wanted)
 
 
@@ -218,7 +218,7 @@ def test_description_tells_what_made_the_targets(tmp_path, config):
 def test_input_size_must_be_a_multiple_of_the_patch(tmp_path, size):
     save_tiny(tmp_path)
     with pytest.raises(ConfigError) as error:
-        load_teacher(TeacherConfig(name=str(tmp_path), input_size=size))
+        load_teacher(TeacherSettings(name=str(tmp_path), input_size=size))
     assert str(list(size)) in str(error.value)
     assert "patch size 14" in str(error.value)
 
@@ -239,7 +239,7 @@ def test_directory_without_weights_says_what_to_do(tmp_path, config):
 
 def test_hub_id_without_internet_says_what_to_do(no_hub):
     with pytest.raises(TeacherError) as error:
-        load_teacher(TeacherConfig(name="facebook/dinov2-base"))
+        load_teacher(TeacherSettings(name="facebook/dinov2-base"))
     assert_says_what_to_do(error)
     assert "https://huggingface.co/facebook/dinov2-base" in str(error.value)
 
@@ -289,7 +289,7 @@ def test_other_architectures_are_refused(tmp_path, config):
 @pytest.mark.parametrize("name", ["random:", "random:x", "random:-1", "random:1.5"])
 def test_random_seed_must_be_a_whole_number(name):
     with pytest.raises(ConfigError, match="whole number"):
-        load_teacher(TeacherConfig(name=name))
+        load_teacher(TeacherSettings(name=name))
 
 
 PLUGIN = """
@@ -329,7 +329,7 @@ def pictures(n=2):
 
 
 def test_plugin_sees_rgb_in_0_to_1(plugin):
-    teacher = load_teacher(TeacherConfig(name=f"{plugin}:Teacher", input_size=SIZE))
+    teacher = load_teacher(TeacherSettings(name=f"{plugin}:Teacher", input_size=SIZE))
     features = dense_features(teacher, pictures(), SIZE)
     assert features.shape == (2, 2, 4, 7)
     assert (features[:, 0] == 1).all()
@@ -337,7 +337,7 @@ def test_plugin_sees_rgb_in_0_to_1(plugin):
 
 
 def test_plugin_with_the_wrong_shape_is_refused(plugin):
-    teacher = load_teacher(TeacherConfig(name=f"{plugin}:Short", input_size=SIZE))
+    teacher = load_teacher(TeacherSettings(name=f"{plugin}:Short", input_size=SIZE))
     with pytest.raises(TeacherError, match=r"\(2, 2, 4, 6\), promised \(2, 2, 4, 7\)"):
         dense_features(teacher, pictures(), SIZE)
 
@@ -348,17 +348,17 @@ def test_plugin_with_the_wrong_shape_is_refused(plugin):
 )
 def test_plugin_without_an_attribute_is_refused(plugin, factory, attribute):
     with pytest.raises(TeacherError, match=f"no attribute '{attribute}'"):
-        load_teacher(TeacherConfig(name=f"{plugin}:{factory}", input_size=SIZE))
+        load_teacher(TeacherSettings(name=f"{plugin}:{factory}", input_size=SIZE))
 
 
 @pytest.mark.parametrize("name", ["no_such_module_here:Teacher", "{plugin}:NoSuchFactory"])
 def test_plugin_that_cannot_be_imported_is_refused(plugin, name):
     name = name.format(plugin=plugin)
-    with pytest.raises(TeacherError, match="PYTHONPATH") as error:
-        load_teacher(TeacherConfig(name=name, input_size=SIZE))
+    with pytest.raises(ConfigError, match="PYTHONPATH") as error:
+        load_teacher(TeacherSettings(name=name, input_size=SIZE))
     assert name in str(error.value)
 
 
 def test_plugins_input_size_must_be_a_multiple_of_its_patch(plugin):
     with pytest.raises(ConfigError, match="patch size 14"):
-        load_teacher(TeacherConfig(name=f"{plugin}:Teacher", input_size=(56, 99)))
+        load_teacher(TeacherSettings(name=f"{plugin}:Teacher", input_size=(56, 99)))

@@ -18,11 +18,10 @@ from train_runs import (
     stop_at_step,
 )
 
-from occfeat_common.settings import load_settings
 from occfeat_train.config import TrainConfig
-from occfeat_train.jobs import Job
-from occfeat_train.runs import Run, RunError
-from occfeat_train.train import _update, make_learner
+from occfeat_train.runs.job import Job
+from occfeat_train.runs.run import Run, RunError
+from occfeat_train.train import make_learner
 
 CURVE = ("loss", "occupancy", "features", "gradient_norm")
 
@@ -109,7 +108,7 @@ def test_two_processes_can_t_train_the_same_run(undisturbed, tmp_path):
 
 @pytest.mark.parametrize("total_steps", [1, 2, 18, 19, 20, 100])
 def test_one_cycle_rises_to_the_peak_and_falls_in_any_number_of_steps(total_steps):
-    config = load_settings(TrainConfig, None, ["finetune.lr=0.5", "run.precision=float32"])
+    config = TrainConfig.load(None, ["finetune.lr=0.5", "run.precision=float32"])
     network = torch.nn.Linear(1, 1)
     learner = make_learner(Job("finetune", "", config), network, total_steps, torch.device("cpu"))
     rates = []
@@ -165,7 +164,7 @@ def test_two_processes_stop_together_and_resume_in_float16(tiny_store, tmp_path)
 def test_a_gradient_that_is_not_finite_changes_nothing(precision):
     """In float16 the schedule waits too, until the scaler gives up."""
     settings = ["finetune.lr=0.5", f"run.precision={precision}"]
-    config = load_settings(TrainConfig, None, settings)
+    config = TrainConfig.load(None, settings)
     network = torch.nn.Linear(1, 1)
     learner = make_learner(Job("finetune", "", config), network, 99, torch.device("cpu"))
     before = [p.clone() for p in network.parameters()]
@@ -174,7 +173,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(precision):
     def update(factor):
         learner.optimiser.zero_grad()
         learner.scaler.scale(network(torch.ones(1, 1)).sum() * factor).backward()
-        return _update(learner, clip_norm=5.0)
+        return learner.update(clip_norm=5.0)
 
     outcomes = [update(math.inf)[1] for _ in range(27)]
     assert outcomes == [precision == "float16"] * 26 + [False]

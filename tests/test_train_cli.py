@@ -10,18 +10,18 @@ from contextlib import chdir
 import pytest
 import torch
 import yaml
-import zarr
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from tiny_store import make_tiny_store
+from tiny_store import change_attributes, make_tiny_store
 from train_runs import SMALL, assert_same_state, final_state, options, run, start, stop_at_step
 
-from occfeat_common.settings import load_settings, to_plain
 from occfeat_train.cli import main
 from occfeat_train.config import TrainConfig
 from occfeat_train.export import export, load_bev_net
-from occfeat_train.models.lift_bevformer import BEVFormerLift
-from occfeat_train.runs import Run, RunError
+from occfeat_train.models.lifts.bevformer import BEVFormerLift
+from occfeat_train.objectives import OBJECTIVES
+from occfeat_train.runs.run import Run, RunError
+from occfeat_train.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_the_three_commands_find_each_others_results(workplace):
     assert f"runs/{finetuning.name} (step 3) on 4 frames of mini_val" in evaluated
     result = json.loads((finetuning / "result.json").read_text())
     assert result["fraction"] == 0.01
-    assert 0 <= result["vehicle"]["visible"]["iou"] <= 100
+    assert 0 <= result["rows"]["visible"]["iou"] <= 100
 
 
 def test_finetuning_starts_from_the_pretrained_network_and_a_fresh_head(workplace):
@@ -101,7 +101,7 @@ def test_export_loads_as_the_readme_says_and_has_no_head(workplace):
 
 
 def test_bevformer_pretrains_resumes_and_finetunes(tiny_store, tmp_path):
-    settings = options("model.network=bevformer", "pretrain.epochs=2", "run.save_minutes=60")
+    settings = options("model.lift=bevformer", "pretrain.epochs=2", "run.save_minutes=60")
     whole = ("pretrain", "--store", tiny_store, "--run-dir", "whole", *settings)
     run(*whole, cwd=tmp_path)
     process = start(*whole[:4], "parts", *settings, cwd=tmp_path)
@@ -116,7 +116,7 @@ def test_bevformer_pretrains_resumes_and_finetunes(tiny_store, tmp_path):
     assert " on 4 frames of mini_val" in run("evaluate", "--run-dir", "fine", cwd=tmp_path)
     export(Run(tmp_path / "fine"), tmp_path / "net")
     assert isinstance(load_bev_net(tmp_path / "net").lift, BEVFormerLift)
-    output = _refused(*arguments, "--set", "model.network=simplebev", cwd=tmp_path)
+    output = _refused(*arguments, "--set", "model.lift=simplebev", cwd=tmp_path)
     assert "use the model settings it was trained with" in output
 
 
@@ -141,12 +141,12 @@ def test_unusable_stores_are_refused_in_one_sentence(tiny_store, tmp_path):
     changes = {
         "is not finished": {"complete": False},
         "not an occfeat-targets store": {"format": "other"},
-        "has format version 2, this program reads 1": {"format_version": 2},
+        "has format version 3, this program reads 2": {"format_version": 3},
         "has no usable frames of train, mini_train; its splits are: val": {"splits": ["val", "x"]},
     }
     for message, attributes in changes.items():
         path = shutil.copytree(tiny_store, tmp_path / "spoilt.zarr", dirs_exist_ok=True)
-        zarr.open_group(path, mode="r+").attrs.update(attributes)
+        change_attributes(path, **attributes)
         assert message in _refused("pretrain", "--store", path, cwd=tmp_path)
         shutil.rmtree(path)
 
@@ -172,7 +172,7 @@ def test_resuming_on_other_targets_is_refused(workplace, tmp_path):
     assert "is not the store this run was started on; records_sha256: 0 -> 1" in output
 
 
-@pytest.mark.parametrize("setting", ["lidar.near_m=1", "labels.divider_width_m=1"])
+@pytest.mark.parametrize("setting", ["lidar.near_m=1", "map.line_width_m=1"])
 def test_resuming_on_targets_made_otherwise_is_refused(workplace, tmp_path, setting):
     cwd, _ = workplace
     other = make_tiny_store(tmp_path / "other.zarr", settings=[setting])
@@ -183,7 +183,7 @@ def test_resuming_on_targets_made_otherwise_is_refused(workplace, tmp_path, sett
 def test_resuming_with_frames_that_had_failed_is_refused(workplace, tiny_store, tmp_path):
     cwd, _ = workplace
     shutil.copytree(tiny_store, tmp_path / "other.zarr")
-    zarr.open_group(tmp_path / "other.zarr", mode="r+").attrs["failed"] = {"3": "a sentence"}
+    change_attributes(tmp_path / "other.zarr", failed={"3": "a sentence"})
     arguments = ("pretrain", "--resume", "--run-dir", _only(cwd, "pretrain"), "--store")
     assert "failed" in _refused(*arguments, tmp_path / "other.zarr", cwd=tmp_path)
 
@@ -237,7 +237,7 @@ def test_what_a_finetuning_starts_from_is_said_truly(workplace, tmp_path):
     assert f"Starting from: {unfinished} (occfeat pretraining, NOT FINISHED: step 8)" in said
     finetuned = _only(cwd, "finetune")
     said = _refused("finetune", "--init", finetuned, *too_large, cwd=tmp_path)
-    assert f"Starting from: {finetuned} (vehicle segmentation)" in said
+    assert f"Starting from: {finetuned} (vehicle finetuning)" in said
 
 
 def test_tensorboard_is_needed_for_training_alone(workplace, tmp_path, monkeypatch):
@@ -279,8 +279,12 @@ def test_a_checkpoint_with_code_in_it_is_not_run(workplace, tmp_path):
 
 
 def test_the_paper_preset_lists_every_setting_at_its_default(pytestconfig):
-    path = pytestconfig.rootpath / "pipelines" / "train_paper.yaml"
-    assert yaml.safe_load(path.read_text()) == to_plain(TrainConfig())
+    path = pytestconfig.rootpath / "occfeat_train" / "presets" / "paper.yaml"
+    defaults = TrainConfig().plain()
+    for section, registry in (("objectives", OBJECTIVES), ("tasks", TASKS)):
+        assert defaults[section] == {}
+        defaults[section] = {name: registry(name).Settings().plain() for name in registry.names}
+    assert yaml.safe_load(path.read_text()) == defaults
 
 
 @pytest.mark.parametrize(
@@ -290,7 +294,7 @@ def test_the_paper_preset_lists_every_setting_at_its_default(pytestconfig):
 def test_finetuning_follows_the_paper_for_its_fraction(fraction, epochs, lr, batch, accumulate):
     plan = TrainConfig().for_fraction(fraction).finetune
     assert (plan.epochs, plan.lr, plan.batch, plan.accumulate) == (epochs, lr, batch, accumulate)
-    own = load_settings(TrainConfig, None, ["finetune.epochs=7"]).for_fraction(fraction).finetune
+    own = TrainConfig.load(None, ["finetune.epochs=7"]).for_fraction(fraction).finetune
     assert (own.epochs, own.lr) == (7, lr)
 
 
@@ -317,4 +321,4 @@ print("LOADED", *sorted(sys.modules))
     loaded = set(done.stdout.split("LOADED")[1].split())
     assert not {m.split(".")[0] for m in loaded} & {"nuscenes", "dask", "distributed", "cv2"}
     ours = {m for m in loaded if m.startswith("occfeat_targets.")}
-    assert ours == {"occfeat_targets.store.schema", "occfeat_targets.store.grid"}
+    assert {m.split(".")[1] for m in ours} == {"store"}

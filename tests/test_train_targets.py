@@ -10,11 +10,12 @@ import train_reference as reference
 from conftest import build_store
 
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_targets.store.schema import open_store
+from occfeat_targets.store.reader import open_store
 from occfeat_train.augment import Draws, network_inputs
 from occfeat_train.geometry import flat_index
-from occfeat_train.models.lift_simplebev import SimpleBEVLift
-from occfeat_train.targets import vehicle_targets, voxel_targets
+from occfeat_train.models.lifts.simplebev import SimpleBEVLift
+from occfeat_train.objectives.occfeat import voxel_targets
+from occfeat_train.tasks.vehicle import vehicle_targets
 
 GRID = VoxelGrid()  # the stores' own: the tests below that use them check it
 BOUNDS = reference.bounds_of(GRID)
@@ -27,7 +28,7 @@ FLOAT32_M = 5e-5
 def real(nuscenes_one, tmp_path_factory):
     """The real keyframe with the default configuration."""
     path = tmp_path_factory.mktemp("targets") / "one.zarr"
-    build_store(nuscenes_one, path, "labels.map=auto")
+    build_store(nuscenes_one, path, "map.mode=auto")
     return checked_frames(path)[0]
 
 
@@ -40,7 +41,7 @@ def demo(demo_store):
 def checked_frames(path):
     store = open_store(path)
     assert store.grid == GRID and store.attrs["point_step_m"] == STEP_M
-    return [store.frame(i) for i in range(len(store))]
+    return [reference.with_vehicles(store.frame(i), store.attrs) for i in range(len(store))]
 
 
 def with_random_features(frame, seed=0):
@@ -57,6 +58,10 @@ def targets_of(frames, angles):
     return voxel_targets(
         reference.collated(frames, GRID.n_voxels), torch.tensor(angles), GRID, STEP_M
     )
+
+
+def vehicle_maps(batch, angle, grid):
+    return vehicle_targets(batch["vehicles"], batch["n_vehicles"], angle, grid)
 
 
 def around(point):
@@ -161,7 +166,7 @@ def lonely(points, voxels, n_features=4):
         "feature_scale": np.ones(n, np.float16),
         "feature_cameras": np.ones(n, np.uint8),
         "points": np.round(np.array([[*p, 0] for p in points]) / STEP_M).astype(np.int16),
-        "vehicle_boxes": np.zeros((0, 8), np.float32),
+        "vehicles": np.zeros((0, 8), np.float32),
         "K": np.eye(3, dtype=np.float32)[None],
         "cam_T_ego": np.eye(4, dtype=np.float32)[None],
         "vehicle": np.zeros(GRID.bev_shape, np.uint8),
@@ -246,7 +251,7 @@ def test_quarter_turns_permute_voxels_features_and_vehicles_alike(real, quarters
     frame = with_random_features(real)
 
     features = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 6, 2, 28, 50))).float()
-    lift = SimpleBEVLift(GRID)
+    lift = SimpleBEVLift(GRID, 1)
     straight, turned = (turned_inputs(frame, a) for a in (0.0, angle))
     before = lift(features, straight["K"], straight["cam_T_bev"], (224, 400))
     after = lift(features, turned["K"], turned["cam_T_bev"], (224, 400))
@@ -281,7 +286,7 @@ def test_quarter_turns_permute_voxels_features_and_vehicles_alike(real, quarters
     assert same > 0.9 * (targets["valid"]).sum()
 
     batch = reference.collated([frame], GRID.n_voxels)
-    before, after = (vehicle_targets(batch, torch.tensor([a]), GRID) for a in (0.0, angle))
+    before, after = (vehicle_maps(batch, torch.tensor([a]), GRID) for a in (0.0, angle))
     assert before["vehicle"].sum() > 100
     expected = before["vehicle"].rot90(quarters, dims=(1, 2))
     assert (after["vehicle"] != expected).sum() <= 2  # cells at the edge of a footprint
@@ -303,8 +308,8 @@ def random_boxes(seed, n):
 
 def box_batch(*boxes):
     return {
-        "vehicle_boxes": torch.from_numpy(np.concatenate(boxes)),
-        "vehicle_count": torch.tensor([len(b) for b in boxes]),
+        "vehicles": torch.from_numpy(np.concatenate(boxes)),
+        "n_vehicles": torch.tensor([len(b) for b in boxes]),
     }
 
 
@@ -328,7 +333,7 @@ def assert_maps(targets, b, boxes, angle, grid):
 def test_vehicle_maps_equal_a_test_of_every_cell(seed):
     boxes = [random_boxes(seed, 3), random_boxes(seed + 10, 12)]
     angles = [0.0, 1.3] if seed % 2 else [-2.9, 0.4]
-    targets = vehicle_targets(box_batch(*boxes), torch.tensor(angles), UNEVEN)
+    targets = vehicle_maps(box_batch(*boxes), torch.tensor(angles), UNEVEN)
     assert targets["vehicle"].shape == targets["centre"].shape == (2, 31, 22)
     assert targets["offset"].shape == (2, 2, 31, 22)
     assert targets["visible"].dtype == targets["has_offset"].dtype == torch.bool
@@ -344,14 +349,14 @@ def test_vehicle_maps_equal_a_test_of_every_cell(seed):
 @pytest.mark.parametrize("angle", [0.0, 2.0])
 def test_vehicle_maps_of_the_real_keyframe_equal_a_test_of_every_cell(real, angle):
     batch = reference.collated([real], GRID.n_voxels)
-    targets = vehicle_targets(batch, torch.tensor([angle]), GRID)
-    maps = assert_maps(targets, 0, real["vehicle_boxes"], angle, GRID)
+    targets = vehicle_maps(batch, torch.tensor([angle]), GRID)
+    maps = assert_maps(targets, 0, real["vehicles"], angle, GRID)
     assert maps["vehicle"].sum() > 100
 
 
 def test_unturned_masks_are_the_stored_ones(real, demo):
     frames = [real, *demo]
-    targets = vehicle_targets(
+    targets = vehicle_maps(
         reference.collated(frames, GRID.n_voxels), torch.zeros(len(frames)), GRID
     )
     for b, frame in enumerate(frames):
@@ -364,13 +369,13 @@ def test_unturned_masks_are_the_stored_ones(real, demo):
 def test_samples_without_vehicles_are_empty():
     none = np.zeros((0, 8), np.float32)
     boxes = random_boxes(0, 5)
-    targets = vehicle_targets(box_batch(none, boxes, none), torch.tensor([1.0, 0.5, 0.0]), UNEVEN)
+    targets = vehicle_maps(box_batch(none, boxes, none), torch.tensor([1.0, 0.5, 0.0]), UNEVEN)
     assert_maps(targets, 1, boxes, 0.5, UNEVEN)
     for b in (0, 2):
         assert targets["visible"][b].all()
         for name in ("vehicle", "centre", "offset", "has_offset"):
             assert not targets[name][b].any()
-    alone = vehicle_targets(box_batch(none), torch.tensor([1.0]), UNEVEN)
+    alone = vehicle_maps(box_batch(none), torch.tensor([1.0]), UNEVEN)
     assert {name: values.dtype for name, values in alone.items()} == {
         name: values.dtype for name, values in targets.items()
     }
@@ -379,7 +384,7 @@ def test_samples_without_vehicles_are_empty():
 
 def test_offsets_point_from_the_vehicle_s_centre_to_the_cell():
     box = np.array([[2.0, -1.0, 0, 6.0, 3.0, 1.5, 0.0, 4]], np.float32)
-    offset = vehicle_targets(box_batch(box), torch.zeros(1), UNEVEN)["offset"][0]
+    offset = vehicle_maps(box_batch(box), torch.zeros(1), UNEVEN)["offset"][0]
     x, y = UNEVEN.bev_centres()
     size_x, size_y, _ = UNEVEN.cell_size
     i, j = 16, 9  # ahead of the centre and to its right
@@ -391,7 +396,7 @@ def test_offsets_point_from_the_vehicle_s_centre_to_the_cell():
 def test_targets_leave_the_batch_alone(real):
     batch = reference.collated([real], GRID.n_voxels)
     before = {name: values.clone() for name, values in batch.items()}
-    vehicle_targets(batch, torch.tensor([0.5]), GRID)
+    vehicle_maps(batch, torch.tensor([0.5]), GRID)
     voxel_targets(batch, torch.tensor([0.5]), GRID, STEP_M)
     for name in batch:
         assert torch.equal(batch[name], before[name]), name

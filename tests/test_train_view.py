@@ -12,13 +12,15 @@ from PIL import Image
 from tiny_store import make_tiny_store
 from train_runs import SMALL, options
 
-from occfeat_common.colours import feature_colours
-from occfeat_common.settings import load_settings
-from occfeat_targets.store.schema import dequantise, open_store
+from occfeat_targets.store.colours import feature_colours
+from occfeat_targets.store.reader import open_store
+from occfeat_targets.store.schema import dequantise
 from occfeat_train import view
 from occfeat_train.cli import main
 from occfeat_train.config import TrainConfig
-from occfeat_train.jobs import Job, build_network
+from occfeat_train.objectives.base import Panel
+from occfeat_train.runs.job import Job
+from occfeat_train.runs.weights import build_network
 
 CPU = torch.device("cpu")
 
@@ -31,7 +33,7 @@ def store(tmp_path_factory):
 
 
 def _job(store, kind, *settings, task=None):
-    return Job(kind, store.url, load_settings(TrainConfig, None, [*SMALL, *settings]), task=task)
+    return Job(kind, store.url, TrainConfig.load(None, [*SMALL, *settings]), task=task)
 
 
 def _panels(job, store, i, head):
@@ -99,7 +101,7 @@ def test_predicted_features_have_the_colours_of_the_targets_axes(store):
     valid = frame["feature_cameras"] > 0
     predicted = np.random.default_rng(0).normal(size=frame["features"].shape)
     expected = feature_colours(predicted[valid], frame["features"][valid])
-    job = _job(store, "pretrain", "pretrain.occupancy=false")
+    job = _job(store, "pretrain", "objectives.occfeat.occupancy=false")
     (panel,) = _panels(job, store, 14, lambda *_: (None, torch.from_numpy(predicted)))
     x, y = np.unravel_index(frame["voxel_index"][valid][-1], (2, 16, 16))[1:]
     np.testing.assert_allclose(panel.predicted[x, y], expected[-1], atol=1e-5)
@@ -108,7 +110,7 @@ def test_predicted_features_have_the_colours_of_the_targets_axes(store):
 @pytest.mark.parametrize("kept", ["occupancy", "features"])
 def test_a_term_that_was_off_has_no_picture(store, kept):
     off = {"occupancy": "features", "features": "occupancy"}[kept]
-    job = _job(store, "pretrain", f"pretrain.{off}=false")
+    job = _job(store, "pretrain", f"objectives.occfeat.{off}=false")
     network = build_network(job, store, load_weights=False)[0]
     (panel,) = view._predict(network, job, 0, CPU)[1]
     assert panel.title.startswith(kept)
@@ -146,7 +148,7 @@ def test_the_command_draws_the_newest_run_s_first_validation_frame(store, tmp_pa
     assert store.split(12) == "mini_val" and store.split(11) == "mini_train"
     assert "(occfeat pretraining)" in printed
     invoke("finetune", "--fraction", "0.01")
-    assert "(vehicle segmentation)" in invoke("view", "--out", "mask.png", "--frame", 3)
+    assert "(vehicle finetuning)" in invoke("view", "--out", "mask.png", "--frame", 3)
     sizes = [Image.open(tmp_path / name).size for name in ("prediction.png", "mask.png")]
     assert sizes == [(75 * 204 // 10, 540), (75 * 167 // 10, 540)]  # two panels are wider than one
     assert "has frames 0 to 15" in invoke("view", "--frame", 16, code=1)
@@ -155,6 +157,17 @@ def test_the_command_draws_the_newest_run_s_first_validation_frame(store, tmp_pa
     settings = options("pretrain.epochs=1", "pretrain.objective=img-also")
     invoke("pretrain", "--store", store.url, "--run-dir", "runs/also", *settings)
     assert "of which there is no picture" in invoke("view", "--run-dir", "runs/also", code=1)
+
+
+@pytest.mark.parametrize("n_cameras", [1, 2, 5])
+def test_any_number_of_cameras_is_drawn(store, tmp_path, n_cameras):
+    images = {f"CAM_{i}": np.zeros((64, 96, 3), np.uint8) for i in range(n_cameras)}
+    panel = Panel("mask", np.zeros((16, 16)), np.zeros((16, 16)))
+    view._draw("", images, [panel], store.grid, tmp_path / "a.png")
+    columns = (n_cameras + 1) // 2
+    assert Image.open(tmp_path / "a.png").size[0] == pytest.approx(
+        75 * (3.7 + 13 / 3 * columns), abs=1
+    )
 
 
 # --- colours --------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from conftest import reseal
 
-from occfeat_targets.store.schema import open_store, zarr_store
+from occfeat_targets.store.files import zarr_store
+from occfeat_targets.store.reader import open_store
 from occfeat_targets.verify import recompute_frames, verify_store
 
 
@@ -17,11 +19,13 @@ def store(demo_store, tmp_path):
 
 
 def _edit(store, name, change):
-    """Change one stored array through zarr, as a buggy writer would."""
+    """Change one stored array through zarr, as a buggy writer would: checksums are of the wrong
+    values, so that the checks of what arrays hold must find them."""
     array = zarr.open_group(zarr_store(store, read_only=False), mode="r+")[name]
     frame = array[1]
     change(frame)
     array[1] = frame
+    reseal(store)
 
 
 def test_a_good_store_has_no_problems(demo_store):
@@ -53,14 +57,25 @@ DAMAGE = {
     "voxels moved": ("voxel_index", _shift, "hold a stored point"),
     "scale NaN": ("feature_scale", _set(5, np.nan), "not finite"),
     "camera 7": ("feature_cameras", _set(5, 64), "bits of no camera"),
+    "camera 8": ("feature_cameras", _set(5, 128), "bits of no camera"),
     "feature unwritten": ("features", _set(5, -128), "largest code is not 127"),
     "feature lost": ("features", _set(5, 3), "largest code is not 127"),
     "cameras swapped": ("cam_T_ego", _turn, "contradicts the calibration"),
     "not rigid": ("cam_T_ego", _set((0, 0), 0.5), "not a rigid transform"),
     "K singular": ("K", _set((0, 1), 0.0), "K is singular"),
     "image damaged": ("images", _set(slice(0, 4), 0), "cannot be decoded"),
-    "vehicle mask": ("vehicle", _set((slice(3), slice(3)), 1), "not the mask of vehicle_boxes"),
-    "visible mask": ("vehicle_visible", _set((0, 0), 0), "not the mask of vehicle_boxes"),
+    "vehicle mask": (
+        "vehicle",
+        _set((slice(3), slice(3)), 1),
+        "not the mask of the vehicles among boxes",
+    ),
+    "visible mask": (
+        "vehicle_visible",
+        _set((0, 0), 0),
+        "not the mask of the vehicles among boxes",
+    ),
+    "box class": ("box_class", _set(0, 99), "box_class holds numbers of no class"),
+    "a car becomes a person": ("box_class", _set(slice(None), 0), "not the mask of the vehicles"),
     "map value": ("map", _set((0, 0, 0), 7), "other than 0 and 1"),
 }
 
@@ -79,6 +94,7 @@ def test_damage_is_found_and_located(store, kind):
 def test_a_scene_without_a_name_is_found(store):
     group = zarr.open_group(zarr_store(store, read_only=False), mode="r+")
     group.attrs["scenes"] = group.attrs["scenes"][:1]
+    reseal(store)
     assert verify_store(store)[1] == [
         "scene holds numbers that the attribute scenes has no name for"
     ]
@@ -95,7 +111,10 @@ def test_a_feature_on_an_unseen_voxel_is_found(store):
 @pytest.mark.parametrize("kept", [0, 10, 2000])
 def test_truncated_files_are_found(store, kept):
     shard = store / "features" / "c" / "0" / "0" / "0"
+    size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:kept])
+    assert verify_store(store)[1] == [f"features/c/0/0/0 has {kept} bytes instead of {size}"]
+    reseal(store)  # had it been written so, the frames would show it
     problems = verify_store(store)[1]
     assert len(problems) >= 1
     assert all("frame 0" in p or "frame 1" in p for p in problems)
@@ -104,8 +123,10 @@ def test_truncated_files_are_found(store, kept):
 def test_a_missing_file_is_found(store):
     """Zarr reads a missing shard as fill values; fill values are no data."""
     (store / "features" / "c" / "0" / "0" / "0").unlink()
+    assert verify_store(store)[1] == ["features/c/0/0/0 is missing"]
+    reseal(store)
     problems = verify_store(store)[1]
-    assert sum("largest code is not 127" in problem for problem in problems) == 2
+    assert sum("features/c/0/0/0 is missing" in problem for problem in problems) == 2
     assert all("frame 0" in p or "frame 1" in p for p in problems)
 
 
@@ -126,6 +147,7 @@ def test_recomputing_finds_what_no_check_can_see(store, demo_root):
 def test_recomputing_with_another_teacher_says_so(store, demo_root):
     group = zarr.open_group(zarr_store(store, read_only=False), mode="r+")
     group.attrs["teacher"] = group.attrs["teacher"] | {"weights": "others"}
+    reseal(store)
     assert recompute_frames(store, demo_root, 1, 0) == [
         "the teacher here is not the store's: weights: others -> none"
     ]

@@ -20,7 +20,7 @@ from occfeat_targets.outputs.points import pack_points, point_step_m
 from occfeat_targets.sources.nuscenes import CAMERAS
 from occfeat_targets.sources.nuscenes_map import MAP_CLASSES
 from occfeat_targets.store import schema
-from occfeat_targets.store.reader import SEAL, seal
+from occfeat_targets.store.reader import SEAL, array_seals, seal
 
 SETTINGS = [
     "grid.x=[-8,8,16]",
@@ -81,7 +81,7 @@ def make_tiny_store(
         "format_version": schema.FORMAT_VERSION,
         "complete": True,
         "n_frames": n_frames,
-        "arrays": [spec.name for spec in specs],
+        "arrays": array_seals(str(path), [spec.name for spec in specs]),
         "records_sha256": str(seed),
         "grid": config.grid.to_dict(),
         "config": config.plain(),
@@ -96,6 +96,13 @@ def make_tiny_store(
     }
     group.attrs.update(attrs | {SEAL: seal(attrs)})
     return Path(path)
+
+
+def change_attributes(path, **changes):
+    """Other root attributes, sealed as a build would."""
+    group = zarr.open_group(path, mode="r+", zarr_format=3)
+    attrs = {key: value for key, value in group.attrs.items() if key != SEAL} | changes
+    group.attrs.update(attrs | {SEAL: seal(attrs)})
 
 
 def _frame(rng, config):

@@ -508,7 +508,7 @@ def bilinear_pixel(image, u, v):
 
 
 def collated(frames, n_voxels):
-    """Frames of a store, as ``TargetStore.frame`` gives them, as one batch without images."""
+    """Frames of a store, as :func:`with_vehicles` gives them, as one batch without images."""
 
     def joined(name):
         return torch.from_numpy(np.concatenate([frame[name] for frame in frames]))
@@ -518,9 +518,16 @@ def collated(frames, n_voxels):
 
     voxel = [frame["voxel_index"].astype(np.int64) + b * n_voxels for b, frame in enumerate(frames)]
     batch = {"voxel": torch.from_numpy(np.concatenate(voxel).astype(np.int32))}
-    for name in ("features", "feature_scale", "feature_cameras", "points", "vehicle_boxes"):
+    for name in ("features", "feature_scale", "feature_cameras", "points", "vehicles"):
         batch[name] = joined(name)
     batch |= {name: stacked(name) for name in ("K", "cam_T_ego", "vehicle", "vehicle_visible")}
-    batch["point_count"] = torch.tensor([len(frame["points"]) for frame in frames])
-    batch["vehicle_count"] = torch.tensor([len(frame["vehicle_boxes"]) for frame in frames])
+    for name in ("points", "vehicles"):
+        batch[f"n_{name}"] = torch.tensor([len(frame[name]) for frame in frames])
     return batch
+
+
+def with_vehicles(frame, attrs):
+    """A frame of a store with its ``boxes`` of vehicles alone as ``vehicles``."""
+    classes = [attrs["box_classes"][number] for number in frame["box_class"]]
+    chosen = [name in attrs["vehicle_classes"] for name in classes]
+    return frame | {"vehicles": frame["boxes"][np.array(chosen, bool)]}

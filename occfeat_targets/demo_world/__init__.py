@@ -18,38 +18,12 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from occfeat_targets.demo_world.frames import (
-    FrameResult,
-    frame_is_complete,
-    make_frame,
-    result_file,
-    write_atomically,
-)
-from occfeat_targets.demo_world.lidar import cast_rays, ground_material, sweep
-from occfeat_targets.demo_world.map_expansion import LOCATION, map_expansion
-from occfeat_targets.demo_world.materials import Material
-from occfeat_targets.demo_world.render import render_camera
+from occfeat_targets.demo_world import frames, tables
+from occfeat_targets.demo_world.frames import write_atomically
 from occfeat_targets.demo_world.scene import Plan, build_scene
-from occfeat_targets.demo_world.tables import build_tables, map_image_name
-from occfeat_targets.demo_world.taxonomy import scene_names
-from occfeat_targets.demo_world.world import World, frame_world, global_T_ego
-
-__all__ = [
-    "Material",
-    "Plan",
-    "World",
-    "build_scene",
-    "cast_rays",
-    "frame_world",
-    "global_T_ego",
-    "ground_material",
-    "make_demo_world",
-    "render_camera",
-    "sweep",
-]
 
 #: Changes whenever the same parameters would give other bytes.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 MANIFEST = "demo_world.json"
 
 
@@ -65,7 +39,7 @@ def make_demo_world(
 
     The same parameters give the same bytes, whatever the number of workers. A run that was cut off
     is finished by running it again with the same parameters: complete frames are kept. Things that
-    move stand still within a keyframe (see ``world``).
+    move stand still within a keyframe (see ``scene``).
 
     Args:
         out: folder to write; made if missing. May hold an unfinished or finished world of the same
@@ -80,7 +54,7 @@ def make_demo_world(
         ValueError: a parameter is out of range, or ``out`` holds something else.
     """
     out = Path(out)
-    names = scene_names(version, scenes)
+    names = tables.scene_names(version, scenes)
     if samples < 1:
         raise ValueError(f"samples must be at least 1, but is {samples}")
     if seed < 0:
@@ -89,32 +63,19 @@ def make_demo_world(
         raise ValueError(f"workers must be 0 or more, or None for one per CPU, but is {workers}")
     plan = Plan(scenes, samples, seed, version)
     _claim(out, plan)
-    missing = [
-        (index, sample)
-        for index in range(scenes)
-        for sample in range(samples)
-        if not frame_is_complete(out, plan, index, sample)
-    ]
-    progress = tqdm(
-        total=scenes * samples,
-        initial=scenes * samples - len(missing),
-        desc="demo world",
-        unit="frame",
-    )
-    with progress:
+    keyframes = [(index, sample) for index in range(scenes) for sample in range(samples)]
+    missing = [key for key in keyframes if not frames.is_complete(out, plan, *key)]
+    done = len(keyframes) - len(missing)
+    with tqdm(total=len(keyframes), initial=done, desc="demo world", unit="frame") as progress:
         for _ in _make_frames(out, plan, missing, workers):
             progress.update()
     _write_tables(out, plan, names)
 
 
-def _manifest(plan: Plan) -> dict:
-    return {"generator": "occfeat demo world", "generator_version": GENERATOR_VERSION, **vars(plan)}
-
-
 def _claim(out: Path, plan: Plan) -> None:
     """Make the folder ours, or refuse it."""
     manifest = out / MANIFEST
-    wanted = _manifest(plan)
+    ours = {"generator": "occfeat demo world", "generator_version": GENERATOR_VERSION, **vars(plan)}
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder that is empty or does not exist yet")
     if manifest.exists():
@@ -122,28 +83,21 @@ def _claim(out: Path, plan: Plan) -> None:
             found = json.loads(manifest.read_text())
         except ValueError:
             found = {}
-        different = [
-            f"{key} {found.get(key)!r} instead of {value!r}"
-            for key, value in wanted.items()
-            if found.get(key) != value
-        ]
-        if different:
+        if different := [key for key in ours if found.get(key) != ours[key]]:
+            listed = ", ".join(f"{k} {found.get(k)!r} instead of {ours[k]!r}" for k in different)
             raise ValueError(
-                f"{out} holds another demo world ({', '.join(different)}): run with "
-                "its parameters, delete the folder, or choose another one"
+                f"{out} holds another demo world ({listed}): run with its parameters, delete the "
+                "folder, or choose another one"
             )
         return
-    others = (
-        sorted(entry.name for entry in out.iterdir() if entry.name != MANIFEST + ".tmp")
-        if out.exists()
-        else []
-    )
+    entries = out.iterdir() if out.exists() else ()
+    others = sorted(entry.name for entry in entries if entry.name != MANIFEST + ".tmp")
     if others:
         raise ValueError(
             f"{out} is not empty (it holds {', '.join(others[:5])}) and was not made by "
             "demo-data: choose a folder that is empty or does not exist yet"
         )
-    write_atomically(manifest, json.dumps(wanted, indent=1).encode())
+    write_atomically(manifest, json.dumps(ours, indent=1).encode())
 
 
 def _make_frames(
@@ -152,18 +106,16 @@ def _make_frames(
     """Make the missing frames, yielding after each."""
     count = min(os.cpu_count() or 1 if workers is None else workers, len(missing))
     if count == 0:
-        for index, sample in missing:
-            make_frame(out, plan, index, sample)
-            yield
+        for key in missing:
+            yield frames.make_frame(out, plan, *key)
         return
     # spawn: a forked child could inherit locks of threads that the caller runs.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, mp_context=context) as pool:
-        jobs = [pool.submit(make_frame, out, plan, index, sample) for index, sample in missing]
+        jobs = [pool.submit(frames.make_frame, out, plan, *key) for key in missing]
         try:
             for job in as_completed(jobs):
-                job.result()
-                yield
+                yield job.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -172,18 +124,16 @@ def _make_frames(
 def _write_tables(out: Path, plan: Plan, names: list[str]) -> None:
     """Write map and tables from the frames' measurements; the tables come last."""
     scenes = [build_scene(plan, index) for index in range(plan.scenes)]
-    results: dict[tuple[int, int], FrameResult] = {
-        (index, sample): json.loads(result_file(out, index, sample).read_text())
+    results = [
+        [frames.read_result(out, index, sample) for sample in range(plan.samples)]
         for index in range(plan.scenes)
-        for sample in range(plan.samples)
-    }
-    expansion = map_expansion(scenes, plan.seed)
-    write_atomically(out / f"maps/expansion/{LOCATION}.json", json.dumps(expansion).encode())
+    ]
+    expansion = json.dumps(tables.map_expansion(scenes, plan.seed))
+    write_atomically(out / f"maps/expansion/{tables.LOCATION}.json", expansion.encode())
     buffer = io.BytesIO()
     # The devkit wants this file to exist; at its fixed 0.1 m per pixel a real one would be 600 MB.
     Image.new("L", (200, 200), 0).save(buffer, format="PNG")
-    write_atomically(out / map_image_name(plan), buffer.getvalue())
-    for name, records in build_tables(plan, names, scenes, results).items():
-        write_atomically(
-            out / plan.version / f"{name}.json", json.dumps(records, indent=0).encode()
-        )
+    write_atomically(out / tables.map_image_name(plan), buffer.getvalue())
+    for name, records in tables.build_tables(plan, names, scenes, results).items():
+        content = json.dumps(records, indent=0).encode()
+        write_atomically(out / plan.version / f"{name}.json", content)

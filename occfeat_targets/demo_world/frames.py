@@ -5,28 +5,17 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from occfeat_targets.demo_world.lidar import sweep
-from occfeat_targets.demo_world.render import object_ids, shade, trace
-from occfeat_targets.demo_world.rig import (
-    CAMERAS,
-    IMAGE_HEIGHT,
-    IMAGE_WIDTH,
-    LIDAR_SENSOR,
-    SENSORS,
-    Sensor,
-)
-from occfeat_targets.demo_world.scene import FIRST_STATIC_ID, Plan, Scene, build_scene
-from occfeat_targets.demo_world.taxonomy import visibility_level
-from occfeat_targets.demo_world.world import World, frame_world, global_T_ego
+from occfeat_targets.demo_world import rig
+from occfeat_targets.demo_world.render import render_camera, sweep
+from occfeat_targets.demo_world.scene import Plan, World, build_scene, frame_world
+from occfeat_targets.demo_world.solids import FIRST_STATIC_ID
 from occfeat_targets.geometry import transform
-
-FrameResult = list[dict]
-RESULTS_FOLDER = "demo_world_frames"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -37,29 +26,27 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
-def vehicle_log(scene: Scene) -> str:
-    """Name of a scene's log file, the prefix of its sensor files."""
-    return f"n000-2018-07-24-{11 + scene.index // 60:02d}-{scene.index % 60:02d}-00+0000"
-
-
-def file_name(scene: Scene, sample: int, sensor: Sensor) -> str:
-    """File of one sensor in one keyframe, relative to the dataroot."""
-    ending = "jpg" if sensor.intrinsics else "pcd.bin"
-    timestamp = scene.timestamp(sample) - sensor.early_us
-    return f"samples/{sensor.channel}/{vehicle_log(scene)}__{sensor.channel}__{timestamp}.{ending}"
-
-
-def result_file(out: Path, index: int, sample: int) -> Path:
+def _result_file(out: Path, index: int, sample: int) -> Path:
     """File that holds a frame's measurements; written last, it says that the frame is complete."""
-    return out / RESULTS_FOLDER / f"{index:04d}_{sample:04d}.json"
+    return out / "demo_world_frames" / f"{index:04d}_{sample:04d}.json"
 
 
-def frame_is_complete(out: Path, plan: Plan, index: int, sample: int) -> bool:
+def read_result(out: Path, index: int, sample: int) -> list[dict]:
+    """What was measured in a frame: object_id, num_lidar_pts and visibility of what is seen."""
+    return json.loads(_result_file(out, index, sample).read_text())
+
+
+def is_complete(out: Path, plan: Plan, index: int, sample: int) -> bool:
     """Whether all files of a frame are there."""
     scene = build_scene(plan, index)
-    return result_file(out, index, sample).exists() and all(
-        (out / file_name(scene, sample, sensor)).exists() for sensor in SENSORS
-    )
+    files = [out / scene.file_name(sample, sensor) for sensor in rig.SENSORS]
+    return all(path.exists() for path in [_result_file(out, index, sample), *files])
+
+
+def visibility_level(visible: int, silhouette: int) -> str:
+    """Visibility token "1".."4" from the pixels seen and the pixels of the whole silhouette."""
+    share = visible / silhouette if silhouette else 0.0
+    return str(1 + sum(share >= bound for bound in (0.4, 0.6, 0.8)))
 
 
 def make_frame(out: Path, plan: Plan, index: int, sample: int) -> None:
@@ -68,57 +55,40 @@ def make_frame(out: Path, plan: Plan, index: int, sample: int) -> None:
     As in the real data, things that no sensor catches are not annotated.
     """
     world = frame_world(plan, index, sample)
-    scene = world.scene
-    silhouette: dict[int, int] = {}
-    visible: dict[int, int] = {}
-    for sensor in CAMERAS:
-        pose = global_T_ego(world, world.timestamp - sensor.early_us) @ sensor.ego_T_sensor()
-        matrix = sensor.camera_matrix()
-        view = trace(world, matrix, pose, IMAGE_HEIGHT, IMAGE_WIDTH)
-        rgb = shade(world, matrix, pose, view)
-        write_atomically(out / file_name(scene, sample, sensor), _jpeg(rgb))
-        seen = object_ids(world, view)
-        seen = np.bincount(seen[(seen > 0) & (seen < FIRST_STATIC_ID)])
-        for object_id, pixels in view.silhouette.items():
-            silhouette[object_id] = silhouette.get(object_id, 0) + pixels
-            if object_id < len(seen):
-                visible[object_id] = visible.get(object_id, 0) + int(seen[object_id])
-    points, _ = sweep(world, np.random.default_rng([plan.seed, index, sample, 2]))
-    write_atomically(out / file_name(scene, sample, LIDAR_SENSOR), points.astype("<f4").tobytes())
-    counts = _points_in_boxes(world, points)
-    result = [
-        {
-            "object_id": placed.actor.object_id,
-            "num_lidar_pts": int(count),
-            "visibility": visibility_level(
-                visible.get(placed.actor.object_id, 0), silhouette.get(placed.actor.object_id, 0)
-            ),
-        }
-        for placed, count in zip(world.placed, counts, strict=True)
-        if count or visible.get(placed.actor.object_id, 0)
-    ]
-    write_atomically(result_file(out, index, sample), json.dumps(result).encode())
-
-
-def _jpeg(rgb: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(rgb).save(buffer, format="JPEG", quality=90, subsampling="4:2:0")
-    return buffer.getvalue()
+    silhouette, visible = Counter(), Counter()  # object id -> pixels
+    for sensor in rig.CAMERAS:
+        pose = world.scene.global_T_ego(world.timestamp - sensor.early_us) @ sensor.ego_T_sensor()
+        size = rig.IMAGE_HEIGHT, rig.IMAGE_WIDTH
+        view = render_camera(world, sensor.camera_matrix(), pose, *size)
+        buffer = io.BytesIO()
+        Image.fromarray(view.rgb).save(buffer, format="JPEG", quality=90, subsampling="4:2:0")
+        write_atomically(out / world.scene.file_name(sample, sensor), buffer.getvalue())
+        silhouette.update(view.silhouette)
+        ids = view.object_id[(view.object_id > 0) & (view.object_id < FIRST_STATIC_ID)]
+        pixels = np.bincount(ids)
+        visible.update(dict(enumerate(pixels.tolist())))
+    points, _, _ = sweep(world, np.random.default_rng([plan.seed, index, sample, 2]))
+    lidar_file = out / world.scene.file_name(sample, rig.LIDAR_SENSOR)
+    write_atomically(lidar_file, points.astype("<f4").tobytes())
+    result = []
+    for placed, count in zip(world.placed, _points_in_boxes(world, points), strict=True):
+        key = placed.actor.object_id
+        if count or visible[key]:
+            level = visibility_level(visible[key], silhouette[key])
+            result.append({"object_id": key, "num_lidar_pts": count, "visibility": level})
+    write_atomically(_result_file(out, index, sample), json.dumps(result).encode())
 
 
 def _points_in_boxes(world: World, points: np.ndarray) -> list[int]:
     """Lidar returns inside each annotated box, counted from the points as they are stored."""
-    global_T_lidar = global_T_ego(world, world.timestamp) @ LIDAR_SENSOR.ego_T_sensor()
+    global_T_lidar = world.scene.global_T_ego(world.timestamp) @ rig.LIDAR_SENSOR.ego_T_sensor()
     xyz = transform(global_T_lidar, points[:, :3])
     counts = []
     for placed in world.placed:
-        cos, sin = np.cos(placed.yaw), np.sin(placed.yaw)
-        offset = xyz - placed.centre
         width, length, height = placed.actor.size
-        inside = (
-            (np.abs(cos * offset[:, 0] + sin * offset[:, 1]) <= length / 2)
-            & (np.abs(-sin * offset[:, 0] + cos * offset[:, 1]) <= width / 2)
-            & (np.abs(offset[:, 2]) <= height / 2)
-        )
-        counts.append(int(inside.sum()))
+        offset = xyz[np.abs(xyz[:, 0] - placed.centre[0]) < length + width] - placed.centre
+        cos, sin = np.cos(placed.yaw), np.sin(placed.yaw)
+        box_R_global = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
+        inside = np.abs(offset @ box_R_global.T) <= np.array([length, width, height]) / 2
+        counts.append(int(inside.all(axis=1).sum()))
     return counts

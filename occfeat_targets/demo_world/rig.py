@@ -15,7 +15,6 @@ import numpy as np
 from occfeat_targets.geometry import rigid
 
 IMAGE_WIDTH, IMAGE_HEIGHT = 1600, 900
-LIDAR = "LIDAR_TOP"
 KEYFRAME_SECONDS = 0.5
 
 
@@ -35,9 +34,7 @@ class Sensor:
     early_us: int
 
     def camera_matrix(self) -> np.ndarray:
-        """Intrinsics K, (3, 3) float64, from camera coordinates to continuous pixels (u, v)."""
-        if self.intrinsics is None:
-            raise ValueError(f"{self.channel} is not a camera and has no intrinsics")
+        """A camera's K, (3, 3) float64, from camera coordinates to continuous pixels (u, v)."""
         focal, centre_u, centre_v = self.intrinsics
         return np.array([[focal, 0, centre_u], [0, focal, centre_v], [0, 0, 1]], dtype=np.float64)
 
@@ -46,53 +43,31 @@ class Sensor:
         return rigid(self.rotation, self.translation)
 
 
-SENSORS = (
-    Sensor(
-        "CAM_FRONT_LEFT",
-        (1.523878, 0.494631, 1.509328),
-        (0.675727, -0.673627, 0.212140, -0.211228),
-        (1272.597947, 826.615493, 479.751654),
-        43107,
-    ),
-    Sensor(
-        "CAM_FRONT",
-        (1.700791, 0.015946, 1.510958),
-        (0.499802, -0.503032, 0.499780, -0.497371),
-        (1266.417203, 816.267020, 491.507066),
-        35491,
-    ),
-    Sensor(
-        "CAM_FRONT_RIGHT",
-        (1.550848, -0.493405, 1.495748),
-        (0.206035, -0.202694, 0.682451, -0.671361),
-        (1260.847445, 807.968245, 495.334427),
-        27612,
-    ),
-    Sensor(
-        "CAM_BACK_LEFT",
-        (1.035691, 0.484795, 1.590970),
-        (0.692419, -0.703162, -0.116483, 0.112033),
-        (1256.741481, 792.112574, 492.775747),
-        528,
-    ),
-    Sensor(
-        "CAM_BACK",
-        (0.028326, 0.003451, 1.579103),
-        (0.503787, -0.497402, -0.494185, 0.504550),
-        (809.220991, 829.219600, 481.778424),
-        10426,
-    ),
-    Sensor(
-        "CAM_BACK_RIGHT",
-        (1.014878, -0.480568, 1.562395),
-        (0.122810, -0.132401, -0.700431, 0.690496),
-        (1259.513741, 807.252905, 501.195799),
-        20058,
-    ),
-    Sensor(LIDAR, (0.943713, 0.0, 1.840230), (0.707796, -0.006492, 0.010646, -0.706307), None, 0),
+# Translation (3) and rotation (4) of every sensor.
+_POSES = {
+    "CAM_FRONT_LEFT": (1.523878, 0.494631, 1.509328, 0.675727, -0.673627, 0.212140, -0.211228),
+    "CAM_FRONT": (1.700791, 0.015946, 1.510958, 0.499802, -0.503032, 0.499780, -0.497371),
+    "CAM_FRONT_RIGHT": (1.550848, -0.493405, 1.495748, 0.206035, -0.202694, 0.682451, -0.671361),
+    "CAM_BACK_LEFT": (1.035691, 0.484795, 1.590970, 0.692419, -0.703162, -0.116483, 0.112033),
+    "CAM_BACK": (0.028326, 0.003451, 1.579103, 0.503787, -0.497402, -0.494185, 0.504550),
+    "CAM_BACK_RIGHT": (1.014878, -0.480568, 1.562395, 0.122810, -0.132401, -0.700431, 0.690496),
+    "LIDAR_TOP": (0.943713, 0.0, 1.840230, 0.707796, -0.006492, 0.010646, -0.706307),
+}
+# Intrinsics (3) of every camera, and by how much it fires before the lidar.
+_CAMERAS = {
+    "CAM_FRONT_LEFT": (1272.597947, 826.615493, 479.751654, 43107),
+    "CAM_FRONT": (1266.417203, 816.267020, 491.507066, 35491),
+    "CAM_FRONT_RIGHT": (1260.847445, 807.968245, 495.334427, 27612),
+    "CAM_BACK_LEFT": (1256.741481, 792.112574, 492.775747, 528),
+    "CAM_BACK": (809.220991, 829.219600, 481.778424, 10426),
+    "CAM_BACK_RIGHT": (1259.513741, 807.252905, 501.195799, 20058),
+}
+CAMERAS = tuple(
+    Sensor(channel, _POSES[channel][:3], _POSES[channel][3:], (*intrinsics,), early)
+    for channel, (*intrinsics, early) in _CAMERAS.items()
 )
-CAMERAS = tuple(sensor for sensor in SENSORS if sensor.intrinsics is not None)
-LIDAR_SENSOR = SENSORS[-1]
+LIDAR_SENSOR = Sensor("LIDAR_TOP", _POSES["LIDAR_TOP"][:3], _POSES["LIDAR_TOP"][3:], None, 0)
+SENSORS = (*CAMERAS, LIDAR_SENSOR)
 
 LIDAR_BEAMS = 32
 LIDAR_COLUMNS = 1084

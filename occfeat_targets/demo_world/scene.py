@@ -1,25 +1,47 @@
-"""One scene of the demo drive: its place on the map, streets, buildings, traffic and ego path."""
+"""One scene of the demo drive, and its world frozen at the time of a keyframe.
+
+Moving things stand still within a keyframe: the cameras fire up to 43 ms before the lidar, from
+where the car is at that moment, but everything else is where it is at the keyframe's timestamp. So
+lidar returns, images and boxes of one keyframe agree exactly.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
-from occfeat_targets.demo_world import scenery
-from occfeat_targets.demo_world.ground import StaticGround
-from occfeat_targets.demo_world.layout import KINDS, Layout, build_layout
-from occfeat_targets.demo_world.motion import Actor, Path, in_the_way, lane_path
-from occfeat_targets.demo_world.primitives import SolidBuilder, Solids
-from occfeat_targets.demo_world.rig import KEYFRAME_SECONDS, quaternion_from_euler
-from occfeat_targets.demo_world.street import Street
-from occfeat_targets.demo_world.traffic import populate
+from occfeat_targets.demo_world import solids, things
+from occfeat_targets.demo_world.layout import (
+    SHADOW,
+    Arm,
+    Layout,
+    Raster,
+    build_layout,
+    paint_ground,
+)
+from occfeat_targets.demo_world.rig import KEYFRAME_SECONDS, Sensor, quaternion_from_euler
+from occfeat_targets.demo_world.solids import Solids, place, shadow_outlines
+from occfeat_targets.demo_world.surface import FACADES, Material
+from occfeat_targets.demo_world.traffic import Actor, Pose, in_the_way, populate
+from occfeat_targets.geometry import rigid
 
 MAP_SIZE = (2979.5, 2118.1)
-FIRST_STATIC_ID = 100_000
+ANNOTATED_WITHIN = 100.0
+_TURN_RADIUS = 9.0
 _START_US = 1_532_402_900_000_000
+_WALLS = (
+    (0.58, 0.33, 0.25),
+    (0.72, 0.66, 0.55),
+    (0.62, 0.62, 0.62),
+    (0.48, 0.28, 0.22),
+    (0.82, 0.78, 0.70),
+    (0.42, 0.46, 0.52),
+)
 
 
 @dataclass(frozen=True)
@@ -32,28 +54,45 @@ class Plan:
     version: str
 
 
+@dataclass(frozen=True)
+class Drive:
+    """The ego car's way: ``before`` metres straight on, a left turn by 90 degrees, straight on.
+
+    ``start`` is the pose at the first keyframe; ``speed`` in m/s.
+    """
+
+    start: Pose
+    speed: float
+    before: float = math.inf
+
+    def pose(self, time: float) -> Pose:
+        """Pose ``time`` seconds after the first keyframe."""
+        x, y, heading = self.start
+        distance = self.speed * time
+        turned = min(max((distance - self.before) / _TURN_RADIUS, 0.0), math.pi / 2)
+        after = max(distance - self.before - turned * _TURN_RADIUS, 0.0)
+        ahead = min(distance, self.before) + _TURN_RADIUS * math.sin(turned)
+        left = _TURN_RADIUS * (1 - math.cos(turned)) + after
+        cos, sin = math.cos(heading), math.sin(heading)
+        return x + cos * ahead - sin * left, y + sin * ahead + cos * left, heading + turned
+
+
 @dataclass
 class Scene:
     """A scene, fixed but for the time.
 
-    ``origin`` (x, y) and ``yaw`` place the scene frame in the global frame. ``actors``
-    are annotated things, ids from 1; ``solids`` what stands still and is not annotated, ids from
-    FIRST_STATIC_ID; ``sun`` (3,) unit vector towards the sun, global; ``style`` (4,) in 0..1.
+    ``actors`` are annotated things, ids from 1; ``sun`` (3,) is the unit vector towards the sun,
+    global; ``solids`` what stands still and is not annotated, ids from FIRST_STATIC_ID; ``ground``
+    the coarse texture of the whole scene with the shadows of buildings.
     """
 
-    plan: Plan
     index: int
-    origin: tuple[float, float]
-    yaw: float
     layout: Layout
-    ego_path: Path
-    ego_speed: float
-    wobble: float
+    drive: Drive
     actors: list[Actor]
-    solids: Solids
-    ground: StaticGround
     sun: np.ndarray
-    style: np.ndarray
+    solids: Solids
+    ground: Raster
 
     def timestamp(self, sample: int) -> int:
         """Timestamp of a keyframe (that of its lidar turn), microseconds."""
@@ -64,310 +103,183 @@ class Scene:
         """Scene time of a timestamp, in seconds; 0 at the first keyframe."""
         return (timestamp - self.timestamp(0)) / 1e6
 
+    @property
+    def log(self) -> str:
+        """Name of the scene's log file, the prefix of its sensor files."""
+        return f"n000-2018-07-24-{11 + self.index // 60:02d}-{self.index % 60:02d}-00+0000"
+
+    def file_name(self, sample: int, sensor: Sensor) -> str:
+        """File of one sensor in one keyframe, relative to the dataroot."""
+        ending = "jpg" if sensor.intrinsics else "pcd.bin"
+        timestamp = self.timestamp(sample) - sensor.early_us
+        return f"samples/{sensor.channel}/{self.log}__{sensor.channel}__{timestamp}.{ending}"
+
     def ego_pose(self, timestamp: int) -> tuple[list[float], list[float]]:
         """Global pose of the car: translation (3,) metres and quaternion wxyz (4,)."""
-        time = self.seconds(timestamp)
-        x, y, heading = self.to_global(self.ego_path.pose(self.ego_speed * time))
-        pitch = self.wobble * (0.4 + math.sin(2.3 * time + self.index))
-        roll = self.wobble * 0.7 * math.sin(1.7 * time + 2 * self.index)
+        time, wobble = self.seconds(timestamp), 0.012 * (self.index % 3)
+        x, y, heading = self.drive.pose(time)
+        pitch = wobble * (0.4 + math.sin(2.3 * time + self.index))
+        roll = wobble * 0.7 * math.sin(1.7 * time + 2 * self.index)
         return [x, y, 0.0], quaternion_from_euler(heading, pitch, roll)
 
-    def to_global(self, pose: tuple[float, float, float]) -> tuple[float, float, float]:
-        """Global (x, y, heading) of a pose in the scene frame."""
-        x, y = self.xy_global(np.array(pose[:2]))
-        return float(x), float(y), pose[2] + self.yaw
-
-    def xy_global(self, xy: np.ndarray) -> np.ndarray:
-        """Global coordinates (..., 2) of scene points (..., 2)."""
-        cos, sin = math.cos(self.yaw), math.sin(self.yaw)
-        return np.stack(
-            [
-                self.origin[0] + cos * xy[..., 0] - sin * xy[..., 1],
-                self.origin[1] + sin * xy[..., 0] + cos * xy[..., 1],
-            ],
-            axis=-1,
-        )
+    def global_T_ego(self, timestamp: int) -> np.ndarray:
+        """The car's pose at a time in microseconds, (4, 4) float64."""
+        translation, rotation = self.ego_pose(timestamp)
+        return rigid(rotation, translation)
 
 
-def cell_of(plan: Plan, index: int) -> tuple[tuple[float, float], float]:
+def _cell(plan: Plan, index: int) -> tuple[tuple[float, float], float]:
     """Centre (x, y) of a scene's own cell of the map and the radius around it that it may use."""
     columns = max(1, math.ceil(math.sqrt(plan.scenes * MAP_SIZE[0] / MAP_SIZE[1])))
     rows = math.ceil(plan.scenes / columns)
     width, height = MAP_SIZE[0] / columns, MAP_SIZE[1] / rows
     centre = ((index % columns + 0.5) * width, (index // columns + 0.5) * height)
-    return centre, min(min(width, height) / 2 - 16, 200.0)
+    return centre, min(min(width, height) / 2 - 17, 200.0)
 
 
 @lru_cache(maxsize=2)
 def build_scene(plan: Plan, index: int) -> Scene:
     """Draw a scene at random from the plan's seed; the same for the same arguments."""
-    rng = np.random.default_rng([plan.seed, index, 1])
-    origin, radius = cell_of(plan, index)
-    kind = KINDS[index % len(KINDS)]
-    yaw = float(rng.uniform(-math.pi, math.pi))
-    layout = build_layout(rng, kind, radius)
+    rng = np.random.default_rng([plan.seed, index, 5])
+    origin, radius = _cell(plan, index)
+    layout = build_layout(rng, origin, radius)
     duration = (plan.samples - 1) * KEYFRAME_SECONDS + 0.1
-    top = (4.0, 6.0) if kind == "turn" else (3.0, 12.0)
-    speed = min(float(rng.uniform(*top)), 2 * (radius - 75) / duration)
-    path = _ego_path(layout, speed * duration, rng)
-    style = rng.random(4)
-    elevation, azimuth = rng.uniform(0.6, 1.05), rng.uniform(-math.pi, math.pi)
-    sun = np.array(
-        [
-            math.cos(azimuth) * math.cos(elevation),
-            math.sin(azimuth) * math.cos(elevation),
-            math.sin(elevation),
-        ]
-    )
-    actors = populate(layout, rng, path, speed)
-    times = np.arange(-0.25, duration + 0.25, 0.25)
-    ego = [path.pose(speed * time) for time in times]
+    drive = _drive(layout, rng, index % 4 == 2, duration, radius)
+    ego = [(time, drive.pose(time)) for time in np.arange(-0.25, duration + 0.25, 0.25)]
     actors = [
         actor
-        for actor in actors
-        if not any(in_the_way(actor, time, pose) for time, pose in zip(times, ego, strict=True))
+        for actor in populate(layout, rng, drive.speed, drive.before < math.inf)
+        if not any(in_the_way(actor, time, pose) for time, pose in ego)
     ]
-    scene = Scene(
-        plan,
-        index,
-        origin,
-        yaw,
-        layout,
-        path,
-        speed,
-        0.012 * (index % 3),
-        actors,
-        SolidBuilder().build(),
-        None,
-        sun,
-        style,
+    elevation, azimuth = rng.uniform(0.6, 1.05), rng.uniform(-math.pi, math.pi)
+    level = math.cos(elevation)
+    sun = np.array([math.cos(azimuth) * level, math.sin(azimuth) * level, math.sin(elevation)])
+    scenery = enumerate(_scenery(layout, rng, radius), start=solids.FIRST_STATIC_ID)
+    still = solids.join(
+        place(parts, pose, object_id, colour, scale)
+        for object_id, (parts, pose, colour, scale) in scenery
     )
-    scene.solids = _static_solids(scene, rng, radius)
-    sun_scene = _turn(sun, -yaw)
-    scene.ground = StaticGround(layout, radius + 45, style, _buildings_of(scene), sun_scene)
-    return scene
+    shadows = shadow_outlines(still, sun)[still.material == Material.MASONRY]
+    ground = paint_ground(layout, shadows, origin, 0.2, radius + 45)
+    return Scene(index, layout, drive, actors, sun, still, ground)
 
 
-def _turn(vector: np.ndarray, yaw: float) -> np.ndarray:
-    cos, sin = math.cos(yaw), math.sin(yaw)
-    return np.array(
-        [cos * vector[0] - sin * vector[1], sin * vector[0] + cos * vector[1], vector[2]]
-    )
+def _drive(
+    layout: Layout, rng: np.random.Generator, turns: bool, duration: float, radius: float
+) -> Drive:
+    """A drive of ``duration`` seconds along the main street, or by a turn off it."""
+    arm, side = layout.arms[0], layout.arms[1].section
+    speed = float(rng.uniform(4, 6) if turns else rng.uniform(6, 12))
+    speed = min(speed, 2 * (radius - 75) / duration)
+    length, t = speed * duration, -arm.section.lane_centre(0)
+    if not turns:
+        return Drive(arm.pose(-0.6 * length - float(rng.uniform(5, 35)), t), speed)
+    before = max(4.0, 0.35 * length)
+    return Drive(arm.pose(side.lane_centre(0) - _TURN_RADIUS - before, t), speed, before)
 
 
-def _ego_path(layout: Layout, length: float, rng: np.random.Generator) -> Path:
-    """The ego car's path: straight through, along the arc, or a turn at the junction."""
-    section = layout.streets[0].section
-    lane = section.lane_centre(0)
-    if layout.kind == "turn":
-        across = layout.streets[1].section
-        radius = 9.0
-        if rng.random() < 0.4:  # right turn, from and to the outermost lanes
-            radius = 3.5 + section.lane / 2
-            lane, turned = (
-                section.lane_centre(section.lanes - 1),
-                across.lane_centre(across.lanes - 1),
-            )
-            corner, curvature = -turned - radius, -1 / radius
-        else:
-            corner, curvature = across.lane_centre(0) - radius, 1 / radius
-        before = max(4.0, 0.35 * length)
-        return Path(
-            (corner - before, -lane, 0.0),
-            ((before, 0.0), (radius * math.pi / 2, curvature), (1.0, 0.0)),
-        )
-    if layout.kind == "curve":
-        return lane_path(layout.streets[0], -length / 2, -lane, True)
-    start = -length * 0.6 - (22.0 if layout.kind == "cross" and length < 60 else 0.0)
-    return Path((start, -lane, 0.0))
-
-
-def _static_solids(scene: Scene, rng: np.random.Generator, radius: float) -> Solids:
-    """Buildings, trees, lamps and street furniture, in the global frame."""
-    out = SolidBuilder()
-    ids = iter(range(FIRST_STATIC_ID, 10 * FIRST_STATIC_ID))
-
-    def begin(x: float, y: float, heading: float) -> None:
-        out.begin(*scene.to_global((x, y, heading)), next(ids))
-
-    placed: list[np.ndarray] = []
-    layout = scene.layout
-    for street in layout.streets:
+def _scenery(layout: Layout, rng: np.random.Generator, radius: float) -> Iterator[tuple]:
+    """What stands along the streets: yields (parts, pose, colour, scale)."""
+    for number, arm in enumerate(layout.arms):
+        # The main street's buildings own the corners.
+        first = arm.corner + (0.5 if number % 2 == 0 else 24)
         for side in (-1, 1):
-            _row_of_buildings(begin, out, rng, layout, street, side, placed)
-    _far_buildings(begin, out, rng, layout, radius, placed)
-    for street in layout.streets:
-        for side in (-1, 1):
-            _kerbside(begin, out, rng, layout, street, side, scene.style)
-    for street, s0, s1 in layout.islands:
-        for s in np.arange(s0 + 3, s1 - 2, 7.5):
-            begin(*street.xy(s, 0.0), 0.0)
-            scenery.add_tree(
-                out,
-                float(rng.uniform(3.6, 5)),
-                float(rng.uniform(0.9, 1.3)),
-                _leaves(rng),
-                float(rng.random()),
-            )
-    return out.build()
+            yield from _buildings(arm, side, first, rng)
+            yield from _kerb(arm, side, rng)
+        yield _building(rng, arm.pose(arm.end + 8, 0.0, math.pi / 2), (44.0, 12.0), (3, 8))
+        # A few towers behind the first row.
+        for s, t in rng.uniform((60, 55), (radius - 10, radius - 10), (6, 2)):
+            yield _building(rng, arm.pose(s, t), rng.uniform(14, 26, 2), (7, 19))
+    for island in layout.holes:
+        for share in (0.15, 0.5, 0.85):
+            xy = island[:2].mean(axis=0) * share + island[2:].mean(axis=0) * (1 - share)
+            yield _tree(rng, (*xy, 0.0), (0.45, 0.60))
 
 
-def _buildings_of(scene: Scene) -> list[tuple[np.ndarray, float]]:
-    """Footprints (4, 2) in the scene frame and heights of the larger buildings, for shadows."""
-    solids = scene.solids
-    large = np.flatnonzero(solids.half[:, :2].min(axis=1) > 3.0)
-    corners = solids.corners()[large][:, [0, 4, 6, 2], :2] - np.array(scene.origin)
-    cos, sin = math.cos(-scene.yaw), math.sin(-scene.yaw)
-    turned = np.stack(
-        [
-            cos * corners[..., 0] - sin * corners[..., 1],
-            sin * corners[..., 0] + cos * corners[..., 1],
-        ],
-        axis=-1,
-    )
-    tops = solids.centre[large, 2] + solids.half[large, 2]
-    return list(zip(turned, tops, strict=True))
+def _building(rng: np.random.Generator, pose: Pose, footprint, storeys: tuple[int, int]) -> tuple:
+    """A building with its front along its x axis, ``footprint`` (length, depth) in metres."""
+    wall = np.array(_WALLS[rng.integers(len(_WALLS))]) * rng.uniform(0.85, 1.12)
+    parts = things.building(FACADES[rng.integers(len(FACADES))])
+    return parts, pose, wall, (*footprint, 3.2 * rng.integers(*storeys))
 
 
-def _free(xy: np.ndarray, layout: Layout) -> bool:
-    """Whether no point (N, 2) lies on a street, a sidewalk or in a parking lot."""
-    for street in layout.streets:
-        s, t = street.st(xy)
-        begin = street.start if len(layout.streets) == 1 else 0.0
-        if np.any(
-            (np.abs(t) < street.section.edge + 0.05) & (s > begin - 8) & (s < street.end + 1)
-        ):
-            return False
-    for street, s0, s1, t0, t1 in layout.lots:
-        s, t = street.st(xy)
-        if np.any((s > s0 - 1) & (s < s1 + 1) & (t > t0 - 1) & (t < t1 + 1)):
-            return False
-    return True
+def _buildings(arm: Arm, side: int, s: float, rng: np.random.Generator) -> Iterator[tuple]:
+    """Buildings along one side of an arm from ``s`` on."""
+    setback = float(rng.choice([0.1, 0.5, 3.0]))
+    while s < arm.end - 11:
+        length, depth = min(float(rng.uniform(11, 26)), arm.end - s), float(rng.uniform(11, 17))
+        t = side * (arm.section.edge + setback + depth / 2)
+        pose = arm.pose(s + length / 2, t, math.pi if side > 0 else 0.0)
+        storeys = (3, 7) if rng.random() < 0.8 else (7, 14)
+        yield _building(rng, pose, (length, depth), storeys)
+        s += length + (0.0 if rng.random() < 0.55 else float(rng.uniform(2, 9)))
 
 
-def _footprint(x, y, heading, length, depth) -> np.ndarray:
-    """Points (49, 2) covering a building's footprint."""
-    a, b = np.meshgrid(np.linspace(-0.5, 0.5, 7) * length, np.linspace(-0.5, 0.5, 7) * depth)
-    cos, sin = math.cos(heading), math.sin(heading)
-    return np.stack([x + cos * a - sin * b, y + sin * a + cos * b], axis=-1).reshape(-1, 2)
+def _kerb(arm: Arm, side: int, rng: np.random.Generator) -> Iterator[tuple]:
+    """Trees and lamps on one sidewalk."""
+    t, turn = side * (arm.section.kerb + 0.55), math.pi if side > 0 else 0.0
+    spacing, trees = float(rng.uniform(8, 16)), rng.uniform(0.35, 0.95)
+    for s in np.arange(arm.start + 9.5, arm.end - 2, spacing):
+        if rng.random() < trees:
+            yield _tree(rng, arm.pose(s, t), (0.75, 1.25))
+    for s in np.arange(arm.start + 9.5 + spacing / 2, arm.end - 2, 2 * spacing):
+        yield things.LAMP, arm.pose(s, t, turn), None, 1.0
 
 
-_WALLS = (
-    (0.58, 0.33, 0.25),
-    (0.72, 0.66, 0.55),
-    (0.62, 0.62, 0.62),
-    (0.48, 0.28, 0.22),
-    (0.82, 0.78, 0.70),
-    (0.42, 0.46, 0.52),
-    (0.70, 0.55, 0.42),
-    (0.55, 0.60, 0.56),
-)
+def _tree(rng: np.random.Generator, pose: Pose, sizes: tuple[float, float]) -> tuple:
+    """A tree of ``sizes`` (from, to) relative to the nominal one."""
+    leaves = rng.uniform((0.17, 0.30, 0.10), (0.39, 0.43, 0.15))
+    height = rng.uniform(*sizes)
+    spread = height * rng.uniform(0.55, 0.9)
+    turned = (*pose[:2], rng.uniform(-math.pi, math.pi))
+    return things.TREE, turned, leaves, (spread, spread, height)
 
 
-def _row_of_buildings(begin, out, rng, layout, street: Street, side: int, placed) -> None:
-    """Buildings along one side of a street, facing it."""
-    s = street.start + float(rng.uniform(0, 4)) - (10 if len(layout.streets) == 1 else 0)
-    setback = float(rng.choice([0.0, 0.5, 3.0]))
-    while s < street.end:
-        length, depth = float(rng.uniform(11, 26)), float(rng.uniform(11, 17))
-        height = float(rng.uniform(7, 20) if rng.random() < 0.8 else rng.uniform(22, 42))
-        middle = s + length / 2
-        # On the inner side of an arc the straight front would cut into the sidewalk.
-        sag = abs(street.curvature) * length * length / 8 + 0.1
-        t = side * (street.section.edge + setback + sag + depth / 2)
-        x, y = street.xy(middle, t)
-        heading = street.heading_at(middle) + (math.pi if side > 0 else 0.0)
-        points = _footprint(x, y, heading, length, depth)
-        if _free(points, layout) and not _overlaps(points, placed):
-            placed.append(points)
-            wall = np.array(_WALLS[int(rng.integers(len(_WALLS)))]) * rng.uniform(0.85, 1.12)
-            trim = np.full(3, rng.uniform(0.35, 0.85)) * [1.0, 0.98, 0.94]
-            begin(x, y, heading)
-            scenery.add_building(
-                out, length, depth, height, tuple(wall), tuple(trim), float(rng.random())
-            )
-            s += length + (0.0 if rng.random() < 0.55 else float(rng.uniform(2, 9)))
-        else:
-            s += 3.0
+class Placed(NamedTuple):
+    """An actor at the keyframe's time: global box ``centre`` (3,) metres and ``yaw`` radians."""
+
+    actor: Actor
+    centre: tuple[float, float, float]
+    yaw: float
 
 
-def _overlaps(points: np.ndarray, placed) -> bool:
-    return any(
-        np.min(np.sum((points[:, None] - other[None]) ** 2, axis=-1)) < 2.0
-        for other in placed
-        if np.sum((points[24] - other[24]) ** 2) < 1600
-    )
+@dataclass
+class World:
+    """Everything that a keyframe's sensors see.
+
+    ``timestamp`` microseconds; ``lit`` (P,) bool, whether the sun reaches each of ``solids`` past
+    the buildings; ``ground`` rasters as for sample_ground; ``placed`` the annotated things within
+    100 m of the car.
+    """
+
+    scene: Scene
+    timestamp: int
+    solids: Solids
+    lit: np.ndarray
+    ground: list[Raster]
+    placed: list[Placed]
 
 
-def _far_buildings(begin, out, rng, layout, radius, placed) -> None:
-    """Buildings that close the streets' ends, and a few towers behind the first row."""
-    for street in layout.streets:
-        ends = [street.end + 9] + ([street.start - 9] if len(layout.streets) == 1 else [])
-        for s in ends:
-            for t in (-13.0, 13.0):
-                x, y = street.xy(s, t)
-                begin(x, y, street.heading_at(s) + math.pi / 2)
-                scenery.add_building(
-                    out,
-                    26.0,
-                    12.0,
-                    float(rng.uniform(9, 24)),
-                    _WALLS[int(rng.integers(len(_WALLS)))],
-                    (0.6, 0.58, 0.55),
-                    float(rng.random()),
-                )
-    for _ in range(26):
-        angle, distance = rng.uniform(-math.pi, math.pi), rng.uniform(50, radius + 10)
-        length, depth = rng.uniform(14, 26, 2)
-        points = _footprint(
-            distance * math.cos(angle), distance * math.sin(angle), angle, length, depth
-        )
-        if _free(points, layout) and not _overlaps(points, placed):
-            placed.append(points)
-            begin(*points[24], angle)
-            scenery.add_building(
-                out,
-                float(length),
-                float(depth),
-                float(rng.uniform(22, 60)),
-                _WALLS[int(rng.integers(len(_WALLS)))],
-                (0.5, 0.5, 0.5),
-                float(rng.random()),
-            )
-
-
-def _leaves(rng: np.random.Generator) -> tuple[float, float, float]:
-    green = rng.uniform(0.8, 1.15)
-    return (float(0.24 * green * rng.uniform(0.8, 1.5)), float(0.37 * green), float(0.13 * green))
-
-
-def _kerbside(begin, out, rng, layout, street: Street, side: int, style) -> None:
-    """Trees, lamps, shelters and signals on one sidewalk."""
-    section = street.section
-    junction = len(layout.streets) > 1
-    start = street.start + (9.5 if junction else 3)
-    kerb = side * (section.road + section.parking + 0.55)
-    turned = street.heading + (math.pi if side > 0 else 0.0)
-    spacing = float(rng.uniform(8, 16))
-    for s in np.arange(start, street.end - 2, spacing):
-        if any(s0 - 2 < s < s1 + 2 for owner, s0, s1 in layout.crossings if owner is street):
+def frame_world(plan: Plan, scene_index: int, sample: int) -> World:
+    """The frozen world of one keyframe; the same for the same arguments."""
+    scene = build_scene(plan, scene_index)
+    arm = scene.layout.arms[0]
+    timestamp = scene.timestamp(sample)
+    time = scene.seconds(timestamp)
+    ego = scene.drive.pose(time)
+    placed, groups = [], [scene.solids, place(things.EGO_BODY, ego, solids.EGO_ID)]
+    for actor in scene.actors:
+        pose = actor.pose(time)
+        beyond = math.dist(pose[:2], arm.origin) > arm.end - 7  # where buildings stand
+        if beyond or math.dist(pose[:2], ego[:2]) > ANNOTATED_WITHIN:
             continue
-        if rng.random() < 0.35 + 0.6 * style[3]:
-            begin(*street.xy(s, kerb), 0.0)
-            scenery.add_tree(
-                out,
-                float(rng.uniform(5, 9)),
-                float(rng.uniform(1.3, 2.1)),
-                _leaves(rng),
-                float(rng.random()),
-            )
-    for s in np.arange(start + spacing / 2, street.end - 2, 2 * spacing):
-        begin(*street.xy(s, kerb), turned + street.curvature * s)
-        scenery.add_lamp(out, 7.5)
-    if section.walk > 3.2 and rng.random() < 0.7:
-        s = street.start + float(rng.uniform(20, 60))
-        begin(*street.xy(s, side * (section.edge - 1.0)), turned + street.curvature * s)
-        scenery.add_shelter(out)
-    if junction and side < 0:
-        begin(*street.xy(street.start + 8.2, section.edge - 1.4), street.heading)
-        scenery.add_signal(out, street.corner is not None)
+        placed.append(Placed(actor, (*pose[:2], actor.size[2] / 2), pose[2]))
+        groups.append(place(actor.model.parts, pose, actor.object_id, actor.colour, actor.scale))
+    everything = solids.join(groups)
+    x, y, z = everything.centre.T
+    shaded = (scene.ground.sample(x, y) >= SHADOW) & (z < 5)
+    lit = ~shaded | (everything.material == Material.MASONRY)
+    shadows = shadow_outlines(everything, scene.sun)
+    levels = ((0.0125, 18.0), (0.04, 62.0))
+    fine = [paint_ground(scene.layout, shadows, ego[:2], *level) for level in levels]
+    return World(scene, timestamp, everything, lit, [*fine, scene.ground], placed)

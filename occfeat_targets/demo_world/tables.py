@@ -1,65 +1,88 @@
-"""The thirteen JSON tables of a dataroot."""
+"""The JSON tables of a dataroot and its map expansion, with nuScenes' fixed names."""
 
 from __future__ import annotations
 
-from occfeat_targets.demo_world.frames import FrameResult, file_name, vehicle_log
-from occfeat_targets.demo_world.map_expansion import LOCATION, token
-from occfeat_targets.demo_world.rig import (
-    IMAGE_HEIGHT,
-    IMAGE_WIDTH,
-    LIDAR,
-    SENSORS,
-    quaternion_from_euler,
-)
-from occfeat_targets.demo_world.scene import Plan, Scene
-from occfeat_targets.demo_world.taxonomy import ATTRIBUTES, CATEGORIES
+import hashlib
+from collections import defaultdict
 
+import numpy as np
+
+from occfeat_targets.demo_world import rig
+from occfeat_targets.demo_world.scene import MAP_SIZE, Plan, Scene
+
+LOCATION = "boston-seaport"
+_CATEGORIES = {
+    "human.pedestrian.": "adult child wheelchair stroller personal_mobility police_officer "
+    "construction_worker",
+    "": "animal",
+    "vehicle.": "car motorcycle bicycle bus.bendy bus.rigid truck construction "
+    "emergency.ambulance emergency.police trailer",
+    "movable_object.": "barrier trafficcone pushable_pullable debris",
+    "static_object.": "bicycle_rack",
+}
+_ATTRIBUTES = {
+    "vehicle.": "moving stopped parked",
+    "cycle.": "with_rider without_rider",
+    "pedestrian.": "sitting_lying_down standing moving",
+}
 _LEVELS = ("v0-40", "v40-60", "v60-80", "v80-100")
+#: Numbers of official scenes of the train and the val split.
+VERSIONS = {
+    "v1.0-mini": ((61, 553, 655, 757, 796, 1077, 1094, 1100), (103, 916)),
+    "v1.0-trainval": (
+        (1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 19, 20, *range(21, 35), *range(41, 63)),
+        (3, 12, 13, 14, 15, 16, 17, 18, 35, 36, 38, 39, 92, 93, 94, 95),
+    ),
+}
+_MAP_LAYERS = (
+    "polygon line node drivable_area road_segment road_block lane ped_crossing walkway stop_line "
+    "carpark_area road_divider lane_divider traffic_light lane_connector"
+)
+Tables = dict[str, list[dict]]
+# Fields of the records of every table.
+_COLUMNS = {
+    "category": "token name description",
+    "attribute": "token name description",
+    "visibility": "token level description",
+    "sensor": "token channel modality",
+    "log": "token logfile vehicle date_captured location",
+    "map": "token category filename log_tokens",
+    "scene": "token log_token name description nbr_samples first_sample_token last_sample_token",
+    "sample": "token prev next scene_token timestamp",
+    "calibrated_sensor": "token sensor_token translation rotation camera_intrinsic",
+    "ego_pose": "token timestamp translation rotation",
+    "sample_data": "token prev next timestamp sample_token ego_pose_token calibrated_sensor_token "
+    "is_key_frame fileformat height width filename",
+    "instance": "token category_token nbr_annotations first_annotation_token last_annotation_token",
+    "sample_annotation": "token prev next sample_token instance_token attribute_tokens "
+    "visibility_token translation size rotation num_lidar_pts num_radar_pts",
+}
 
 
-def build_tables(
-    plan: Plan, names: list[str], scenes: list[Scene], results: dict[tuple[int, int], FrameResult]
-) -> dict[str, list[dict]]:
-    """All records of a world.
+def scene_names(version: str, scenes: int) -> list[str]:
+    """Official names for that many scenes, those of the train split first.
 
-    Args:
-        plan: the world's parameters.
-        names: official name of every scene.
-        scenes: the scenes, in the same order.
-        results: what was measured in each frame, by (scene, sample).
+    About one in four is of the val split, at least one of each.
 
-    Returns:
-        Table name -> records, as written to <version>/<name>.json.
+    Raises:
+        ValueError: unknown version, or a number of scenes that the version has no names for.
     """
-    tables = _fixed_tables(plan)
-    tables.update(
-        {
-            name: []
-            for name in (
-                "log",
-                "scene",
-                "sample",
-                "sample_data",
-                "ego_pose",
-                "calibrated_sensor",
-                "instance",
-                "sample_annotation",
-            )
-        }
-    )
-    for index, (name, scene) in enumerate(zip(names, scenes, strict=True)):
-        _scene_records(tables, plan, name, scene)
-        _sensor_records(tables, plan, name, scene)
-        _annotation_records(tables, plan, name, scene, index, results)
-    tables["map"] = [
-        {
-            "token": token("map", plan.seed),
-            "category": "semantic_prior",
-            "filename": map_image_name(plan),
-            "log_tokens": [log["token"] for log in tables["log"]],
-        }
-    ]
-    return tables
+    if version not in VERSIONS:
+        raise ValueError(f"unknown version {version!r}: use one of {', '.join(VERSIONS)}")
+    train, val = VERSIONS[version]
+    most = len(train) + len(val)
+    if not 2 <= scenes <= most:
+        raise ValueError(
+            f"scenes must be between 2 (one to train, one to validate) and {most} for "
+            f"{version}, but is {scenes}"
+        )
+    held_out = min(len(val), max(1, round(scenes / 4), scenes - len(train)))
+    return [f"scene-{number:04d}" for number in train[: scenes - held_out] + val[:held_out]]
+
+
+def token(*parts: object) -> str:
+    """A token of 32 hex characters that depends on the parts alone."""
+    return hashlib.md5("/".join(map(str, parts)).encode(), usedforsecurity=False).hexdigest()
 
 
 def map_image_name(plan: Plan) -> str:
@@ -67,165 +90,120 @@ def map_image_name(plan: Plan) -> str:
     return f"maps/{token('map', plan.seed)}.png"
 
 
-def _fixed_tables(plan: Plan) -> dict[str, list[dict]]:
-    return {
-        "category": [
-            {"token": token("category", name), "name": name, "description": text}
-            for name, text in CATEGORIES.items()
-        ],
-        "attribute": [
-            {"token": token("attribute", name), "name": name, "description": text}
-            for name, text in ATTRIBUTES.items()
-        ],
-        "visibility": [
-            {
-                "token": str(number),
-                "level": level,
-                "description": f"visibility of whole object is {level[1:]} %",
-            }
-            for number, level in enumerate(_LEVELS, start=1)
-        ],
-        "sensor": [
-            {
-                "token": token("sensor", sensor.channel),
-                "channel": sensor.channel,
-                "modality": "lidar" if sensor.channel == LIDAR else "camera",
-            }
-            for sensor in SENSORS
-        ],
-    }
+def build_tables(
+    plan: Plan, names: list[str], scenes: list[Scene], results: list[list[list[dict]]]
+) -> Tables:
+    """All records of a world: table name -> records, as written to <version>/<name>.json.
+
+    ``names`` are the official ones of ``scenes``; ``results`` what was measured in each frame, by
+    scene and sample (see ``frames.read_result``).
+    """
+    tables: Tables = {name: [] for name in _COLUMNS}
+    for table, groups in (("category", _CATEGORIES), ("attribute", _ATTRIBUTES)):
+        for name in (group + name for group in groups for name in groups[group].split()):
+            _add(tables, table, token(table, name), name, name)
+    for number, level in enumerate(_LEVELS, start=1):
+        text = f"visibility of whole object is {level[1:]} %"
+        _add(tables, "visibility", str(number), level, text)
+    for sensor in rig.SENSORS:
+        modality = "camera" if sensor.intrinsics else "lidar"
+        _add(tables, "sensor", token("sensor", sensor.channel), sensor.channel, modality)
+    for name, scene, measured in zip(names, scenes, results, strict=True):
+        owner = f"{plan.seed}/{name}"
+        samples = [token("sample", owner, number) for number in range(plan.samples)]
+        _scene_records(tables, owner, name, scene, samples)
+        _sensor_records(tables, owner, scene, samples)
+        _annotation_records(tables, owner, scene, samples, measured)
+    logs = [log["token"] for log in tables["log"]]
+    _add(tables, "map", token("map", plan.seed), "semantic_prior", map_image_name(plan), logs)
+    return tables
 
 
-def _chain(keys: list[str], number: int) -> dict[str, str]:
-    """prev and next of one link of a chain of tokens."""
-    return {
-        "prev": keys[number - 1] if number else "",
-        "next": keys[number + 1] if number + 1 < len(keys) else "",
-    }
+def _add(tables: Tables, table: str, *values: object) -> None:
+    """Append a record with the values of its table's columns."""
+    tables[table].append(dict(zip(_COLUMNS[table].split(), values, strict=True)))
 
 
-def sample_token(plan: Plan, name: str, sample: int) -> str:
-    """Token of a keyframe."""
-    return token("sample", plan.seed, name, sample)
+def _chain(tokens: list[str]) -> list[tuple[str, str, str]]:
+    """Links of records that follow one another: (token, prev, next) of each."""
+    return list(zip(tokens, ["", *tokens[:-1]], [*tokens[1:], ""], strict=True))
 
 
-def _scene_records(tables, plan: Plan, name: str, scene: Scene) -> None:
-    log = token("log", plan.seed, name)
-    tables["log"].append(
-        {
-            "token": log,
-            "logfile": vehicle_log(scene),
-            "vehicle": "n000",
-            "date_captured": "2018-07-24",
-            "location": LOCATION,
-        }
-    )
-    samples = [sample_token(plan, name, sample) for sample in range(plan.samples)]
-    tables["scene"].append(
-        {
-            "token": token("scene", plan.seed, name),
-            "log_token": log,
-            "nbr_samples": plan.samples,
-            "first_sample_token": samples[0],
-            "last_sample_token": samples[-1],
-            "name": name,
-            "description": f"Synthetic street ({scene.layout.kind}), {scene.ego_speed:.1f} m/s",
-        }
-    )
-    for sample, key in enumerate(samples):
-        tables["sample"].append(
-            {
-                "token": key,
-                "timestamp": scene.timestamp(sample),
-                **_chain(samples, sample),
-                "scene_token": tables["scene"][-1]["token"],
-            }
-        )
+def _scene_records(tables: Tables, owner: str, name: str, scene: Scene, samples: list[str]) -> None:
+    """A scene with its log and samples; ``owner`` makes its tokens differ from other scenes'."""
+    log, key = token("log", owner), token("scene", owner)
+    _add(tables, "log", log, scene.log, "n000", "2018-07-24", LOCATION)
+    text = f"Synthetic street, {scene.drive.speed:.1f} m/s"
+    _add(tables, "scene", key, log, name, text, len(samples), samples[0], samples[-1])
+    for number, links in enumerate(_chain(samples)):
+        _add(tables, "sample", *links, key, scene.timestamp(number))
 
 
-def _sensor_records(tables, plan: Plan, name: str, scene: Scene) -> None:
-    for sensor in SENSORS:
-        camera = sensor.intrinsics is not None
-        calibrated = token("calibrated_sensor", plan.seed, name, sensor.channel)
-        tables["calibrated_sensor"].append(
-            {
-                "token": calibrated,
-                "sensor_token": token("sensor", sensor.channel),
-                "translation": list(sensor.translation),
-                "rotation": list(sensor.rotation),
-                "camera_intrinsic": sensor.camera_matrix().tolist() if camera else [],
-            }
-        )
-        keys = [
-            token("sample_data", plan.seed, name, sensor.channel, sample)
-            for sample in range(plan.samples)
-        ]
-        for sample, key in enumerate(keys):
-            timestamp = scene.timestamp(sample) - sensor.early_us
-            translation, rotation = scene.ego_pose(timestamp)
-            tables["ego_pose"].append(
-                {
-                    "token": key,
-                    "timestamp": timestamp,
-                    "rotation": rotation,
-                    "translation": translation,
-                }
-            )
-            tables["sample_data"].append(
-                {
-                    "token": key,
-                    "sample_token": sample_token(plan, name, sample),
-                    "ego_pose_token": key,
-                    "calibrated_sensor_token": calibrated,
-                    "timestamp": timestamp,
-                    "fileformat": "jpg" if camera else "pcd",
-                    "is_key_frame": True,
-                    "height": IMAGE_HEIGHT if camera else 0,
-                    "width": IMAGE_WIDTH if camera else 0,
-                    "filename": file_name(scene, sample, sensor),
-                    **_chain(keys, sample),
-                }
-            )
+def _sensor_records(tables: Tables, owner: str, scene: Scene, samples: list[str]) -> None:
+    """Calibration, poses and files of all sensors in one scene."""
+    for sensor in rig.SENSORS:
+        channel, camera = sensor.channel, sensor.intrinsics is not None
+        calibrated = token("calibrated_sensor", owner, channel)
+        pose = list(sensor.translation), list(sensor.rotation)
+        matrix = sensor.camera_matrix().tolist() if camera else []
+        _add(tables, "calibrated_sensor", calibrated, token("sensor", channel), *pose, matrix)
+        kind = ("jpg", rig.IMAGE_HEIGHT, rig.IMAGE_WIDTH) if camera else ("pcd", 0, 0)
+        chain = _chain([token("sample_data", owner, channel, n) for n in range(len(samples))])
+        for number, links in enumerate(chain):
+            timestamp = scene.timestamp(number) - sensor.early_us
+            _add(tables, "ego_pose", links[0], timestamp, *scene.ego_pose(timestamp))
+            owners = samples[number], links[0], calibrated
+            file = scene.file_name(number, sensor)
+            _add(tables, "sample_data", *links, timestamp, *owners, True, *kind, file)
 
 
-def _annotation_records(tables, plan: Plan, name: str, scene: Scene, index: int, results) -> None:
+def _annotation_records(
+    tables: Tables, owner: str, scene: Scene, samples: list[str], measured: list[list[dict]]
+) -> None:
     """Annotations of a scene, and an instance for everything that is annotated at least once."""
-    found: dict[int, list[tuple[int, dict]]] = {}
-    for sample in range(plan.samples):
-        for entry in results[index, sample]:
-            found.setdefault(entry["object_id"], []).append((sample, entry))
-    actors = {actor.object_id: actor for actor in scene.actors}
-    for object_id, entries in found.items():
-        actor = actors[object_id]
-        instance = token("instance", plan.seed, name, object_id)
-        keys = [
-            token("sample_annotation", plan.seed, name, object_id, sample) for sample, _ in entries
-        ]
-        tables["instance"].append(
-            {
-                "token": instance,
-                "category_token": token("category", actor.category),
-                "nbr_annotations": len(keys),
-                "first_annotation_token": keys[0],
-                "last_annotation_token": keys[-1],
-            }
-        )
-        for number, (sample, entry) in enumerate(entries):
-            x, y, yaw = scene.to_global(actor.pose(scene.seconds(scene.timestamp(sample))))
-            tables["sample_annotation"].append(
-                {
-                    "token": keys[number],
-                    "sample_token": sample_token(plan, name, sample),
-                    "instance_token": instance,
-                    "attribute_tokens": [token("attribute", actor.attribute)]
-                    if actor.attribute
-                    else [],
-                    "visibility_token": entry["visibility"],
-                    "translation": [x, y, actor.size[2] / 2],
-                    "size": list(actor.size),
-                    "rotation": quaternion_from_euler(yaw),
-                    "num_lidar_pts": entry["num_lidar_pts"],
-                    "num_radar_pts": 0,
-                    **_chain(keys, number),
-                }
-            )
+    found: dict[int, list[tuple[int, dict]]] = defaultdict(list)
+    for number, entries in enumerate(measured):
+        for entry in entries:
+            found[entry["object_id"]].append((number, entry))
+    for actor in (actor for actor in scene.actors if actor.object_id in found):
+        entries = found[actor.object_id]
+        instance, category = token("instance", owner, actor.object_id), actor.category
+        keys = [token("annotation", owner, actor.object_id, number) for number, _ in entries]
+        ends = keys[0], keys[-1]
+        _add(tables, "instance", instance, token("category", category), len(keys), *ends)
+        attributes = [token("attribute", actor.attribute)] if actor.attribute else []
+        for links, (number, entry) in zip(_chain(keys), entries, strict=True):
+            x, y, yaw = actor.pose(scene.seconds(scene.timestamp(number)))
+            owners = samples[number], instance, attributes, entry["visibility"]
+            box = [x, y, actor.size[2] / 2], list(actor.size), rig.quaternion_from_euler(yaw)
+            _add(tables, "sample_annotation", *links, *owners, *box, entry["num_lidar_pts"], 0)
+
+
+def map_expansion(scenes: list[Scene], seed: int) -> dict:
+    """Contents of maps/expansion/<LOCATION>.json for all scenes of a world.
+
+    Its areas are the very polygons that the ground is painted from.
+    """
+    layers: Tables = {name: [] for name in _MAP_LAYERS.split()}
+
+    def add(layer: str, **fields: object) -> str:
+        key = token("map", seed, layer, len(layers[layer]))
+        layers[layer].append({"token": key, **fields})
+        return key
+
+    def nodes(points: np.ndarray) -> list[str]:
+        return [add("node", x=x, y=y) for x, y in points.round(9).tolist()]  # to the nanometre
+
+    for scene in scenes:
+        for layer, polygons in scene.layout.polygons.items():
+            whole = layer == "drivable_area"
+            rings = [nodes(hole) for hole in scene.layout.holes] if whole else []
+            holes = [{"node_tokens": ring} for ring in rings]
+            for points in polygons:
+                key = add("polygon", exterior_node_tokens=nodes(points), holes=holes)
+                add(layer, **({"polygon_tokens": [key]} if whole else {"polygon_token": key}))
+        for layer, lines in scene.layout.lines.items():
+            for points in lines:
+                add(layer, line_token=add("line", node_tokens=nodes(points)))
+    canvas = {"version": "1.3", "canvas_edge": list(MAP_SIZE)}
+    return {**canvas, **layers, "arcline_path_3": {}, "connectivity": {}}

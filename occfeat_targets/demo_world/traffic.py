@@ -1,38 +1,84 @@
-"""Who is on the streets: parked, waiting and moving vehicles, people, cones and barriers."""
+"""Who is in the streets: parked, waiting and moving vehicles, people, cones and barriers.
+
+A pose is (x, y, heading) in the global frame, metres and radians.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
-from occfeat_targets.demo_world.layout import Layout
-from occfeat_targets.demo_world.motion import Actor, Path, lane_path
-from occfeat_targets.demo_world.street import Street
+from occfeat_targets.demo_world.layout import CROSSWALK, STOP_LINE, Arm, Layout
+from occfeat_targets.demo_world.solids import Colour
+from occfeat_targets.demo_world.things import MODELS, Model
 
-_PAINTS = (
+Pose = tuple[float, float, float]
+
+# What drives in the lanes, what is parked, and how often.
+_MOVING = {
+    "vehicle.car": 0.68,
+    "vehicle.truck": 0.09,
+    "vehicle.bus.rigid": 0.08,
+    "vehicle.motorcycle": 0.06,
+    "vehicle.bicycle": 0.05,
+    "vehicle.construction": 0.02,
+    "vehicle.trailer": 0.02,
+}
+_PARKED = {"vehicle.car": 0.93, "vehicle.motorcycle": 0.04, "vehicle.emergency.police": 0.03}
+_COLOURS = (
     (0.85, 0.85, 0.86),
     (0.07, 0.07, 0.08),
     (0.45, 0.46, 0.48),
-    (0.62, 0.64, 0.66),
     (0.52, 0.05, 0.06),
     (0.07, 0.14, 0.36),
-    (0.16, 0.22, 0.20),
-    (0.72, 0.66, 0.52),
-    (0.10, 0.32, 0.52),
-    (0.76, 0.40, 0.08),
+    (0.16, 0.30, 0.22),
+    (0.72, 0.62, 0.45),
 )
-_CLOTHES = (
-    (0.66, 0.12, 0.12),
-    (0.13, 0.22, 0.46),
-    (0.12, 0.12, 0.13),
-    (0.80, 0.78, 0.74),
-    (0.20, 0.42, 0.24),
-    (0.76, 0.56, 0.16),
-    (0.42, 0.27, 0.46),
-    (0.35, 0.38, 0.42),
-)
+_SCALES = {"human.pedestrian.child": (0.63, 0.80), "human.pedestrian.adult": (0.90, 1.09)}
+
+
+@dataclass(frozen=True)
+class Actor:
+    """An annotated thing, which keeps its direction and its ``speed`` in m/s.
+
+    ``start`` is its pose at the first keyframe, ``scale`` its size relative to the nominal one of
+    its ``model``.
+    """
+
+    object_id: int
+    category: str
+    attribute: str
+    model: Model
+    scale: float
+    colour: Colour
+    start: Pose
+    speed: float
+
+    @property
+    def size(self) -> tuple[float, float, float]:
+        """Width, length, height of the box in metres, as in nuScenes."""
+        return tuple(round(self.scale * extent, 3) for extent in self.model.size)
+
+    def pose(self, time: float) -> Pose:
+        """Pose ``time`` seconds after the first keyframe."""
+        x, y, heading = self.start
+        step = self.speed * time
+        return x + step * math.cos(heading), y + step * math.sin(heading), heading
+
+
+def in_the_way(actor: Actor, time: float, ego: Pose) -> bool:
+    """Whether an actor's box comes close to the ego car."""
+    x, y, heading = actor.pose(time)
+    cos, sin = math.cos(ego[2]), math.sin(ego[2])
+    dx, dy = x - ego[0], y - ego[1]
+    along, across = cos * dx + sin * dy - 1.4, -sin * dx + cos * dy
+    cos, sin = abs(math.cos(heading - ego[2])), abs(math.sin(heading - ego[2]))
+    width, length = actor.size[0] / 2, actor.size[1] / 2
+    reach, breadth = length * cos + width * sin, length * sin + width * cos
+    return abs(along) < reach + 3.6 and abs(across) < breadth + 1.15
 
 
 class _Crowd:
@@ -42,240 +88,94 @@ class _Crowd:
         self.rng = rng
         self.actors: list[Actor] = []
 
-    def add(
-        self,
-        category: str,
-        attribute: str,
-        size,
-        path: Path,
-        offset: float = 0.0,
-        speed: float = 0.0,
-        rider: bool = False,
-        gait: bool = False,
-        colour=None,
-    ) -> None:
-        palette = _CLOTHES if category.startswith("human") else _PAINTS
-        colour = colour or palette[int(self.rng.integers(len(palette)))]
-        self.actors.append(
-            Actor(
-                len(self.actors) + 1,
-                category,
-                attribute,
-                tuple(round(float(v), 3) for v in size),
-                path,
-                offset,
-                speed,
-                colour,
-                float(self.rng.random()),
-                rider,
-                gait,
-            )
-        )
+    def add(self, category: str, start: Pose, attribute: str = "", speed: float = 0.0) -> None:
+        """Add something of a category, at random scale and colour."""
+        key = "human.pedestrian" if category.startswith("human") else category
+        if attribute in ("cycle.with_rider", "pedestrian.moving"):
+            key += ".moving"
+        models = MODELS[key]
+        model = models[self.rng.choice(len(models), p=[model.share for model in models])]
+        scale = float(self.rng.uniform(*_SCALES.get(category, (0.96, 1.05))))
+        colour = model.colour or _COLOURS[self.rng.integers(len(_COLOURS))]
+        number = len(self.actors) + 1
+        self.actors.append(Actor(number, category, attribute, model, scale, colour, start, speed))
 
-    def vehicle(
-        self, category: str, attribute: str, path: Path, speed: float = 0.0, rider: bool = False
-    ) -> None:
-        size, colour = _vehicle_size(self.rng, category)
-        self.add(category, attribute, size, path, 0.0, speed, rider, colour=colour)
+    def vehicle(self, start: Pose, state: str, speed: float = 0.0) -> None:
+        """Add a vehicle; ``state`` is "moving", "stopped" or "parked"."""
+        shares = _PARKED if state == "parked" else _MOVING
+        category = str(self.rng.choice(list(shares), p=list(shares.values())))
+        attribute = f"vehicle.{state}"
+        if f"{category}.moving" in MODELS:
+            attribute = "cycle.without_rider" if state == "parked" else "cycle.with_rider"
+        self.add(category, start, attribute, speed)
+
+    def person(self, start: Pose, speed: float) -> None:
+        """Add an adult or, seldom, a child."""
+        category = "human.pedestrian." + ("child" if self.rng.random() < 0.08 else "adult")
+        self.add(category, start, "pedestrian." + ("moving" if speed else "standing"), speed)
 
 
-def populate(layout: Layout, rng: np.random.Generator, ego: Path, ego_speed: float) -> list[Actor]:
-    """Draw the annotated things of a scene at random.
+def populate(
+    layout: Layout, rng: np.random.Generator, ego_speed: float, ego_turns: bool
+) -> list[Actor]:
+    """Draw the annotated things of a scene at random, with ids 1, 2, ...
 
-    Args:
-        layout: the scene's streets.
-        rng: source of all random choices.
-        ego: path of the ego car, whose lane's traffic keeps the car's speed.
-        ego_speed: m/s.
-
-    Returns:
-        Actors with ids 1, 2, ...; some may be in the ego car's way: the caller drops them.
+    The traffic around the ego car keeps its speed (m/s); if it turns at the junction, all others
+    wait for it. Some may still be in its way: the caller drops them.
     """
     crowd = _Crowd(rng)
     occupancy = float(rng.uniform(0.45, 0.85))
-    for x, y, heading in layout.bays:
+    for bay in layout.bays:
         if rng.random() < occupancy:
-            turn = heading + (math.pi if rng.random() < 0.08 else 0.0) + rng.normal(0, 0.015)
-            category = _pick(
-                rng,
-                ("vehicle.car", 0.93),
-                ("vehicle.motorcycle", 0.04),
-                ("vehicle.emergency.police", 0.03),
-            )
-            attribute = (
-                "cycle.without_rider" if category == "vehicle.motorcycle" else "vehicle.parked"
-            )
-            crowd.vehicle(category, attribute, Path((x, y, turn)))
-    for street in layout.streets:
-        _driving(crowd, layout, street, ego_speed)
-        _walking(crowd, street, len(layout.streets) > 1)
-    for street, s0, s1 in layout.crossings:
-        _crossing(crowd, street, s0, s1)
-    _roadworks(crowd, layout.streets[0])
+            crowd.vehicle(bay, "parked")
+    for number, arm in enumerate(layout.arms):
+        main = number % 2 == 0
+        for lane in range(arm.section.lanes):
+            speed = (ego_speed if main else 6.0) + (float(rng.uniform(0, 2.5)) if lane else 0.0)
+            _in_lane(crowd, arm, lane, speed, ego_speed if main and not ego_turns else 0.0)
+        _on_sidewalks(crowd, arm)
+        for _ in range(int(rng.integers(1, 4))):  # people who walk across the street
+            s = arm.start + float(rng.uniform(CROSSWALK[0] + 0.6, CROSSWALK[1] - 0.6))
+            turn = math.copysign(math.pi / 2, rng.uniform(-1, 1))
+            pose = arm.pose(s, float(rng.uniform(-1, 1)) * arm.section.road, turn)
+            crowd.person(pose, float(rng.uniform(0.9, 1.5)))
+    # A short row of cones and barriers at the outer edge of the road.
+    arm = layout.arms[2 * int(rng.integers(2))]
+    s, t = arm.start + float(rng.uniform(15, 60)), rng.choice([-1, 1]) * (arm.section.road - 0.4)
+    for number in range(5):
+        crowd.add("movable_object.trafficcone", arm.pose(s + 2.2 * number, t))
+    for number in range(2):
+        crowd.add("movable_object.barrier", arm.pose(s + 13 + 2.6 * number, t))
     return crowd.actors
 
 
-def _pick(rng: np.random.Generator, *choices: tuple[str, float]) -> str:
-    weights = np.array([weight for _, weight in choices])
-    return choices[int(rng.choice(len(choices), p=weights / weights.sum()))][0]
-
-
-def _vehicle_size(rng: np.random.Generator, category: str):
-    """Size (width, length, height) in metres and colour (None: any) of a vehicle."""
-    scale = rng.uniform(0.95, 1.05)
-    fixed = {
-        "vehicle.bus.rigid": ((2.75, 11.2, 3.25), None),
-        "vehicle.truck": ((2.35, 7.0, 2.95), None),
-        "vehicle.construction": ((2.5, 6.6, 3.05), (0.90, 0.62, 0.06)),
-        "vehicle.trailer": ((2.5, 9.5, 3.5), None),
-        "vehicle.motorcycle": ((0.80, 2.10, 1.45), None),
-        "vehicle.bicycle": ((0.62, 1.75, 1.25), None),
-        "vehicle.emergency.police": ((1.95, 4.9, 1.60), (0.88, 0.89, 0.92)),
-    }
-    if category in fixed:
-        size, colour = fixed[category]
-        return [scale * v for v in size], colour
-    body = rng.random()
-    if body < 0.6:  # saloon or hatchback
-        size = (rng.uniform(1.78, 1.92), rng.uniform(4.2, 4.9), rng.uniform(1.44, 1.54))
-    elif body < 0.88:  # sport utility
-        size = (rng.uniform(1.86, 2.0), rng.uniform(4.4, 5.0), rng.uniform(1.62, 1.74))
-    else:  # van
-        size = (rng.uniform(1.95, 2.1), rng.uniform(4.9, 5.5), rng.uniform(1.9, 2.25))
-    return size, None
-
-
-def _moving_category(rng: np.random.Generator) -> str:
-    return _pick(
-        rng,
-        ("vehicle.car", 0.70),
-        ("vehicle.truck", 0.09),
-        ("vehicle.bus.rigid", 0.08),
-        ("vehicle.motorcycle", 0.06),
-        ("vehicle.bicycle", 0.04),
-        ("vehicle.construction", 0.015),
-        ("vehicle.trailer", 0.015),
-    )
-
-
-def _driving(crowd: _Crowd, layout: Layout, street: Street, ego_speed: float) -> None:
-    """Vehicles in the lanes of a street or arm."""
-    rng = crowd.rng
-    section = street.section
-    junction = len(layout.streets) > 1
-    main = street.corner is not None or not junction
-    for lane in range(section.lanes):
-        for forward in (True, False):
-            t = (-1 if forward else 1) * section.lane_centre(lane)
-            # Arms: whoever comes towards the junction waits, unless it has the green light.
-            waiting = junction and not forward and (not main or layout.kind == "turn")
-            speed = ego_speed if main and lane == 0 else ego_speed + float(rng.uniform(-0.5, 2.5))
-            if waiting:
-                line = street.start + 3.5 + 0.8 + 3.2 + 1.6
-                for s in _queue(rng, line):
-                    category = _moving_category(rng)
-                    crowd.vehicle(
-                        category,
-                        "cycle.with_rider" if _cycle(category) else "vehicle.stopped",
-                        lane_path(street, s, t, False),
-                        0.0,
-                        True,
-                    )
-                continue
-            begin = street.start + (16 if junction else 4)
-            if junction and forward and not main:
-                speed = 6.0
-            s = begin + float(rng.uniform(0, 16))
-            while s < street.end - 8:
-                category = _moving_category(rng)
-                crowd.vehicle(
-                    category,
-                    "cycle.with_rider" if _cycle(category) else "vehicle.moving",
-                    lane_path(street, s, t, forward),
-                    speed,
-                    True,
-                )
-                s += float(rng.uniform(13, 42))
-
-
-def _cycle(category: str) -> bool:
-    return category in ("vehicle.motorcycle", "vehicle.bicycle")
-
-
-def _queue(rng: np.random.Generator, line: float) -> Iterator[float]:
-    """Centres of a few vehicles waiting behind a stop line, far enough apart for buses."""
-    s = line + 6.5
-    for _ in range(int(rng.integers(0, 4))):
+def _places(rng: np.random.Generator, begin: float, end: float, gap) -> Iterator[float]:
+    """Random places from ``begin`` to ``end`` with distances uniform in ``gap`` (from, to)."""
+    s = begin + float(rng.uniform(0, gap[0]))
+    while s < end:
         yield s
-        s += float(rng.uniform(13.5, 15))
+        s += float(rng.uniform(*gap))
 
 
-def _person(crowd: _Crowd, path: Path, speed: float) -> None:
-    rng = crowd.rng
-    child = rng.random() < 0.08
-    height = rng.uniform(1.1, 1.4) if child else rng.uniform(1.58, 1.92)
-    category = "human.pedestrian.child" if child else "human.pedestrian.adult"
-    crowd.add(
-        category,
-        "pedestrian.moving" if speed else "pedestrian.standing",
-        (0.32 * height + 0.03, 0.30 * height, height),
-        path,
-        0.0,
-        speed,
-        gait=speed > 0,
-    )
+def _in_lane(crowd: _Crowd, arm: Arm, lane: int, outwards: float, inwards: float) -> None:
+    """Vehicles in a lane of both directions at their speeds; at 0 they queue at the stop line."""
+    t = arm.section.lane_centre(lane)
+    for s in _places(crowd.rng, arm.start + 16, arm.end - 8, (13, 42)):
+        crowd.vehicle(arm.pose(s, -t), "moving", outwards)
+    line = arm.start + STOP_LINE + 7
+    end = arm.end - 8 if inwards else line + 13.6 * crowd.rng.uniform(0, 3)
+    for s in _places(crowd.rng, line, end, (13, 42) if inwards else (13.5, 15)):
+        crowd.vehicle(arm.pose(s, t, math.pi), "moving" if inwards else "stopped", inwards)
 
 
-def _walking(crowd: _Crowd, street: Street, junction: bool) -> None:
-    """People and bicycles on both sidewalks."""
-    rng = crowd.rng
-    section = street.section
-    inner, outer = section.road + section.parking + 1.3, section.edge - 0.5
+def _on_sidewalks(crowd: _Crowd, arm: Arm) -> None:
+    """People and parked bicycles on both sidewalks."""
+    rng, section = crowd.rng, arm.section
     for side in (-1, 1):
-        begin = street.start + (3 if junction else 0)
-        s = begin + float(rng.uniform(0, 6))
-        while s < street.end - 5:
-            t = side * float(rng.uniform(inner, outer))
+        for s in _places(rng, arm.start + 3, arm.end - 5, (3, 24)):
+            t = side * float(rng.uniform(section.kerb + 1.3, section.edge - 0.5))
             speed = float(rng.uniform(0.8, 1.6)) if rng.random() < 0.8 else 0.0
-            _person(crowd, lane_path(street, s, t, bool(rng.random() < 0.5)), speed)
+            crowd.person(arm.pose(s, t, math.pi * int(rng.integers(2))), speed)
             if rng.random() < 0.12:
-                crowd.vehicle(
-                    "vehicle.bicycle",
-                    "cycle.without_rider",
-                    lane_path(street, s + 2.4, side * (outer + 0.1), True),
-                )
-            s += float(rng.gamma(2.0, 5.0) + 1.2)
-
-
-def _crossing(crowd: _Crowd, street: Street, s0: float, s1: float) -> None:
-    """People on a crosswalk, walking across."""
-    rng = crowd.rng
-    for _ in range(int(rng.integers(1, 4))):
-        up = bool(rng.random() < 0.5)
-        s = float(rng.uniform(s0 + 0.6, s1 - 0.6))
-        t = float(rng.uniform(-1, 1)) * street.section.road
-        x, y = street.xy(s, t)
-        heading = street.heading_at(s) + (math.pi / 2 if up else -math.pi / 2)
-        _person(crowd, Path((float(x), float(y), heading)), float(rng.uniform(0.9, 1.5)))
-
-
-def _roadworks(crowd: _Crowd, street: Street) -> None:
-    """A short row of cones and barriers at the outer edge of the road."""
-    rng = crowd.rng
-    s = street.start + float(rng.uniform(25, 70))
-    side = -1 if rng.random() < 0.5 else 1
-    t = side * (street.section.road - 0.4)
-    for number in range(5):
-        crowd.add(
-            "movable_object.trafficcone",
-            "",
-            (0.42, 0.42, 0.78),
-            lane_path(street, s + 2.2 * number, t, True),
-        )
-    for number in range(2):
-        crowd.add(
-            "movable_object.barrier",
-            "",
-            (0.5, 1.9, 1.0),
-            lane_path(street, s + 13 + 2.6 * number, t, True),
-        )
+                bicycle = arm.pose(s + 2.4, side * (section.edge - 0.4))
+                crowd.add("vehicle.bicycle", bicycle, "cycle.without_rider")

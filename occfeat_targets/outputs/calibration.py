@@ -56,10 +56,10 @@ class Calibration(Output):
 
     def faults(self, record: FrameRecord) -> Iterator[str]:
         """See :class:`Output`."""
-        for camera, K in zip(record.cameras, record.K, strict=True):
+        for camera, K in zip(self.layout.cameras, record.K, strict=True):
             if not np.isfinite(K).all() or abs(np.linalg.det(K)) < 1e-6:
                 yield f"{camera}: camera_intrinsic is singular: {K.tolist()}"
-        poses = dict(zip(record.cameras, record.cam_T_ego, strict=True))
+        poses = dict(zip(self.layout.cameras, record.cam_T_ego, strict=True))
         for sensor, a_T_b in (poses | {"the lidar": record.ego_T_sweep}).items():
             if not np.isfinite(a_T_b).all():
                 yield f"{sensor}: zero rotation or non-finite number in its pose chain"

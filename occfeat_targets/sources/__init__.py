@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 SOURCES = Registry("source", {"nuscenes": "occfeat_targets.sources.nuscenes:NuScenesSource"})
 
 
-def source_of(name: str, dataroot: Path) -> Source:
-    """The source of a name; ``auto`` is the first that recognises the dataroot.
+def source_of(name: str, dataroot: Path) -> tuple[str, Source]:
+    """The source of a name, and its name; ``auto`` is the first that recognises the dataroot.
 
     Where none does it is the first of all, whose ``read`` says what is missing.
 
@@ -22,6 +22,6 @@ def source_of(name: str, dataroot: Path) -> Source:
         ConfigError: there is none of that name.
     """
     if name != "auto":
-        return SOURCES(name)()
-    known = [SOURCES(each)() for each in SOURCES.names]
-    return next((source for source in known if source.detect(dataroot)), known[0])
+        return name, SOURCES(name)()
+    known = [(each, SOURCES(each)()) for each in SOURCES.names]
+    return next((found for found in known if found[1].detect(dataroot)), known[0])

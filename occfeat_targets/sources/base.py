@@ -57,8 +57,6 @@ class FrameRecord:
     the first one is the keyframe's.
     """
 
-    source: str
-    """Name of its :class:`Source` in the registry."""
     token: str
     """32 hex digits. A dataset with other names can take their MD5."""
     scene: str
@@ -66,10 +64,8 @@ class FrameRecord:
     timestamp_us: int
     map_path: str
     """File for :meth:`Source.read_map`; empty if the frame has no map."""
-    cameras: tuple[str, ...]
-    """Names (N,), the same and in the same order for all frames of a dataset."""
     image_paths: tuple[str, ...]
-    """JPEG files (N,)."""
+    """JPEG files (N,), in the order of the dataset's ``cameras``."""
     image_hw: tuple[tuple[int, int], ...]
     """Height and width of each original image."""
     K: np.ndarray
@@ -83,9 +79,30 @@ class FrameRecord:
     global_T_ego: np.ndarray
     """float64 (4, 4)."""
     boxes: Boxes
+    source: str = ""
+    """Name of its :class:`Source` in the registry: ``build.read_dataset`` fills it in."""
 
     def __str__(self) -> str:
         return f"{self.scene}, sample {self.token}"
+
+    def misfits(self, n_cameras: int) -> Iterator[str]:
+        """What of it has the wrong shape: mistakes of its source."""
+        n, sweeps, boxes = n_cameras, len(self.sweep_paths), len(self.boxes.category)
+        if not sweeps:
+            yield "sweep_paths is empty: it has no lidar"
+        found = {
+            "image_paths": (self.image_paths, (n,)),
+            "image_hw": (self.image_hw, (n, 2)),
+            "K": (self.K, (n, 3, 3)),
+            "cam_T_ego": (self.cam_T_ego, (n, 4, 4)),
+            "ego_T_sweep": (self.ego_T_sweep, (sweeps, 4, 4)),
+            "global_T_ego": (self.global_T_ego, (4, 4)),
+            "boxes.box": (self.boxes.box, (boxes, 7)),
+            "boxes.visibility": (self.boxes.visibility, (boxes,)),
+        }
+        for name, (values, shape) in found.items():
+            if np.shape(values) != shape:
+                yield f"{name} has shape {np.shape(values)}, should be {shape}"
 
 
 @dataclass(frozen=True)
@@ -147,8 +164,6 @@ MapMode = Literal["auto", "required", "never"]
 
 class Source(Protocol):
     """One dataset: found by name in ``sources.SOURCES``, or given as ``package.module:name``."""
-
-    name: str
 
     def detect(self, dataroot: Path) -> bool:
         """Whether the directory looks like this dataset."""

@@ -48,8 +48,6 @@ _SPLITS = {
 class NuScenesSource:
     """nuScenes, and whatever is written like it; see ``base.Source``."""
 
-    name = "nuscenes"
-
     def detect(self, dataroot: Path) -> bool:
         """Whether there is a directory of tables."""
         return any(dataroot.glob("*/sample_data.json"))
@@ -260,13 +258,11 @@ def _record(
         # Through the camera's own ego pose: the car moves between lidar and camera times.
         cam_T_ego.append(inverse_rigid(global_T_egocam @ egocam_T_cam) @ global_T_ego)
     return FrameRecord(
-        source=NuScenesSource.name,
         token=sample["token"],
         scene=name,
         split=split,
         timestamp_us=lidar["timestamp"],
         map_path=map_path,
-        cameras=CAMERAS,
         image_paths=tuple(str(Path(nusc.dataroot) / image["filename"]) for image in images),
         image_hw=tuple((image["height"], image["width"]) for image in images),
         K=np.array(K, dtype=np.float64),

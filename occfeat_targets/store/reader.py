@@ -12,13 +12,14 @@ import google_crc32c
 import numpy as np
 import zarr
 
-from occfeat_targets.store.files import StoreError, open_group
+from occfeat_targets.store.files import StoreError, filesystem, open_group
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.schema import FAILED, FORMAT, FORMAT_VERSION, ArraySpec
 from occfeat_targets.store.shards import ShardedArray
 
 SEAL = "attributes_crc32c"
-"""Root attribute of a finished store: checksum of the others, checked when it is opened."""
+"""Root attribute of a finished store: checksum of the others, checked when it is opened. Among
+them is ``arrays``, which has a checksum of what each array's ``zarr.json`` says of it."""
 
 
 class TargetStore:
@@ -31,6 +32,7 @@ class TargetStore:
         self.url = str(url)
         self.group = group
         self.attrs: dict[str, Any] = dict(group.attrs)
+        self._arrays: dict[str, Any] = {}
 
     @cached_property
     def grid(self) -> VoxelGrid:
@@ -65,13 +67,17 @@ class TargetStore:
         """One array of the store, as zarr has it.
 
         Raises:
-            StoreError: the store lacks it.
+            StoreError: the store lacks it, or its ``zarr.json`` is damaged.
         """
-        try:
-            array: Any = self.group[name]
-        except KeyError:
-            raise StoreError(f"{self.url} has no array {name!r}: the store is damaged") from None
-        return array
+        if name not in self._arrays:
+            try:
+                if array_seals(self.url, [name]) != {name: self.attrs["arrays"][name]}:
+                    raise StoreError(f"{self.url}: {name}/zarr.json is damaged")
+                self._arrays[name] = self.group[name]
+            except (KeyError, FileNotFoundError):
+                message = f"{self.url} has no array {name!r}: the store is damaged"
+                raise StoreError(message) from None
+        return self._arrays[name]
 
     def token(self, i: int) -> str:
         """Sample token of frame i, 32 hex digits."""
@@ -148,7 +154,7 @@ def open_store(url: str, allow_incomplete: bool = False) -> TargetStore:
         raise StoreError(
             f"{url}: no targets store here (make one: occfeat-targets build)"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{url}: its zarr.json is damaged, or not of a group") from error
     attrs = dict(group.attrs)
     if attrs.get("format") != FORMAT:
@@ -163,6 +169,12 @@ def open_store(url: str, allow_incomplete: bool = False) -> TargetStore:
     if attrs.get("complete") and attrs.get(SEAL) != seal(attrs):
         raise StoreError(f"{url}: the attributes in its zarr.json are damaged")
     return TargetStore(url, group)
+
+
+def array_seals(url: str, names: Iterable[str]) -> dict[str, int]:
+    """The root attribute ``arrays``: name to checksum of the array's ``zarr.json``."""
+    fs, root = filesystem(url)
+    return {name: google_crc32c.value(fs.cat_file(f"{root}/{name}/zarr.json")) for name in names}
 
 
 def seal(attributes: dict[str, Any]) -> int:

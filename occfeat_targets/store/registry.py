@@ -35,7 +35,9 @@ class Registry:
         place = self.places.get(name, name)
         if ":" not in place:
             known = did_you_mean(name, self.names)
-            raise ConfigError(f"no {self.kind} {name!r}; {known} Or package.module:name")
+            raise ConfigError(
+                f"no {self.kind} {name!r} ({known}); a plug-in is named package.module:name"
+            )
         module_name, _, attribute = place.partition(":")
         try:
             return getattr(importlib.import_module(module_name), attribute)

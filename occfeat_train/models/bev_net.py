@@ -1,35 +1,69 @@
-"""The BEV network: six images to a bird's-eye-view feature map. This is what is pretrained."""
+"""The BEV network: images of any number of cameras to a bird's-eye-view feature map.
+
+This is what is pretrained, and what finetuning starts from.
+"""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_train.config import ModelConfig
+from occfeat_targets.store.settings import Settings
 from occfeat_train.models.decoder import Compressor, Decoder
-from occfeat_train.models.encoders import ImageEncoder
-from occfeat_train.models.lift_bevformer import BEVFormerLift
-from occfeat_train.models.lift_simplebev import SimpleBEVLift
+from occfeat_train.models.encoders import ENCODERS, ImageEncoder
+from occfeat_train.models.lifts import LIFTS
+from occfeat_train.models.lifts.base import Lift
+
+_Side = Annotated[int, Field(ge=32)]
+
+
+class ModelSettings(Settings):
+    """The BEV network."""
+
+    lift: str = "simplebev"
+    """How image features become BEV features: a name of ``lifts.LIFTS``, or a plug-in's."""
+    encoder: str = "efficientnet-b0"
+    """``efficientnet-b0``, ``resnet-50`` or ``resnet-101``."""
+    encoder_weights: str = "imagenet"
+    """``imagenet`` (supervised, from the hub), a hub id, a local directory, a file of
+    torchvision-named weights (MoCo-v2 included), or ``random``."""
+    image_size: tuple[_Side, _Side] = (224, 400)
+    """Height and width of the images the encoder sees, pixels."""
+    channels: int = Field(default=128, ge=2, multiple_of=2)
+    """Channels of lifted features and BEV map (N_B)."""
+    drop_path: float = Field(default=0.2, ge=0, lt=1)
+    """Stochastic depth of EfficientNet."""
+    freeze_batch_norm: bool = False
+    """Keep batch-norm statistics as they are: for very small batches."""
+
+    @field_validator("encoder")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in ENCODERS:
+            raise ValueError(f"must be one of {', '.join(ENCODERS)}, got {name!r}")
+        return name
+
+    @model_validator(mode="after")
+    def _suits_the_lift(self) -> ModelSettings:
+        LIFTS(self.lift).check(self.channels)
+        return self
 
 
 class BEVNet(nn.Module):
-    """Encoder, lifting, compressor, decoder.
+    """Encoder, lifting, compressor (if the lift needs one), decoder."""
 
-    ``simplebev`` lifts to a voxel volume, which the compressor flattens; ``bevformer`` lifts to a
-    BEV map and needs no compressor.
-    """
-
-    def __init__(self, config: ModelConfig, grid: VoxelGrid):
+    def __init__(self, settings: ModelSettings, grid: VoxelGrid):
         super().__init__()
-        self.encoder = ImageEncoder(config.encoder, config.channels, config.drop_path)
-        if config.network == "bevformer":
-            self.lift = BEVFormerLift(grid, config.channels)
-            self.compressor = nn.Identity()
-        else:
-            self.lift = SimpleBEVLift(grid)
-            self.compressor = Compressor(grid.shape[0] * config.channels, config.channels)
-        self.decoder = Decoder(config.channels)
+        channels = settings.channels
+        self.encoder = ImageEncoder(settings.encoder, channels, settings.drop_path)
+        self.lift: Lift = LIFTS(settings.lift)(grid, channels)
+        lifted = self.lift.out_channels
+        self.compressor = nn.Identity() if lifted == channels else Compressor(lifted, channels)
+        self.decoder = Decoder(channels)
 
     def forward(
         self,

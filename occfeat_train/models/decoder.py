@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -70,7 +72,7 @@ def _resnet18_stages(widths: tuple[int, int, int]) -> list[nn.Module]:
 
     config = ResNetConfig(layer_type="basic", hidden_act="relu")
     inputs, strides = (widths[0], *widths), (1, 2, 2)
-    stages = [
+    stages: list[Any] = [
         ResNetStage(config, inputs[i], widths[i], stride=strides[i], depth=2) for i in range(3)
     ]
     for stage in stages:

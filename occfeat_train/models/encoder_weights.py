@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from occfeat_train.models.encoders import ENCODERS, EncoderSpec, ImageEncoder
+from occfeat_train.models.encoders import ENCODERS, EfficientNetBackbone, EncoderSpec, ImageEncoder
 
 _PICKLED = (".pth", ".pt", ".tar")  # .tar: MoCo's .pth.tar is no archive, only named so
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -72,14 +72,19 @@ def load_encoder_weights(encoder: ImageEncoder, source: str) -> str:
     spec = ENCODERS[encoder.name]
     place = spec.hub_id if source == "imagenet" else source
     path = Path(place).expanduser()
-    if path.is_dir():
-        origin = _load_transformers(encoder, path / "config.json", path / "model.safetensors")
-    elif path.is_file() or names_file(place):
-        origin = _load_file(encoder, path)
-    elif _HUB_ID.fullmatch(place):
-        origin = _load_transformers(encoder, *_download(encoder, place))
-    else:
-        raise WeightsError(f"there is no file or directory {place}.\n{_advice(spec)}")
+    is_hub_id = not (path.exists() or names_file(place)) and _HUB_ID.fullmatch(place)
+    try:
+        if path.is_dir():
+            origin = _load_transformers(encoder, path / "config.json", path / "model.safetensors")
+        elif is_hub_id:
+            origin = _load_transformers(encoder, *_download(encoder, place))
+        elif path.is_file() or names_file(place):
+            origin = _load_file(encoder, path)
+        else:
+            raise WeightsError(f"there is no file or directory {place}")
+    except WeightsError as error:
+        advice = _advice(spec, place if is_hub_id else spec.hub_id)
+        raise WeightsError(f"{error}.\n{advice}") from error.__cause__
     return f"{encoder.name}: loaded {origin} of {place}."
 
 
@@ -96,7 +101,7 @@ def _load_transformers(encoder: ImageEncoder, config: Path, weights: Path) -> st
     except (OSError, ValueError, SafetensorError) as error:
         raise WeightsError(
             f"cannot load a {encoder.name} from {weights.parent}: {_first_line(error)} (pickled "
-            f".bin files are not read).\n{_advice(spec)}"
+            ".bin files are not read)"
         ) from error
     prefix = f"{spec.family}."  # of models with a head
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -105,7 +110,7 @@ def _load_transformers(encoder: ImageEncoder, config: Path, weights: Path) -> st
 
 
 def _load_file(encoder: ImageEncoder, path: Path) -> str:
-    state, moco = _unwrap(_read(encoder, path))
+    state, moco = _unwrap(_read(path))
     namings = _file_namings(ENCODERS[encoder.name])
 
     def known(naming: _Naming) -> int:
@@ -117,7 +122,7 @@ def _load_file(encoder: ImageEncoder, path: Path) -> str:
         raise WeightsError(
             f"{path} has none of the names of a {encoder.name}; it has {_some(state)}. Known in "
             f"a file are the names of {', '.join(accepted)}; of a model in transformers' format, "
-            f"pass the directory that has its config.json.\n{_advice(ENCODERS[encoder.name])}"
+            "pass the directory that has its config.json"
         )
     count = _load(encoder, state, naming, str(path))
     label = "MoCo's query encoder" if moco else f"{naming.label}'s names"
@@ -147,12 +152,12 @@ def _load(encoder: ImageEncoder, state: dict, naming: _Naming, where: str) -> in
         found = "; ".join(f"{len(v)} {k}: {_some(v)}" for k, v in problems.items() if v)
         raise WeightsError(
             f"{where} does not hold the weights of a {encoder.name}, tensors are {found}. Nothing "
-            f"was loaded.\n{_advice(ENCODERS[encoder.name])}"
+            "was loaded"
         )
     with torch.no_grad():
         for name, target in pairs.items():
             target.copy_(state[name])
-    if ENCODERS[encoder.name].family == "efficientnet":
+    if isinstance(backbone, EfficientNetBackbone):
         backbone.set_convention(torchvision=naming.torchvision)
     return len(pairs)
 
@@ -171,15 +176,11 @@ def _transformers_naming(encoder: ImageEncoder) -> _Naming:
 def _file_namings(spec: EncoderSpec) -> list[_Naming]:
     if spec.family == "resnet":
         return [_Naming("torchvision", _torchvision_resnet(spec), r"layer4\.|fc\.")]
-    lukemelas_cut = rf"{_later_blocks('_blocks')}|_conv_head\.|_bn1\.|_fc\."
+    torchvision, lukemelas = _efficientnet(spec)
+    cut = rf"{_later_blocks('_blocks')}|_conv_head\.|_bn1\.|_fc\."
     return [
-        _Naming(
-            "torchvision",
-            _torchvision_efficientnet(spec),
-            r"features\.[678]\.|classifier\.",
-            torchvision=True,
-        ),
-        _Naming("efficientnet_pytorch", _lukemelas_efficientnet(spec), lukemelas_cut),
+        _Naming("torchvision", torchvision, r"features\.[678]\.|classifier\.", torchvision=True),
+        _Naming("efficientnet_pytorch", lukemelas, cut),
     ]
 
 
@@ -205,52 +206,35 @@ def _torchvision_resnet(spec: EncoderSpec) -> dict[str, str]:
     return names
 
 
-# The modules of an EfficientNet's block, in the order of its computation.
-_BLOCK = (
-    "expansion.expand_conv",
-    "expansion.expand_bn",
-    "depthwise_conv.depthwise_conv",
-    "depthwise_conv.depthwise_norm",
-    "squeeze_excite.reduce",
-    "squeeze_excite.expand",
-    "projection.project_conv",
-    "projection.project_bn",
+_BLOCK = (  # parts of an EfficientNet's block: ours, torchvision's, efficientnet_pytorch's
+    ("expansion.expand_conv", "0.0", "_expand_conv"),
+    ("expansion.expand_bn", "0.1", "_bn0"),
+    ("depthwise_conv.depthwise_conv", "1.0", "_depthwise_conv"),
+    ("depthwise_conv.depthwise_norm", "1.1", "_bn1"),
+    ("squeeze_excite.reduce", "2.fc1", "_se_reduce"),
+    ("squeeze_excite.expand", "2.fc2", "_se_expand"),
+    ("projection.project_conv", "3.0", "_project_conv"),
+    ("projection.project_bn", "3.1", "_bn2"),
 )
-_LUKEMELAS_BLOCK = (
-    "_expand_conv",
-    "_bn0",
-    "_depthwise_conv",
-    "_bn1",
-    "_se_reduce",
-    "_se_expand",
-    "_project_conv",
-    "_bn2",
-)
-_TORCHVISION_BLOCK = ("0.0", "0.1", "1.0", "1.1", "2.fc1", "2.fc2", "3.0", "3.1")
-# torchvision numbers the parts, so those of a block without expansion have other numbers.
-_TORCHVISION_UNEXPANDED = ("0.0", "0.1", "1.fc1", "1.fc2", "2.0", "2.1")
 
 
-def _torchvision_efficientnet(spec: EncoderSpec) -> dict[str, str]:
-    names = {"embeddings.convolution": "features.0.0", "embeddings.batchnorm": "features.0.1"}
+def _efficientnet(spec: EncoderSpec) -> tuple[dict[str, str], dict[str, str]]:
+    """Modules of torchvision's and efficientnet_pytorch's EfficientNet."""
+    torchvision = {"embeddings.convolution": "features.0.0", "embeddings.batchnorm": "features.0.1"}
+    lukemelas = {"embeddings.convolution": "_conv_stem", "embeddings.batchnorm": "_bn0"}
     index = 0
     stages = zip(spec.config["num_block_repeats"], spec.config["expand_ratios"], strict=True)
     for stage, (repeats, ratio) in enumerate(stages, start=1):
-        parts = _TORCHVISION_UNEXPANDED if ratio == 1 else _TORCHVISION_BLOCK
+        # torchvision numbers the parts: without the expansion the others are one less.
+        parts = _BLOCK if ratio != 1 else _BLOCK[2:]
         for block in range(repeats):
-            theirs = f"features.{stage}.{block}.block"
-            for ours, part in zip(_BLOCK[-len(parts) :], parts, strict=True):
-                names[f"blocks.{index}.{ours}"] = f"{theirs}.{part}"
+            for ours, theirs, other in parts:
+                number = int(theirs[0]) - (ratio == 1)
+                theirs = f"features.{stage}.{block}.block.{number}{theirs[1:]}"
+                torchvision[f"blocks.{index}.{ours}"] = theirs
+                lukemelas[f"blocks.{index}.{ours}"] = f"_blocks.{index}.{other}"
             index += 1
-    return names
-
-
-def _lukemelas_efficientnet(spec: EncoderSpec) -> dict[str, str]:
-    names = {"embeddings.convolution": "_conv_stem", "embeddings.batchnorm": "_bn0"}
-    for index in range(sum(spec.config["num_block_repeats"])):
-        for ours, theirs in zip(_BLOCK, _LUKEMELAS_BLOCK, strict=True):
-            names[f"blocks.{index}.{ours}"] = f"_blocks.{index}.{theirs}"
-    return names
+    return torchvision, lukemelas
 
 
 def _check_config(spec: EncoderSpec, config: object) -> None:
@@ -280,14 +264,12 @@ def _download(encoder: ImageEncoder, hub_id: str) -> tuple[Path, Path]:
     except Exception as error:  # those of its HTTP client have no other base
         raise WeightsError(
             f"cannot get the {encoder.name} weights {hub_id}: no directory of that name is here, "
-            f"and the Hugging Face hub did not give them ({_first_line(error)}).\n"
-            f"{_advice(ENCODERS[encoder.name], hub_id)}"
+            f"and the Hugging Face hub did not give them ({_first_line(error)})"
         ) from error
     return Path(files[0]), Path(files[1])
 
 
-def _read(encoder: ImageEncoder, path: Path) -> object:
-    advice = _advice(ENCODERS[encoder.name])
+def _read(path: Path) -> object:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -296,11 +278,10 @@ def _read(encoder: ImageEncoder, path: Path) -> object:
         raise WeightsError(
             f"{path} can't be read with weights_only: it holds other objects than tensors, or is "
             "no PyTorch file. Objects are not unpickled, because that runs code. If you trust the "
-            "file, load it yourself and save its state dict with "
-            f"safetensors.torch.save_file.\n{advice}"
+            "file, load it yourself and save its state dict with safetensors.torch.save_file"
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
-        raise WeightsError(f"cannot read {path}: {_first_line(error)}.\n{advice}") from error
+        raise WeightsError(f"cannot read {path}: {_first_line(error)}") from error
 
 
 def _unwrap(content: object) -> tuple[dict[str, torch.Tensor], bool]:
@@ -314,11 +295,11 @@ def _unwrap(content: object) -> tuple[dict[str, torch.Tensor], bool]:
     return {name.removeprefix("module."): v for name, v in state.items()}, False
 
 
-def _advice(spec: EncoderSpec, hub_id: str = "") -> str:
+def _advice(spec: EncoderSpec, hub_id: str) -> str:
     file = "or MoCo-v2 (.pth.tar)" if spec.family == "resnet" else "or efficientnet_pytorch (.pth)"
     return (
         "On a machine with internet, fetch config.json and model.safetensors of "
-        f"https://huggingface.co/{hub_id or spec.hub_id}, put both into one directory and pass it: "
+        f"https://huggingface.co/{hub_id}, put both into one directory and pass it: "
         "--set model.encoder_weights=DIR. A file of this architecture from torchvision (.pth, "
         f".safetensors) {file} can be passed in the same way. --set model.encoder_weights=random "
         "starts from random weights."

@@ -98,6 +98,9 @@ class ImageEncoder(nn.Module):
         ValueError: unknown name, or drop_path outside [0, 1).
     """
 
+    _mean: torch.Tensor
+    _std: torch.Tensor
+
     def __init__(self, name: str, channels: int = 128, drop_path: float = 0.2):
         super().__init__()
         if name not in ENCODERS:
@@ -162,12 +165,12 @@ class EfficientNetBackbone(nn.Module):
         from transformers import EfficientNetConfig, EfficientNetModel
 
         super().__init__()
-        model = EfficientNetModel(EfficientNetConfig(**spec.config, hidden_dim=1280))
+        model: Any = EfficientNetModel(EfficientNetConfig(**spec.config, hidden_dim=1280))
         self.embeddings = model.embeddings
         self.blocks = model.encoder.blocks
         self._split = sum(spec.config["num_block_repeats"][:3])  # blocks up to stride 8
-        self.embeddings.padding = SamePad2d(self.embeddings.convolution.kernel_size[0])
-        for index, block in enumerate(self.blocks):
+        model.embeddings.padding = SamePad2d(model.embeddings.convolution.kernel_size[0])
+        for index, block in enumerate(model.encoder.blocks):
             depthwise = block.depthwise_conv
             depthwise.depthwise_conv_pad = SamePad2d(depthwise.depthwise_conv.kernel_size[0])
             # Used only where the block has a skip connection.

@@ -1,1 +1,0 @@
-"""What targets and trainer share: settings from YAML. Imports neither of them."""

@@ -1,0 +1,1 @@
+"""From a targets store to batches: which frames, in which order, read by whom."""

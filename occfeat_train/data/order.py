@@ -1,0 +1,140 @@
+"""Which frames of a store, and in which order each process reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Literal
+
+import numpy as np
+
+from occfeat_targets.store.files import StoreError
+from occfeat_targets.store.reader import TargetStore
+from occfeat_targets.store.schema import FAILED
+
+
+def split_names(name: str, role: str) -> tuple[str, ...]:
+    """Splits to use for ``train`` or ``val``: a store holds those of one nuScenes version."""
+    return (role, f"mini_{role}") if name == "auto" else (name,)
+
+
+def select_frames(
+    store: TargetStore,
+    splits: tuple[str, ...],
+    fraction: str | float = 1,
+    unit: Literal["scene", "frame"] = "scene",
+) -> list[int]:
+    """Frames of some splits that did not fail in the build, or a fraction of their labels.
+
+    Of n scenes in table order, scene i (from 0) stays iff floor((i + 1) f) > floor(i f): for
+    f = 1/k every k-th, the rule of SLidR and ALSO (1 % of 700 scenes: the 100th, 200th, ...
+    700th). If none stays, the first does.
+
+    Args:
+        store: an open store.
+        splits: names, as in its attribute ``splits``.
+        fraction: in (0, 1], as decimal number or text, so that 0.1 means exactly 1/10.
+        unit: what the fraction counts: scenes having frames in the splits, or frames.
+
+    Returns:
+        Frame numbers, ascending.
+
+    Raises:
+        ValueError: for a fraction outside of (0, 1] or an unknown unit.
+        StoreError: when nothing is left.
+    """
+    share = Fraction(str(fraction))
+    if not 0 < share <= 1:
+        raise ValueError(f"the label fraction must be above 0 and at most 1, got {fraction}")
+    if unit not in ("scene", "frame"):
+        raise ValueError(f"the fraction's unit must be 'scene' or 'frame', got {unit!r}")
+    names, table = store.attrs["splits"], store.per_frame
+    wanted = [k for k, name in enumerate(names) if name in splits]
+    frames = np.flatnonzero(np.isin(table["split"], wanted))
+    scene = table["scene"][frames]  # in the order of attribute `scenes`, the table's
+    if unit == "scene":
+        frames = frames[np.isin(scene, _every_kth(np.unique(scene), share))]
+    else:
+        frames = _every_kth(frames, share)
+    frames = frames[table["n_voxels"][frames] != FAILED]
+    if not len(frames):
+        raise StoreError(
+            f"{store.url} has no usable frames of {', '.join(splits)}; "
+            f"its splits are: {', '.join(names)}"
+        )
+    return frames.tolist()
+
+
+def _every_kth(items: np.ndarray, share: Fraction) -> np.ndarray:
+    """Those i with floor((i + 1) share) > floor(i share), or the first."""
+    top, bottom = share.as_integer_ratio()
+    kept = [i for i in range(len(items)) if (i + 1) * top // bottom > i * top // bottom]
+    return items[kept or [0]] if len(items) else items
+
+
+def frame_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The shuffle of an epoch: int64 (n,), a permutation of 0..n-1.
+
+    A pure function of its arguments. Sorts Philox's raw output, which numpy promises never to
+    change; it makes no such promise for ``Generator.permutation``.
+    """
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
+    return np.argsort(bits.random_raw(n), kind="stable")
+
+
+class ShardSampler:
+    """The batches of positions that one rank trains on in an epoch; a batch sampler.
+
+    All ranks walk through the same shuffled order in global batches of ``batch`` frames, of which
+    each takes its own slice: what a global batch holds does not depend on the number of ranks.
+    What does not fill a last global batch is left out, until the next epoch's order.
+
+    Args:
+        n: length of the dataset.
+        batch: frames of one forward pass of all ranks together.
+        seed: of the shuffle, not negative.
+        rank: this process among ``world``.
+
+    Raises:
+        ValueError: when the ranks cannot share a batch evenly, or n is less than one batch.
+    """
+
+    def __init__(self, n: int, batch: int, seed: int, rank: int = 0, world: int = 1):
+        if batch < 1 or batch % world:
+            raise ValueError(f"a global batch of {batch} frames cannot be shared by {world} ranks")
+        if n < batch:
+            raise ValueError(f"{n} frames do not fill one global batch of {batch}")
+        self.n, self.batch, self.seed = n, batch, seed
+        self.rank, self.world = rank, world
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, done: int = 0) -> None:
+        """What the next ``iter()`` yields: that epoch's batches after the first ``done``."""
+        self.epoch, self.done = epoch, done
+
+    def __len__(self) -> int:
+        """Batches that the next ``iter()`` yields."""
+        return max(0, self.n // self.batch - self.done)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = self.n // self.batch
+        order = frame_order(self.n, self.seed, self.epoch)[: batches * self.batch]
+        return iter(order.reshape(batches, self.world, -1)[self.done :, self.rank].tolist())
+
+
+class EvalSampler:
+    """Positions rank, rank + world, ... below n, in order, ``batch`` at a time; a batch sampler.
+
+    The ranks together read each position exactly once: nothing is padded or left out.
+    """
+
+    def __init__(self, n: int, batch: int, rank: int = 0, world: int = 1):
+        mine = range(rank, n, world)
+        self._batches = [list(mine[i : i + batch]) for i in range(0, len(mine), batch)]
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._batches)

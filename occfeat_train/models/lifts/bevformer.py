@@ -1,0 +1,212 @@
+"""BEVFormer's lifting, as Simple-BEV's authors re-implemented it (``nets/bevformernet.py``).
+
+One learned query per BEV cell; each of six layers lets the queries look at each other, then at the
+images, where the voxel centres above a cell project. No attention over time, one scale.
+
+Different from the published code, on purpose:
+
+- a query's self-attention is centred on its own cell (there: on the transposed one);
+- which queries a camera sees is decided per sample (there: by the first of the batch);
+- both mirrorings of the BEV map are undone along the axes they were made on (there: the second one
+  mirrors the axis of channels, and is undone along a spatial one);
+- the feed-forward part has 8·C hidden units, 1024 at C = 128 (there: 1028);
+- a query that no camera sees keeps its value in the cross-attention (there: the bias of the
+  output projection is added).
+
+That a voxel centre behind a camera is neither seen nor sampled here, and not tested there, changes
+nothing: the published code projects it far outside the image. That it reads the queries a second
+time in place of their position embedding was mended upstream (a08998f), as it is here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.settings import ConfigError
+from occfeat_train.geometry import volume_centres
+from occfeat_train.models.deformable import DeformableAttention
+from occfeat_train.models.lifts.base import Lift
+from occfeat_train.models.lifts.simplebev import in_image, project
+
+LAYERS, HEADS, POINTS, DROPOUT = 6, 4, 8, 0.1
+
+
+class BEVFormerLift(Lift):
+    """Image features to BEV features by learned queries and deformable attention."""
+
+    def __init__(self, grid: VoxelGrid, channels: int):
+        super().__init__(grid, channels)
+        shape = (channels, *grid.bev_shape)
+        self.bev_queries = nn.Parameter(0.1 * torch.randn(shape))
+        self.bev_queries_pos = nn.Parameter(0.1 * torch.randn(shape))
+        heights = grid.shape[0]
+        self.layers = nn.ModuleList(BEVFormerLayer(channels, heights) for _ in range(LAYERS))
+
+    @classmethod
+    def check(cls, channels: int) -> None:
+        """A head has a share of the channels."""
+        if channels % HEADS:
+            raise ConfigError(
+                f"model.channels must be a multiple of {HEADS}, the attention heads of bevformer, "
+                f"got {channels}"
+            )
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        K: torch.Tensor,
+        cam_T_bev: torch.Tensor,
+        image_hw: tuple[int, int],
+    ) -> torch.Tensor:
+        """As :meth:`Lift.forward`: (B, C, X, Y)."""
+        B, _, _, h, w = features.shape
+        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+            centres = volume_centres(self.grid, features.device)
+            heights = self.grid.shape[0]
+            views = seen_queries(centres, heights, K.float(), cam_T_bev.float(), image_hw, (h, w))
+        images = features.flatten(0, 1).permute(0, 2, 3, 1)  # (B·N, h, w, C)
+        queries, position = (
+            parameter.permute(1, 2, 0).expand(B, -1, -1, -1)
+            for parameter in (self.bev_queries, self.bev_queries_pos)
+        )
+        for layer in self.layers:
+            queries = layer(queries, position, images, views)
+        return queries.permute(0, 3, 1, 2).to(features.dtype)
+
+
+class BEVFormerLayer(nn.Module):
+    """Self-attention, cross-attention and a feed-forward part, each added and normalised."""
+
+    def __init__(self, channels: int, heights: int):
+        super().__init__()
+        self.self_attention = SelfAttention(channels)
+        self.norm1 = nn.LayerNorm(channels)
+        self.cross_attention = CrossAttention(channels, heights)
+        self.norm2 = nn.LayerNorm(channels)
+        self.ffn = nn.Sequential(
+            nn.Linear(channels, 8 * channels),
+            nn.ReLU(inplace=True),
+            nn.Linear(8 * channels, channels),
+        )
+        self.norm3 = nn.LayerNorm(channels)
+
+    def forward(
+        self, queries: torch.Tensor, position: torch.Tensor, images: torch.Tensor, views: Views
+    ) -> torch.Tensor:
+        """Queries and their position embedding (B, X, Y, C), images (B·N, h, w, C)."""
+        queries = self.norm1(self.self_attention(queries, position))
+        queries = self.norm2(self.cross_attention(queries, position, images, views))
+        return self.norm3(queries + self.ffn(queries))
+
+
+class SelfAttention(nn.Module):
+    """Each query samples the BEV map of queries around its own cell."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.attention = DeformableAttention(channels, HEADS, POINTS)
+        # Two linear maps in a row, as published: the attention's own and that of the block.
+        self.attention_proj = nn.Linear(channels, channels)
+        self.output_proj = nn.Linear(channels, channels)
+        self.dropout = nn.Dropout(DROPOUT)
+        nn.init.xavier_uniform_(self.attention_proj.weight)
+        nn.init.zeros_(self.attention_proj.bias)
+
+    def forward(self, queries: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """(B, X, Y, C) to the same; ``position`` (B, X, Y, C) is not in the residual."""
+        B, X, Y, C = queries.shape
+        embedded = queries + position
+        rows, columns = (torch.arange(n, device=queries.device) for n in (X, Y))
+        # A map of X rows and Y columns: the query of cell (x, y) is at column y, row x.
+        centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], dim=-1)
+        centres = centres.to(torch.float32).view(1, X * Y, 1, 2).expand(B, -1, -1, -1)
+        maps = torch.arange(B, device=queries.device).repeat_interleave(X * Y)
+        update = self.attention(embedded.reshape(-1, C), embedded, centres.flatten(0, 1), maps)
+        update = self.output_proj(self.attention_proj(update))
+        return queries + self.dropout(update.view(B, X, Y, C))
+
+
+class CrossAttention(nn.Module):
+    """Each query samples every camera that sees it and takes the mean over those cameras.
+
+    Heads have one sampling point per voxel centre above the cell ("anchor"), 8 in the paper. A
+    camera sees a query if one of its anchors projects into the image. Then all its anchors with
+    depth > 0 are sampled, at their projections plus offsets; what falls outside the image adds
+    zero, so the weights of a query are not renormalised at the image's border.
+    """
+
+    def __init__(self, channels: int, heights: int):
+        super().__init__()
+        self.attention = DeformableAttention(channels, HEADS, heights)
+        self.output_proj = nn.Linear(channels, channels)
+        self.dropout = nn.Dropout(DROPOUT)
+
+    def forward(
+        self, queries: torch.Tensor, position: torch.Tensor, images: torch.Tensor, views: Views
+    ) -> torch.Tensor:
+        """(B, X, Y, C) to the same; images (B·N, h, w, C)."""
+        embedded = (queries + position).flatten(0, 2)
+        sampled = self.attention(embedded, images, views.centres, views.camera, views.query)
+        pairs = torch.arange(len(sampled), device=sampled.device)
+        # Pairs are sorted by query; one without pairs is an empty bag, that is zero.
+        mean = F.embedding_bag(pairs, sampled, views.start, mode="mean")
+        update = self.output_proj(mean) * views.seen[:, None]
+        return queries + self.dropout(update.view(queries.shape))
+
+
+class Views(NamedTuple):
+    """The S (query, camera) pairs where the camera sees the query; B samples, Q queries each."""
+
+    query: torch.Tensor
+    """int64 (S,), b·Q + q, ascending; q = x·Y + y."""
+    camera: torch.Tensor
+    """int64 (S,), b·N + n."""
+    centres: torch.Tensor
+    """float32 (S, Z, 2), anchors as ``(column, row)`` of the feature map, see ``deformable``;
+    -inf behind the camera."""
+    start: torch.Tensor
+    """int64 (B·Q,), first pair of each query."""
+    seen: torch.Tensor
+    """bool (B·Q,), whether any camera sees the query."""
+
+
+def seen_queries(
+    centres: torch.Tensor,
+    heights: int,
+    K: torch.Tensor,
+    cam_T_bev: torch.Tensor,
+    image_hw: tuple[int, int],
+    feature_hw: tuple[int, int],
+) -> Views:
+    """Which cameras see which queries, and where the voxel centres above them project.
+
+    Args:
+        centres: float32 (Q·Z, 4), homogeneous, metres, z fastest.
+        heights: Z.
+        K: float32 (B, N, 3, 3).
+        cam_T_bev: float32 (B, N, 4, 4).
+        image_hw: (H, W) of the images.
+        feature_hw: (h, w) of the feature maps that cover them.
+    """
+    B, N = K.shape[:2]
+    Q = len(centres) // heights
+    (h, w), (H, W) = feature_hw, image_hw
+    queries, cameras, anchors = [], [], []
+    for b in range(B):
+        u, v, depth = project(centres, K[b], cam_T_bev[b])
+        seen = in_image(u, v, depth, image_hw).view(Q, heights, N).any(dim=1)
+        query, camera = seen.nonzero(as_tuple=True)
+        u, v, depth = (a.view(Q, heights, N)[query, :, camera] for a in (u, v, depth))
+        cells = torch.stack([u / depth * (w / W) - 0.5, v / depth * (h / H) - 0.5], dim=-1)
+        anchors.append(cells.masked_fill((depth <= 0)[..., None], -torch.inf))
+        queries.append(query + b * Q)
+        cameras.append(camera + b * N)
+    query = torch.cat(queries)
+    seen_by = torch.bincount(query, minlength=B * Q)
+    start = seen_by.cumsum(0) - seen_by
+    return Views(query, torch.cat(cameras), torch.cat(anchors), start, seen_by > 0)

@@ -1,0 +1,11 @@
+"""What a network can be pretrained on, each in one file; ``base`` says what an objective is."""
+
+from occfeat_targets.store.registry import Registry
+
+OBJECTIVES = Registry(
+    "objective",
+    {
+        "occfeat": "occfeat_train.objectives.occfeat:OccFeat",
+        "img-also": "occfeat_train.objectives.img_also:ImgAlso",
+    },
+)

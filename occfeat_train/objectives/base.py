@@ -1,0 +1,94 @@
+"""What an objective is: all that a training step computes beyond the BEV network.
+
+A file of an objective holds everything about it: its settings, which arrays of the store it reads,
+its targets, its head, its loss, its picture. A ``tasks.base.Task`` is one that can be evaluated.
+
+Loss terms are sums over what counts, divided by how many that are in the whole optimiser step.
+Sums add up and so do counts, so every term is the mean over the whole batch however it was split
+over micro-batches and processes (a mean of means would not be).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.reader import TargetStore
+from occfeat_targets.store.settings import Settings
+
+Batch = dict[str, torch.Tensor]
+"""Collated arrays of the store on the device, see ``data.dataset``; while training also ``seed``
+int64 (B,) on the host, from which follows what is random in a frame and epoch."""
+Targets = dict[str, torch.Tensor]
+
+
+class Panel(NamedTuple):
+    """A target beside its prediction: two BEV pictures, each (X, Y) in 0..1 or RGB (X, Y, 3)."""
+
+    title: str
+    target: np.ndarray
+    predicted: np.ndarray
+
+
+class Objective(nn.Module):
+    """Base of all objectives, found by name in ``objectives.OBJECTIVES`` (``pretrain.objective``).
+
+    Args:
+        settings: of its own ``Settings``, from the section ``objectives.NAME``.
+        store: what it will be trained or evaluated on.
+        channels: C, of the BEV features.
+        turned: whether augmentation turns the BEV frame.
+
+    Raises:
+        StoreError: the store lacks what it needs; the message says what to do.
+    """
+
+    Settings: ClassVar[type[Settings]] = Settings
+    arrays: tuple[str, ...]
+    """The store's arrays that it needs besides images and calibration."""
+    head: nn.Module
+
+    def __init__(self, settings: Settings, store: TargetStore, channels: int, turned: bool):
+        super().__init__()
+        self.settings = settings
+        self.grid: VoxelGrid = store.grid
+
+    def targets(self, batch: Batch, angle: torch.Tensor) -> Targets:
+        """Targets on the device, in the BEV frame: ego turned by ``angle`` float32 (B,), rad."""
+        raise NotImplementedError
+
+    def counts(self, targets: Targets) -> torch.Tensor:
+        """How many items each loss term is a mean over: float64 (T,), on any device."""
+        raise NotImplementedError
+
+    def forward(
+        self, bev: torch.Tensor, targets: Targets, counts: Sequence[float], share: float
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss and the value of each of its terms.
+
+        Args:
+            bev: (B, C, X, Y), BEV features of a micro-batch.
+            targets: of the same.
+            counts: of the whole optimiser step, summed over micro-batches and processes, as plain
+                numbers (DDP would copy a tensor to the GPU, and reading it there would wait for
+                the encoder).
+            share: this micro-batch's part of the step: the losses of all of them add up to the
+                step's loss.
+        """
+        raise NotImplementedError
+
+    panels: Callable[[torch.Tensor, Batch], list[Panel]] | None = None
+    """``panels(bev, batch)``: pictures of a batch of one frame, nothing augmented, of which ``bev``
+    (1, C, X, Y) are the features. None: it has no picture, for the reason below."""
+    no_picture: ClassVar[str] = "has no picture of its own"
+    """The end of a sentence that begins with the run's title."""
+
+
+def divisors(counts: Sequence[float]) -> list[float]:
+    """Counts to divide sums by: where there is nothing the sum is 0, and so is the mean."""
+    return [max(1.0, float(count)) for count in counts]

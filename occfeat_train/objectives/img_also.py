@@ -1,0 +1,323 @@
+"""Img-ALSO, the paper's baseline (§4.2): what is free and what occupied near BEV cells.
+
+A lidar ray says that space is free up to its return and occupied just behind it. ALSO (Boulch et
+al., CVPR 2023; its ``create_points.py``) draws *queries* on rays. Here each is answered from every
+BEV cell whose centre is near it on the ground plane (its detection variant's column search), and
+every such pair of query and cell is one prediction.
+
+OccFeat §4.2 gives three distances (below) and leaves the rest to ALSO: kinds of query and their
+number, decoder, both losses with weight 1. Ours: rays start at the lidar's place in ego, since the
+lidar is not the BEV's origin; cells are at their centres, height 0; only the BEV map's x and y
+bound queries. Returns that the store leaves out (the ego car's, and those beyond the reach of its
+``points``) have no queries.
+
+Latents are a 1x1 convolution of the BEV map. The decoder is Linear, twice (ReLU, Linear), Linear:
+it is linear in the latent at one end and has no activation before its last layer at the other, so
+both pairs of matrices are multiplied first. The part that depends on the cell alone is computed
+once per cell, and only for cells that are asked. Same parameters and same function as layer by
+layer for each pair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.nn import functional as F
+
+from occfeat_targets.store.files import StoreError
+from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.reader import TargetStore
+from occfeat_targets.store.settings import Settings
+from occfeat_train.geometry import rotation_z
+from occfeat_train.objectives.base import Batch, Objective, Targets, divisors
+
+DECIMATION_MM = 100
+"""One return is kept per cube of this size (paper §4.2)."""
+BAND_M = 0.1
+"""How far in front of and behind a return queries go (paper §4.2)."""
+RADIUS_M = 1.0
+"""How far from a query, on the ground plane, the cells lie that answer it (paper §4.2)."""
+FREE_NEAR, FREE_FAR, OCCUPIED = range(3)
+"""Kinds of query: just in front of a return, anywhere between sensor and return, just behind."""
+WIDTH = 128
+"""Channels of latents and hidden layers (ALSO)."""
+
+
+class ImgAlsoSettings(Settings):
+    """What is drawn."""
+
+    queries: int = Field(default=2048, ge=3)
+    """Points of space drawn per sample: as in ALSO's nuScenes configuration; those of its
+    detection variant, whose column search this is, have 4096."""
+
+
+class ImgAlso(Objective):
+    """L = L_occupancy + L_intensity, ALSO's losses on BEV features."""
+
+    Settings = ImgAlsoSettings
+    settings: ImgAlsoSettings
+    arrays = ("points", "ego_T_lidar")
+    no_picture = "learns points along lidar rays, of which there is no picture"
+
+    def __init__(self, settings: ImgAlsoSettings, store: TargetStore, channels: int, turned: bool):
+        """Raises StoreError if the store has several sweeps, or cells too large for the radius."""
+        super().__init__(settings, store, channels, turned)
+        sweeps = store.attrs["config"]["lidar"]["sweeps"]
+        if sweeps > 1:
+            raise StoreError(
+                f"{store.url} accumulates {sweeps} lidar sweeps and says of no point from where it "
+                "was seen, which img-also must know: rebuild it with lidar.sweeps=1"
+            )
+        dx, dy, _ = store.grid.cell_size
+        if math.hypot(dx, dy) > 2 * RADIUS_M:
+            raise StoreError(
+                f"{store.url} has BEV cells of {dx:g} x {dy:g} m, but img-also needs every point "
+                f"within {RADIUS_M:g} m of a cell's centre: rebuild it with a finer grid"
+            )
+        self.point_step_m: float = store.attrs["point_step_m"]
+        self.head = QueryHead(channels)
+
+    def targets(self, batch: Batch, angle: torch.Tensor) -> Targets:
+        """See :func:`query_targets`."""
+        n_queries = self.settings.queries
+        return query_targets(batch, angle, self.grid, self.point_step_m, n_queries)
+
+    def counts(self, targets: Targets) -> torch.Tensor:
+        """Pairs of a query and a cell, and those whose intensity is known."""
+        n_known = targets["has_intensity"].sum().item()
+        return torch.tensor([len(targets["cell"]), n_known], dtype=torch.float64)
+
+    def forward(
+        self, bev: torch.Tensor, targets: Targets, counts: Sequence[float], share: float
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and its terms ``occupancy`` and ``intensity`` for BEV features (B, C, X, Y)."""
+        predicted = self.head(bev, targets["cell"], targets["relative"])
+        wanted = (targets[name] for name in ("occupied", "intensity", "has_intensity"))
+        occupancy, intensity = query_sums(predicted, *wanted)
+        n_pairs, n_known = divisors(counts)
+        terms = {"occupancy": occupancy / n_pairs, "intensity": intensity / n_known}
+        return terms["occupancy"] + terms["intensity"], terms
+
+
+def query_targets(
+    batch: Batch,
+    angle: torch.Tensor,
+    grid: VoxelGrid,
+    point_step_m: float,
+    n_queries: int,
+) -> dict[str, torch.Tensor]:
+    """What to predict for each pair of a query and a BEV cell near it.
+
+    Queries outside of the BEV map are dropped. At any height they count: height is an input of the
+    decoder, not a cell.
+
+    Args:
+        batch: collated ``points`` int16 (P, 4), ``n_points`` (B,) and ``ego_T_lidar``
+            (B, 4, 4); ``seed`` int64 (B,) on the host, what is random in a frame follows from it.
+        angle: float32 (B,), by which the BEV frame is turned.
+        grid: the store's.
+        point_step_m: the store's attribute.
+        n_queries: of each frame, before any are dropped.
+
+    Returns:
+        Of M pairs ``cell`` int64 (M,), flat (B, X, Y) index; ``relative`` float32 (M, 3), metres,
+        BEV frame: from the cell's centre at ego's height 0 (the ground) to the query; ``occupied``
+        float32 (M,), 1 behind a return and 0 in front; ``intensity`` float32 (M,), of the return,
+        0..1, 0 where it is not known; ``has_intensity`` bool (M,), not known far from the return.
+    """
+    frames = [
+        frame_queries(points, ego_T_lidar[:3, 3], point_step_m, n_queries, seed)
+        for points, ego_T_lidar, seed in zip(
+            batch["points"].split(batch["n_points"].tolist()),
+            batch["ego_T_lidar"],
+            batch["seed"].tolist(),
+            strict=True,
+        )
+    ]
+    queries = {name: torch.cat([frame[name] for frame in frames]) for name in frames[0]}
+    xyz_ego, device = queries.pop("xyz_ego"), batch["points"].device
+    sample = torch.arange(len(frames), device=device).repeat_interleave(
+        torch.tensor([len(frame["xyz_ego"]) for frame in frames], device=device)
+    )
+    bev_T_ego = rotation_z(angle).to(device)[:, :3, :3]
+    xyz_bev = torch.einsum("qij,qj->qi", bev_T_ego[sample], xyz_ego)
+    query, cell, relative = near_cells(xyz_bev, grid)
+    cell = cell + sample[query] * math.prod(grid.bev_shape)
+    of_pairs = {name: values[query] for name, values in queries.items()}
+    return {"cell": cell, "relative": relative} | of_pairs
+
+
+def frame_queries(
+    points: torch.Tensor, sensor_ego: torch.Tensor, point_step_m: float, n_queries: int, seed: int
+) -> dict[str, torch.Tensor]:
+    """Queries of one frame, in the ego frame.
+
+    Args:
+        points: int16 (P, 4), as stored.
+        sensor_ego: float32 (3,), where the lidar is, metres: rays start there, not at ego's origin.
+        point_step_m: the store's attribute.
+        n_queries: how many to draw.
+        seed: of the frame; the same one draws the same queries, on the same kind of device.
+
+    Returns:
+        ``xyz_ego`` float32 (Q, 3), metres; ``occupied``, ``intensity``, ``has_intensity`` (Q,), as
+        in :func:`query_targets`.
+    """
+    points = points[_decimated(points, point_step_m)]
+    generator = torch.Generator(points.device).manual_seed(seed)
+    source, kind, u = draw_queries(len(points), n_queries, generator)
+    xyz, intensity = points[source].float().split([3, 1], dim=1)
+    has_intensity = kind != FREE_FAR
+    return {
+        "xyz_ego": place_queries(xyz * point_step_m, sensor_ego, kind, u),
+        "occupied": (kind == OCCUPIED).float(),
+        "intensity": intensity[:, 0] / 255 * has_intensity,
+        "has_intensity": has_intensity,
+    }
+
+
+def _decimated(points: torch.Tensor, point_step_m: float) -> torch.Tensor:
+    """Index of the first return in each occupied cube of the ego frame, cubes in order.
+
+    Cubes are half-open, as all of the project's; ALSO truncates towards zero, which makes those
+    at the origin twice as wide. In whole millimetres, so that no return falls on a cube's wrong
+    side by rounding.
+    """
+    xyz_mm = points[:, :3].long() * round(point_step_m * 1000)
+    x, y, z = xyz_mm.div(DECIMATION_MM, rounding_mode="floor").unbind(dim=1)
+    cube, order = ((x << 32) + (y << 16) + z).sort(stable=True)  # each below 2^15 in size
+    is_first = torch.ones_like(cube, dtype=torch.bool)
+    is_first[1:] = cube[1:] != cube[:-1]
+    return order[is_first]
+
+
+def draw_queries(
+    n_points: int, n_queries: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What is random in a frame's queries.
+
+    A third of them is near and free, a third far and free, the rest occupied. A kind takes no
+    return twice, so of less than it wants it takes each once and the frame has fewer queries.
+
+    Returns:
+        ``(source, kind, u)``: int64 (Q,) returns that queries are drawn from; int64 (Q,), kinds;
+        float32 (Q,), uniform in [0, 1).
+    """
+    device, third = generator.device, n_queries // 3
+    sources = [
+        torch.randperm(n_points, generator=generator, device=device)[:wanted]
+        for wanted in (third, third, n_queries - 2 * third)
+    ]
+    kind = torch.cat([torch.full_like(source, kind) for kind, source in enumerate(sources)])
+    return torch.cat(sources), kind, torch.rand(len(kind), generator=generator, device=device)
+
+
+def place_queries(
+    xyz: torch.Tensor, sensor: torch.Tensor, kind: torch.Tensor, u: torch.Tensor
+) -> torch.Tensor:
+    """Queries (Q, 3) on the rays from the sensor (3,) through returns (Q, 3), all in metres.
+
+    ``u`` (Q,) is the share of the way: from the sensor to the return if far, else of
+    :data:`BAND_M` from the return.
+    """
+    ray = xyz - sensor
+    length = ray.norm(dim=1)
+    beyond = torch.where(kind == OCCUPIED, BAND_M * u, -BAND_M * u)
+    beyond = torch.where(kind == FREE_FAR, (u - 1) * length, beyond)
+    # A return at the sensor itself has no direction: its queries stay there.
+    return xyz + beyond[:, None] * ray / length.clamp(min=1e-6)[:, None]
+
+
+def near_cells(
+    xyz_bev: torch.Tensor, grid: VoxelGrid
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pairs of a point and a BEV cell whose centre is within :data:`RADIUS_M` on the ground plane.
+
+    Args:
+        xyz_bev: float (Q, 3), metres, BEV frame; those outside of the map have no pairs.
+        grid: the store's.
+
+    Returns:
+        ``(query, cell, relative)``: int64 (M,) point; int64 (M,) flat (X, Y) index; (M, 3) from
+        the cell's centre at height 0 to the point, metres.
+    """
+    lower, size = (xyz_bev.new_tensor(a[:2]) for a in (grid.lower, grid.cell_size))
+    shape = torch.tensor(grid.bev_shape, device=xyz_bev.device)
+    home = ((xyz_bev[:, :2] - lower) / size).floor().long()
+    # A centre n cells away is at least n - 1/2 cells away.
+    reach = [math.floor(RADIUS_M / edge + 0.5) for edge in grid.cell_size[:2]]
+    steps = torch.cartesian_prod(*(torch.arange(-n, n + 1, device=home.device) for n in reach))
+    cell = home[:, None] + steps  # (Q, S, 2)
+    to_query = xyz_bev[:, None, :2] - (lower + (cell + 0.5) * size)
+    in_map = ((home >= 0) & (home < shape)).all(dim=1)[:, None]
+    in_map = in_map & ((cell >= 0) & (cell < shape)).all(dim=2)
+    query, step = (in_map & (to_query.square().sum(dim=2) <= RADIUS_M**2)).nonzero(as_tuple=True)
+    ix, iy = cell[query, step].unbind(dim=1)
+    relative = torch.cat([to_query[query, step], xyz_bev[query, 2:]], dim=1)
+    return query, ix * grid.bev_shape[1] + iy, relative
+
+
+class QueryHead(nn.Module):
+    """Occupancy logit and intensity at given places relative to given cells (ALSO).
+
+    Args:
+        channels: N_B, channels of the BEV map.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.latent = nn.Linear(channels, WIDTH)
+        self.enter = nn.Linear(WIDTH + 3, WIDTH)
+        self.hidden = nn.Linear(WIDTH, WIDTH)
+        self.leave = nn.Linear(WIDTH, WIDTH)
+        self.output = nn.Linear(WIDTH, 2)
+
+    def forward(
+        self, bev: torch.Tensor, cell: torch.Tensor, relative: torch.Tensor
+    ) -> torch.Tensor:
+        """Predict.
+
+        Args:
+            bev: (B, N_B, X, Y).
+            cell: int64 (M,), flat (B, X, Y) indices.
+            relative: float (M, 3), metres, from the cell's centre at height 0 to the query.
+
+        Returns:
+            (M, 2): logit of being occupied, and intensity in 0..1 (not bounded); in the parameters'
+            precision, also under autocast.
+        """
+        asked, which = cell.unique(return_inverse=True)
+        of_latent, of_place = self.enter.weight.split([WIDTH, 3], dim=1)
+        rows = bev.permute(0, 2, 3, 1).flatten(0, 2)[asked].to(of_latent.dtype)
+        # Free and occupied are centimetres apart, which bfloat16 can't tell at some metres' height.
+        with torch.autocast(bev.device.type, enabled=False):
+            bias = of_latent @ self.latent.bias + self.enter.bias
+            entered = F.linear(rows, of_latent @ self.latent.weight, bias)
+            hidden = F.relu(entered[which] + F.linear(relative, of_place))
+            hidden = F.relu(self.hidden(hidden))
+            bias = self.output.weight @ self.leave.bias + self.output.bias
+            return F.linear(hidden, self.output.weight @ self.leave.weight, bias)
+
+
+def query_sums(
+    predicted: torch.Tensor,
+    occupied: torch.Tensor,
+    intensity: torch.Tensor,
+    has_intensity: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Binary cross-entropy of occupancy summed over all pairs, and absolute error of intensity
+    summed over those with one (ALSO).
+
+    Args:
+        predicted: (M, 2), logit and intensity.
+        occupied: float (M,), 0 or 1.
+        intensity: float (M,).
+        has_intensity: bool (M,).
+    """
+    logits, brightness = predicted.float().unbind(dim=1)
+    occupancy = F.binary_cross_entropy_with_logits(logits, occupied, reduction="sum")
+    return occupancy, ((brightness - intensity).abs() * has_intensity).sum()

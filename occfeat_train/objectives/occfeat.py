@@ -1,0 +1,328 @@
+"""OccFeat: predict which voxels are occupied and the teacher's features in them (paper §3).
+
+The paper's decoder is linear between its two non-linearities, which the head uses. The 1x1
+convolution to N_B·Z_B channels and the first 1x1x1 convolution are one matrix per height; the
+second 1x1x1 convolution and the occupancy layer are one vector. So the full volume only ever
+holds the 2·N_B hidden units, row block by row block, and the N_y-channel branch runs on occupied
+voxels alone (1.4 % of the grid). Same parameters and same function as the dense form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from occfeat_targets.store.colours import feature_colours
+from occfeat_targets.store.files import StoreError
+from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.reader import TargetStore
+from occfeat_targets.store.settings import Settings
+from occfeat_train.geometry import flat_index, rotation_z
+from occfeat_train.models.instance_norm import InstanceNorm
+from occfeat_train.objectives.base import Batch, Objective, Panel, Targets, divisors
+
+PRIOR = 0.014
+"""Share of occupied voxels (measured on nuScenes, default grid): the occupancy bias starts there
+so that training does not spend its first steps learning that the world is mostly empty."""
+_ROWS = 8192
+
+
+class OccFeatSettings(Settings):
+    """Which of the two losses, and how they are weighed."""
+
+    occupancy: bool = True
+    """Use L_occ."""
+    features: bool = True
+    """Use L_feat."""
+    feature_weight: float = Field(default=0.01, ge=0)
+    """λ of L = L_occ + λ·L_feat."""
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> OccFeatSettings:
+        if not (self.occupancy or self.features):
+            raise ValueError("objectives.occfeat: occupancy or features must be true")
+        return self
+
+
+class OccFeat(Objective):
+    """L = L_occ + λ·L_feat (paper eq. 1 to 3), either term may be off."""
+
+    Settings = OccFeatSettings
+    settings: OccFeatSettings
+
+    def __init__(self, settings: OccFeatSettings, store: TargetStore, channels: int, turned: bool):
+        """Raises StoreError if features are wanted of a store built without."""
+        super().__init__(settings, store, channels, turned)
+        self.point_step_m: float = store.attrs["point_step_m"]
+        dim = store.attrs["teacher"]["dim"]
+        if settings.features and not dim:
+            raise StoreError(
+                f"{store.url} has no features, it was built with teacher.name=none: build one "
+                "with a teacher, or pretrain on occupancy alone (--set "
+                "objectives.occfeat.features=false)"
+            )
+        self.arrays = ("voxel_index", "feature_cameras")
+        self.arrays += ("points",) if turned else ()
+        if settings.features:
+            self.arrays += ("features", "feature_scale") if turned else ("features",)
+        heights = self.grid.shape[0]
+        self.head = OccFeatHead(channels, heights, dim, settings.occupancy, settings.features)
+
+    def targets(self, batch: Batch, angle: torch.Tensor) -> Targets:
+        """See :func:`voxel_targets`; also ``n_samples``."""
+        targets = voxel_targets(batch, angle, self.grid, self.point_step_m)
+        return targets | {"n_samples": torch.tensor(len(angle))}
+
+    def counts(self, targets: Targets) -> torch.Tensor:
+        """Voxels, and occupied voxels with a feature."""
+        n_voxels = targets["n_samples"].item() * self.grid.n_voxels
+        return torch.tensor([n_voxels, targets["valid"].sum().item()], dtype=torch.float64)
+
+    def forward(
+        self, bev: torch.Tensor, targets: Targets, counts: Sequence[float], share: float
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and its terms ``occupancy`` and ``features`` for BEV features (B, C, X, Y)."""
+        logits, features = self.head(bev, targets["voxel"])
+        n_voxels, n_valid = divisors(counts)
+        terms = {}
+        loss = bev.new_zeros(())
+        if logits is not None:
+            terms["occupancy"] = occupancy_sum(logits, targets["voxel"]) / n_voxels
+            loss = loss + terms["occupancy"]
+        if features is not None:
+            summed = cosine_sum(features, targets["features"], targets["valid"])
+            terms["features"] = summed / n_valid
+            loss = loss + self.settings.feature_weight * terms["features"]
+        return loss, terms
+
+    def panels(self, bev: torch.Tensor, batch: Batch) -> list[Panel]:
+        """From above: whether any voxel of a column is occupied, and the highest feature in it."""
+        targets = self.targets(batch, torch.zeros(1))
+        logits, features = self.head(bev, targets["voxel"])
+        voxel = targets["voxel"].cpu().numpy()
+        panels = []
+        if logits is not None:
+            occupied = np.zeros(self.grid.shape)
+            occupied.ravel()[voxel] = 1
+            probability = logits[0].float().sigmoid().cpu().numpy()
+            panels.append(Panel("occupancy", occupied.max(axis=0), probability.max(axis=0)))
+        if features is not None:
+            valid = targets["valid"].cpu().numpy()
+            wanted, got = (f.float().cpu().numpy()[valid] for f in (targets["features"], features))
+            colours = (feature_colours(values, wanted) for values in (wanted, got))
+            pictures = (_from_above(voxel[valid], c, self.grid) for c in colours)
+            panels.append(Panel("features (PCA)", *pictures))
+        return panels
+
+
+def voxel_targets(
+    batch: Batch, angle: torch.Tensor, grid: VoxelGrid, point_step_m: float
+) -> dict[str, torch.Tensor]:
+    """Occupied voxels and their feature targets.
+
+    Args:
+        batch: collated ``voxel`` (V,), ``feature_cameras`` (V,), ``features`` int8 (V, C) unless
+            only occupancy is learned, and, if any angle is not 0, ``points``, ``n_points`` and,
+            with the features, ``feature_scale``.
+        angle: float32 (B,), by which the BEV frame is turned.
+        grid: the store's.
+        point_step_m: the store's attribute.
+
+    Returns:
+        ``voxel`` int64 (V',) distinct flat indices over the batch, ``valid`` bool (V',) that have
+        a feature target, and, if the batch has features, ``features`` (V', C) whose direction is
+        the target.
+    """
+    voxel = batch["voxel"].long()
+    valid = batch["feature_cameras"] > 0
+    if not angle.any():
+        targets = {"voxel": voxel, "valid": valid}
+        return targets | ({"features": batch["features"]} if "features" in batch else {})
+    old, new = _moved_points(batch, angle, grid, point_step_m)
+    new_voxel, row = new.unique(return_inverse=True)
+    # A point's features are those of the voxel it came from. Rounding to the stored step moves a
+    # few points out of their voxel, and points outside the stored grid have none.
+    source = torch.searchsorted(voxel, old)
+    known = (F.pad(voxel, (0, 1), value=-2)[source] == old) & F.pad(valid, (0, 1))[source]
+    n = len(voxel) + 1
+    pair, count = (row[known] * n + source[known]).unique(return_counts=True)
+    row, source = pair.div(n, rounding_mode="floor"), pair % n
+    n_sources = torch.bincount(row, minlength=len(new_voxel))
+    targets = {"voxel": new_voxel, "valid": n_sources > 0}
+    if "features" not in batch:
+        return targets
+    features = batch["features"].float() * batch["feature_scale"].float()[:, None]
+    summed = F.embedding_bag(
+        source,
+        features,
+        n_sources.cumsum(0) - n_sources,
+        mode="sum",
+        per_sample_weights=count.float(),
+    )
+    return targets | {"features": summed}
+
+
+def _moved_points(
+    batch: Batch, angle: torch.Tensor, grid: VoxelGrid, point_step_m: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Old and new voxel (flat over the batch) of the points that the new grid holds.
+
+    The old one is -1 for points outside the stored grid.
+    """
+    counts = batch["n_points"]
+    sample = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    xyz_ego = batch["points"][:, :3].float() * point_step_m
+    bev_T_ego = rotation_z(angle).to(xyz_ego.device)[:, :3, :3]
+    xyz_bev = torch.einsum("pij,pj->pi", bev_T_ego[sample], xyz_ego)
+    old, was_inside = flat_index(xyz_ego, grid)
+    new, inside = flat_index(xyz_bev, grid)
+    old = torch.where(was_inside, old + sample * grid.n_voxels, -1)
+    return old[inside], (new + sample * grid.n_voxels)[inside]
+
+
+class OccFeatHead(nn.Module):
+    """Occupancy logits of every voxel and features of chosen ones, from BEV features (§3.2, §3.3).
+
+    Args:
+        channels: N_B, channels of the BEV map.
+        heights: Z_B, voxels along z.
+        feature_dim: N_y, channels of the teacher.
+        occupancy, features: which of the two outputs (the paper's ablation, Table 3).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heights: int,
+        feature_dim: int,
+        occupancy: bool = True,
+        features: bool = True,
+    ):
+        super().__init__()
+        self.heights = heights
+        self.mix = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), InstanceNorm(), nn.ReLU()
+        )
+        self.unsplat = nn.Linear(channels, channels * heights)
+        self.expand = nn.Linear(channels, 2 * channels)
+        self.reduce = nn.Linear(2 * channels, channels)
+        self.occupancy = nn.Linear(channels, 1) if occupancy else None
+        self.features = nn.Linear(channels, feature_dim) if features else None
+        if self.occupancy:
+            nn.init.constant_(self.occupancy.bias, math.log(PRIOR / (1 - PRIOR)))
+
+    def forward(
+        self, bev: torch.Tensor, voxel: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Predict.
+
+        Args:
+            bev: (B, N_B, X, Y).
+            voxel: int64 (V,), voxels whose features are wanted: b·Z·X·Y + the store's index.
+
+        Returns:
+            ``(logits, features)``: (B, Z, X, Y) and (V, N_y); None for what is switched off.
+        """
+        B, C, X, Y = bev.shape
+        rows = self.mix(bev).permute(0, 2, 3, 1).reshape(-1, C)  # (B·X·Y, C)
+        weight, bias = self._hidden_layer()
+        logits = features = None
+        if self.occupancy is not None:
+            logits = self._logits(rows, weight, bias).view(B, X, Y, self.heights)
+            logits = logits.permute(0, 3, 1, 2)
+        if self.features is not None:
+            features = self.features(self.reduce(self._hidden_at(rows, voxel, X * Y, weight, bias)))
+        return logits, features
+
+    def _hidden_layer(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """BEV row to hidden units of each height: weight (Z, 2C, C), bias (Z, 2C)."""
+        C = self.expand.in_features
+        weight = self.expand.weight @ self.unsplat.weight.view(self.heights, C, C)
+        bias = self.unsplat.bias.view(self.heights, C) @ self.expand.weight.T + self.expand.bias
+        return weight, bias
+
+    def _logits(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Occupancy logits (B·X·Y, Z) of every voxel above BEV rows (B·X·Y, C)."""
+        assert self.occupancy
+        out_weight = self.occupancy.weight @ self.reduce.weight  # (1, 2C)
+        out_bias = self.occupancy.weight @ self.reduce.bias + self.occupancy.bias
+        # Hidden units are computed again in the backward pass: all at once they would be the
+        # largest tensor of the whole network.
+        blocks = [
+            checkpoint(
+                *(_block, block, weight, bias, out_weight),
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            for block in rows.split(_ROWS)
+        ]
+        return torch.cat(blocks) + out_bias
+
+    def _hidden_at(
+        self,
+        rows: torch.Tensor,
+        voxel: torch.Tensor,
+        n_columns: int,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+    ) -> torch.Tensor:
+        """Hidden units (V, 2C) of chosen voxels: one matrix product per height."""
+        sample = voxel.div(n_columns * self.heights, rounding_mode="floor")
+        height = voxel.div(n_columns, rounding_mode="floor") % self.heights
+        order = height.argsort(stable=True)
+        chosen = rows[(sample * n_columns + voxel % n_columns)[order]]
+        counts = torch.bincount(height, minlength=self.heights).tolist()
+        hidden = torch.cat(
+            [
+                F.linear(part, w, b)
+                for part, w, b in zip(chosen.split(counts), weight, bias, strict=True)
+            ]
+        )
+        return F.softplus(hidden)[order.argsort()]
+
+
+def _block(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out_weight: torch.Tensor
+) -> torch.Tensor:
+    """(R, C) to logits (R, Z) without the final bias."""
+    hidden = F.softplus(F.linear(rows, weight.flatten(0, 1), bias.flatten()))
+    return F.linear(hidden.view(len(rows), *bias.shape), out_weight).squeeze(-1)
+
+
+def occupancy_sum(logits: torch.Tensor, voxel: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy summed over all voxels (paper eq. 2, before 1/|V|).
+
+    Args:
+        logits: (B, Z, X, Y).
+        voxel: int64 (V,), distinct flat indices of the occupied voxels of the batch.
+    """
+    logits = logits.float().flatten()
+    # BCE(l, t) = softplus(l) - t·l; the occupied ones are few
+    return F.softplus(logits).sum() - logits[voxel].sum()
+
+
+def cosine_sum(predicted: torch.Tensor, target: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Negative cosine similarity summed over valid voxels (paper eq. 3, before 1/|V_occ|).
+
+    Args:
+        predicted: (V, C).
+        target: (V, C); only its direction matters.
+        valid: bool (V,), voxels that some camera sees.
+    """
+    cosine = F.cosine_similarity(predicted.float(), target.float(), dim=1)
+    return -(cosine * valid).sum()
+
+
+def _from_above(voxel: np.ndarray, colours: np.ndarray, grid: VoxelGrid) -> np.ndarray:
+    """RGB (X, Y, 3): the colour (V, 3) of the highest voxel of each column, else black."""
+    picture = np.zeros((*grid.bev_shape, 3))
+    _, x, y = np.unravel_index(voxel, grid.shape)
+    picture[x, y] = colours  # voxels ascend with height, and the last one stays
+    return picture

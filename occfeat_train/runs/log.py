@@ -1,0 +1,86 @@
+"""What a run says while it runs: a progress bar, one JSON line per logged step, TensorBoard."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+from tqdm import tqdm
+
+from occfeat_targets.store.settings import ConfigError
+from occfeat_train.config import RunSettings
+from occfeat_train.runs.run import replace
+
+
+class RunLog:
+    """The log of one run; on processes other than the main one it is silent."""
+
+    def __init__(
+        self, directory: Path, active: bool, total_steps: int, step: int, tensorboard: bool
+    ):
+        """Start, or go on at ``step``: lines after it, of a killed run, are dropped."""
+        self.active = active
+        self.path = Path(directory) / "log.jsonl"
+        self.bar = tqdm(
+            total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not active
+        )
+        self.board = None
+        if not active:
+            return
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        kept = [line for line in lines if _step(line) <= step]
+        replace(self.path, lambda part: part.write_text("".join(kept)))
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(directory), purge_step=step + 1)
+
+    def advance(self) -> None:
+        """One optimiser step is done."""
+        self.bar.update()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Log one step's numbers."""
+        if not self.active:
+            return
+        # Gradients may overflow in float16, and JSON has no infinity.
+        plain = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **plain}) + "\n")
+        shown = {k: f"{v:.4g}" for k, v in values.items() if k in ("epoch", "loss")}
+        self.bar.set_postfix(shown)
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self.active:
+            tqdm.write(text)
+
+    def close(self) -> None:
+        """End the bar and the TensorBoard file."""
+        self.bar.close()
+        if self.board:
+            self.board.close()
+
+
+def require_board(settings: RunSettings) -> None:
+    """Refuse to begin without the package that TensorBoard events need.
+
+    Not a check of the settings themselves: a run that wrote events can be evaluated anywhere.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("run.tensorboard needs: pip install tensorboard")
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # the half-written line of a killed run

@@ -1,0 +1,168 @@
+"""What a command works on where the user names only some of it: jobs, settings and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from occfeat_targets.store.files import absolute
+from occfeat_targets.store.reader import open_store
+from occfeat_targets.store.settings import override, read_yaml
+from occfeat_train.config import TrainConfig, preset_path
+from occfeat_train.runs.job import Job
+from occfeat_train.runs.run import Run, RunError, newest, timestamp
+from occfeat_train.tasks import TASKS
+
+RUNS = Path("runs")
+HOW = (
+    *("run.precision", "run.log_every", "run.save_minutes", "run.tensorboard"),
+    *("data.workers", "data.start_method"),
+)
+"""Settings that a resumed run may change: how it runs, not what it computes."""
+KEPT = ("config", "objective", "task", "fraction", "fraction_unit", "init")
+"""Options that a resumed run keeps."""
+
+
+def new_job(kind: str, asked: Mapping[str, Any], say: Callable[[str], None]) -> Job:
+    """What the options of ``pretrain`` or ``finetune`` ask for.
+
+    Args:
+        kind: ``pretrain`` or ``finetune``.
+        asked: ``store``, ``config``, ``overrides`` (``section.key=value`` texts); ``objective`` of
+            a pretraining; ``task``, ``fraction``, ``fraction_unit`` and ``init`` of a finetuning.
+            None takes the default.
+        say: is told what was chosen.
+
+    Raises:
+        RunError: as :func:`_pretraining`. StoreError: from ``open_store``.
+        ConfigError: settings can't be read, or one is unknown or impossible.
+    """
+    if kind == "pretrain":
+        store, overrides = absolute(asked["store"] or "targets.zarr"), asked["overrides"]
+        if asked["objective"]:
+            overrides = (*overrides, f"pretrain.objective={asked['objective']}")
+        return Job(kind, store, _settings(store, asked["config"], None, overrides, say))
+    run, fraction = _pretraining(asked["init"], say), asked["fraction"]
+    store = asked["store"] or (run and run.description()["store"]) or "targets.zarr"
+    store = absolute(store)
+    TASKS(asked["task"])
+    config = _settings(store, asked["config"], run, asked["overrides"], say)
+    return Job(
+        kind,
+        store,
+        config.for_fraction(fraction),
+        fraction,
+        asked["fraction_unit"],
+        str(run.path.resolve()) if run else None,
+        asked["task"],
+    )
+
+
+def _settings(
+    store: str,
+    config: str | None,
+    pretraining: Run | None,
+    overrides: tuple[str, ...],
+    say: Callable[[str], None],
+) -> TrainConfig:
+    """By --config, else the pretraining run's, else the store's preset."""
+    preset = open_store(store).attrs["config"].get("train_preset")
+    if config:
+        is_file = config.endswith((".yaml", ".yml"))
+        values, source = read_yaml(Path(config) if is_file else preset_path(config)), config
+    elif pretraining:
+        values, source = pretraining.description()["config"], f"those of {pretraining.path}"
+    else:
+        source = preset or "paper"
+        values = read_yaml(preset_path(source))
+        source = f"preset {source}" + (f", as {store} asks" if preset else "")
+    say(f"Settings: {source}")
+    return TrainConfig.of(override(values, overrides))
+
+
+def resumed(
+    kind: str,
+    run: Path | None,
+    store: str | None,
+    overrides: tuple[str, ...],
+    given: Collection[str],
+) -> tuple[Job, Path]:
+    """The job and directory to go on with; of its settings only :data:`HOW` may change.
+
+    Args:
+        kind: ``pretrain`` or ``finetune``.
+        run: its directory; None: the newest unfinished one of the kind.
+        store: where its store is now; None: where it was.
+        overrides: ``section.key=value`` texts.
+        given: names of the options that were given; refused are those of :data:`KEPT`.
+
+    Raises:
+        RunError: an option would change what it computes, or there is no such run.
+        ConfigError: a setting is impossible.
+    """
+    if kept := [name for name in KEPT if name in given]:
+        raise RunError(f"a resumed run keeps its --{kept[0].replace('_', '-')}: leave it out")
+    if fixed := [text for text in overrides if text.partition("=")[0] not in HOW]:
+        raise RunError(
+            f"a resumed run keeps its {fixed[0].partition('=')[0]}: leave --set {fixed[0]} out; "
+            f"it can change {', '.join(HOW)}"
+        )
+    found = Run(run) if run else newest(RUNS, (kind,), finished=False)
+    if found is None:
+        raise RunError(f"there is no unfinished {kind} run in {RUNS}/: name it, --run-dir")
+    job = Job.of_run(found, store)
+    if job.kind != kind:
+        raise RunError(f"{found.path} is a {job.kind} run: occfeat-train {job.kind}")
+    return changed(job, overrides), found.path
+
+
+def changed(job: Job, overrides: tuple[str, ...]) -> Job:
+    """A job with other settings.
+
+    Raises:
+        ConfigError: one is unknown or impossible.
+    """
+    return replace(job, config=TrainConfig.of(override(job.config.plain(), overrides)))
+
+
+def _pretraining(init: str | None, say: Callable[[str], None]) -> Run | None:
+    """The run that --init names, by default the newest finished one; None for ``none``.
+
+    Raises:
+        RunError: there is no finished pretraining, or the named run has no checkpoint.
+        ConfigError: its settings are not of this version.
+    """
+    if init == "none":
+        return None
+    run = Run(Path(init)) if init else newest(RUNS, ("pretrain",), finished=True)
+    if run is None:
+        raise RunError(
+            f"there is no finished pretraining in {RUNS}/: occfeat-train pretrain makes one, "
+            "--init RUN names one elsewhere, --init none does without"
+        )
+    title, position = Job.of_run(run).title, run.position()
+    unfinished = "" if position["finished"] else f", NOT FINISHED: step {position['step']}"
+    say(f"Starting from: {run.path} ({title}{unfinished})")
+    return run
+
+
+def finished(path: Path | None, *kinds: str) -> Run:
+    """The run of a path, else the newest finished one of some kinds.
+
+    Raises:
+        RunError: there is none.
+    """
+    run = Run(path) if path else newest(RUNS, kinds, finished=True)
+    if run is None:
+        raise RunError(
+            f"there is no finished {' or '.join(kinds)} run in {RUNS}/: run occfeat-train "
+            f"{kinds[0]}, or name --run-dir"
+        )
+    return run
+
+
+def new_run(kind: str) -> Path:
+    """A directory for a new run of a kind, named by the time."""
+    return RUNS / f"{kind}-{timestamp()}"

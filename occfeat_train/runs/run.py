@@ -1,0 +1,251 @@
+"""Run directories: what a run is, its checkpoints, and finding the newest.
+
+    runs/pretrain-20260102-030405/
+        run.json                    kind, store, settings, versions
+        log.jsonl                   one line per logged step
+        checkpoint-00001234.pt      weights, optimiser, schedule
+        checkpoint-00001234.json    run.json and the position; written last: it marks the .pt whole
+        result.json                 evaluation of a finetuned network
+        corrupted.json              the same on corrupted images
+
+Every file is written beside its place and renamed, so a kill leaves the last good one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+
+from occfeat_targets.store.reader import TargetStore
+from occfeat_targets.store.settings import differences
+from occfeat_train import __version__
+
+FORMAT = "occfeat-run"
+KEEP = 2
+"""Checkpoints kept: the newest, and one more in case a disk loses that."""
+
+
+class RunError(RuntimeError):
+    """A run or checkpoint is missing, foreign, damaged or does not fit."""
+
+
+class Run:
+    """One run directory."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+
+    def require_new(self) -> None:
+        """Refuse a directory that holds something.
+
+        Raises:
+            RunError: it does.
+        """
+        if self.path.exists() and any(self.path.iterdir()):
+            raise RunError(
+                f"{self.path} is not empty: choose another --run-dir, or --resume this one"
+            )
+
+    def create(self, description: dict) -> None:
+        """Make the directory and its ``run.json``.
+
+        Raises:
+            RunError: another run took it a moment ago.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            (self.path / "run.json").open("x").close()
+        except FileExistsError:
+            raise RunError(f"{self.path} was just taken by another run") from None
+        write_json(self.path / "run.json", {"format": FORMAT, **description})
+
+    def description(self) -> dict:
+        """What ``run.json`` says.
+
+        Raises:
+            RunError: there is no run here.
+        """
+        try:
+            description = json.loads((self.path / "run.json").read_text())
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.path} is not a run of occfeat-train: {error}") from error
+        if not isinstance(description, dict) or description.get("format") != FORMAT:
+            raise RunError(f"{self.path}/run.json was not written by occfeat-train")
+        return description
+
+    def checkpoints(self) -> list[Path]:
+        """JSON files of whole checkpoints, newest first."""
+        return sorted(self.path.glob("checkpoint-*.json"), reverse=True)
+
+    def position(self) -> dict:
+        """How far the newest checkpoint is, see ``train.Position``.
+
+        Raises:
+            RunError: there is none, or it is damaged.
+        """
+        return _position(self._newest_checkpoint())
+
+    def is_finished(self) -> bool:
+        """Whether training came to its end."""
+        return bool(self.checkpoints()) and self.position()["finished"]
+
+    def save(self, state: dict[str, Any], position: dict) -> None:
+        """Write a checkpoint, then remove all but the newest :data:`KEEP`."""
+        name = f"checkpoint-{position['step']:08d}"
+        replace(self.path / f"{name}.pt", lambda part: torch.save(state, part))
+        said = self.description() | {"versions": versions(), "position": position}
+        write_json(self.path / f"{name}.json", said)
+        for old in self.checkpoints()[KEEP:]:
+            old.unlink()  # first the marker: a .pt without it counts for nothing
+        kept = {path.stem for path in self.checkpoints()}
+        litter = [p for p in self.path.glob("checkpoint-*.pt") if p.stem not in kept]
+        for path in (*litter, *self.path.glob("*.part")):
+            path.unlink()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep others from training the same run at the same time; a kill lets go of it.
+
+        Raises:
+            RunError: another process is at it, or the filesystem knows no locks.
+        """
+        with (self.path / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"another process is training {self.path}") from None
+            except OSError as error:
+                raise RunError(f"cannot lock {file.name}: {error}; put runs elsewhere") from error
+            yield
+
+    def load(self) -> tuple[dict[str, Any], dict]:
+        """State (on the CPU) and position of the newest checkpoint. Unpickles nothing but tensors.
+
+        Raises:
+            RunError: there is none, or its file can't be read.
+        """
+        marker = self._newest_checkpoint()
+        path = marker.with_suffix(".pt")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            raise RunError(
+                f"{path} is damaged ({reason}): delete it and {marker.name} to use the "
+                "checkpoint before"
+            ) from error
+        return state, _position(marker)
+
+    def _newest_checkpoint(self) -> Path:
+        found = self.checkpoints()
+        if not found:
+            raise RunError(f"{self.path} has no checkpoint: --resume it, or train anew")
+        return found[0]
+
+
+def newest(parent: Path, kinds: tuple[str, ...], finished: bool) -> Run | None:
+    """The newest run of some kinds (``pretrain``, ``finetune``) below ``parent`` that came to its
+    end, or that did not; one without a checkpoint only if there is no other."""
+    runs = [run for run in _runs(parent) if run.description().get("kind") in kinds]
+    runs = [run for run in runs if run.is_finished() == finished]
+
+    def order(run: Run) -> tuple:
+        return bool(run.checkpoints()), run.description()["created"], run.path.name
+
+    return max(runs, key=order, default=None)
+
+
+def _position(path: Path) -> dict:
+    """Of a checkpoint's JSON file."""
+    try:
+        return json.loads(path.read_text())["position"]
+    except (ValueError, KeyError) as error:
+        raise RunError(f"{path} is damaged: delete it and {path.stem}.pt") from error
+
+
+def _runs(parent: Path) -> Iterator[Run]:
+    for path in Path(parent).glob("*/run.json"):
+        with suppress(RunError):  # another program's run.json
+            Run(path.parent).description()
+            yield Run(path.parent)
+
+
+def identity(store: TargetStore) -> dict:
+    """What makes a store this store: its frames, which of them failed, grid, teacher, settings."""
+    keys = (
+        *("format_version", "records_sha256", "n_frames", "grid", "teacher", "cameras"),
+        *("box_classes", "vehicle_classes", "map_classes"),
+    )
+    sections = ("images", "lidar", "boxes", "map", "outputs")
+    attributes = {k: store.attrs.get(k) for k in keys}
+    settings = {k: store.attrs["config"][k] for k in sections}
+    return attributes | settings | {"failed": sorted(map(int, store.attrs["failed"]))}
+
+
+def check_same_store(stored: dict, store: TargetStore) -> None:
+    """Refuse to resume on other targets.
+
+    Raises:
+        RunError: naming what differs.
+    """
+    changed = differences(stored, identity(store))
+    if changed:
+        raise RunError(
+            f"{store.url} is not the store this run was started on; {'; '.join(changed)}"
+        )
+
+
+def check_same_grid(run: Run, store: TargetStore) -> None:
+    """Refuse weights of a network for another voxel grid.
+
+    Raises:
+        RunError: naming both grids.
+    """
+    grid = run.description()["store_identity"]["grid"]
+    if grid != store.attrs["grid"]:
+        raise RunError(
+            f"the network of {run.path} is for the grid {grid}, the store {store.url} has "
+            f"{store.attrs['grid']}: use a store of that grid"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of occfeat and what decides its numbers."""
+    return {
+        "occfeat": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "zarr": zarr.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def timestamp() -> str:
+    """Local time as ``20260102-030405``, for names."""
+    return time.strftime("%Y%m%d-%H%M%S")
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write indented JSON atomically."""
+    text = json.dumps(value, indent=1) + "\n"
+    replace(path, lambda part: part.write_text(text))
+
+
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file beside its place, then put it there."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)

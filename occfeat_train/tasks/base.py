@@ -1,0 +1,50 @@
+"""What a downstream task is: an objective that can be evaluated."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from occfeat_train.objectives.base import Batch, Objective
+
+
+class Meter(Protocol):
+    """Counts over a split what a network got right; of all processes together."""
+
+    def add(self, batch: Batch, predicted: Any) -> None:
+        """Count a batch and what :meth:`Task.predict` made of it."""
+
+    def result(self) -> dict[str, Any]:
+        """For ``result.json``: ``rows``, name to numbers in per cent, and ``headline``, the one
+        IoU of the task: ``{"name": ..., "iou": ...}``, None where undefined. Called in all
+        processes, which it sums up."""
+        ...
+
+
+class Task(Objective):
+    """Base of all tasks, found by name in ``tasks.TASKS`` (``--task``).
+
+    As an objective, with settings from the section ``tasks.NAME``, and the following.
+    """
+
+    eval_arrays: tuple[str, ...]
+    """The store's arrays that its meter compares with."""
+
+    def predict(self, bev: torch.Tensor) -> Any:
+        """What its head makes of BEV features (B, C, X, Y) that nothing augmented."""
+        return self.head(bev)
+
+    def meter(self, device: torch.device) -> Meter:
+        """A meter that has counted nothing."""
+        raise NotImplementedError
+
+    @classmethod
+    def table(cls, rows: dict[str, Any]) -> list[list[str]]:
+        """``rows`` of a result as lines of cells for people, the first the heading."""
+        raise NotImplementedError
+
+
+def as_text(value: float | None) -> str:
+    """A number in per cent for people."""
+    return "-" if value is None else f"{value:.1f}"

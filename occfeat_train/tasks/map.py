@@ -1,0 +1,134 @@
+"""Map segmentation: the mean over classes of the mean binary cross-entropy over cells.
+
+The paper names the classes, and neither loss nor head; these are the vehicles' without what only
+objects have. Classes overlap (a crosswalk lies on a road).
+
+The store has the map in the ego frame only. Polygons are not stored, so where the frame is turned
+a cell takes the value of the stored cell that holds its centre.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from occfeat_targets.store.files import StoreError
+from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.reader import TargetStore
+from occfeat_targets.store.settings import Settings
+from occfeat_train.geometry import flat_index, rotation_z
+from occfeat_train.objectives.base import Batch, Targets, divisors
+from occfeat_train.tasks.masks import MaskTask, branch, iou_rows, mean_row, segmentation_sum
+
+
+class MapSettings(Settings):
+    """Of its loss."""
+
+    pos_weight: float = Field(default=1.0, gt=0)
+    """Weight of a class's cells in the cross-entropy (the paper names none)."""
+
+
+class MapSegmentation(MaskTask):
+    """The classes of the store's map: road, sidewalk, crosswalk, parking, divider in nuScenes."""
+
+    Settings = MapSettings
+    settings: MapSettings
+    arrays = eval_arrays = ("map",)
+    heading = "class"
+    headline = ("mean", "mean of classes")
+
+    def __init__(self, settings: MapSettings, store: TargetStore, channels: int, turned: bool):
+        """Raises StoreError if the store was built without a map."""
+        super().__init__(settings, store, channels, turned)
+        if not store.attrs["map_classes"]:
+            raise StoreError(f"{store.url} has no map: rebuild it with the map expansion")
+        self.classes = tuple(store.attrs["map_classes"])
+        self.head = MapHead(channels, len(self.classes))
+
+    def targets(self, batch: Batch, angle: torch.Tensor) -> Targets:
+        """See :func:`map_targets`."""
+        return map_targets(batch, angle, self.grid)
+
+    def truth(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks uint8 (B, K, X, Y), and (B, X, Y) that all cells count: a map is not hidden."""
+        return batch["map"], torch.ones_like(batch["map"][:, 0])
+
+    def rows(self, counts: torch.Tensor) -> dict[str, dict]:
+        """Each class, and ``mean`` over those of which IoU is defined."""
+        return iou_rows(self.classes, counts[:, 1]) | {"mean": mean_row(counts[:, 1])}
+
+    def counts(self, targets: Targets) -> torch.Tensor:
+        """Cells whose map is known, the same for all classes."""
+        return targets["known"].sum().double().cpu()[None]
+
+    def forward(
+        self, bev: torch.Tensor, targets: Targets, counts: Sequence[float], share: float
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and its terms, one for each class, for BEV features (B, C, X, Y)."""
+        logits = self.head(bev)["mask"]
+        (n_known,) = divisors(counts)
+        terms = {}
+        for k, name in enumerate(self.classes):
+            summed = segmentation_sum(
+                logits[:, k], targets["map"][:, k], targets["known"], self.settings.pos_weight
+            )
+            terms[name] = summed / n_known
+        return torch.stack(list(terms.values())).mean(), terms
+
+
+def map_targets(batch: Batch, angle: torch.Tensor, grid: VoxelGrid) -> Targets:
+    """Map masks in the BEV frame, and where they are known.
+
+    Args:
+        batch: collated ``map`` uint8 (B, K, X, Y), 0 or 1, in the ego frame.
+        angle: float32 (B,), by which the BEV frame is turned.
+        grid: the store's.
+
+    Returns:
+        ``map`` float (B, K, X, Y), 0 where it is not known; ``known`` bool (B, X, Y), False for
+        cells whose centre lies outside of the stored map.
+    """
+    stored = batch["map"]
+    if not angle.any():
+        return {"map": stored.float(), "known": torch.ones_like(stored[:, 0], dtype=torch.bool)}
+    source, known = _sources(angle.to(stored.device), grid)
+    n_classes, shape = stored.shape[1], known.shape[1:]
+    moved = stored.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, n_classes, -1))
+    return {"map": (moved.unflatten(2, shape) * known[:, None]).float(), "known": known}
+
+
+def _sources(angle: torch.Tensor, grid: VoxelGrid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each cell of the turned frame is in the stored map.
+
+    Args:
+        angle: float (B,), on the device.
+        grid: the store's.
+
+    Returns:
+        Flat stored cell int64 (B, X, Y), 0 where there is none; and whether there is one.
+    """
+    axes = [torch.from_numpy(axis).to(angle.device) for axis in grid.bev_centres()]
+    xy_bev = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+    # In float64: in float32 a centre near the edge between two cells may fall to the wrong side.
+    ego_T_bev = rotation_z(-angle.double())[:, :2, :2]
+    xy_ego = torch.einsum("bij,xyj->bxyi", ego_T_bev, xy_bev)
+    # At the volume's lower bound, because flat indices of the lowest layer are those of the BEV.
+    z = torch.full_like(xy_ego[..., :1], grid.z[0])
+    index, known = flat_index(torch.cat([xy_ego, z], dim=-1).reshape(-1, 3), grid)
+    shape = (len(angle), *grid.bev_shape)
+    return torch.where(known, index, 0).view(shape), known.view(shape)
+
+
+class MapHead(nn.Module):
+    """One branch with a channel per map class."""
+
+    def __init__(self, channels: int, n_classes: int):
+        super().__init__()
+        self.mask = branch(channels, n_classes)
+
+    def forward(self, bev: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Predict from (B, C, X, Y): ``mask`` logits (B, K, X, Y) of K classes."""
+        return {"mask": self.mask(bev)}

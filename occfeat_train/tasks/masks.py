@@ -1,0 +1,220 @@
+"""What tasks of BEV masks share: a head's branch, the loss, the IoU meter, the picture.
+
+IoU comes from whole numbers: counts over the split, summed over processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from occfeat_targets.store.grid import VoxelGrid
+from occfeat_train.distributed import all_reduce_sum
+from occfeat_train.models.instance_norm import InstanceNorm
+from occfeat_train.objectives.base import Batch, Panel
+from occfeat_train.tasks.base import Task, as_text
+
+THRESHOLDS = (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65)
+"""BEVFusion's; 0.5 is the headline."""
+HEADLINE = THRESHOLDS.index(0.5)
+RANGES_M = (20.0, 35.0, 50.0)
+"""Edges of the distance rings around ego in which IoU is also given."""
+
+
+class MaskTask(Task):
+    """A task whose head predicts the logits of K masks as ``mask``, (B, K, X, Y); or (B, X, Y) of
+    a single one."""
+
+    classes: tuple[str, ...]
+    """Names of the masks."""
+    heading: ClassVar[str]
+    """Of the first column of its table."""
+    labels: ClassVar[dict[str, str]] = {}
+    """What rows are called there, if not by their names."""
+    headline: ClassVar[tuple[str, str]]
+    """The row that is the headline, and what to call that."""
+
+    def truth(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks uint8 (B, K, X, Y) in ego, and which cells are not hidden, (B, X, Y)."""
+        raise NotImplementedError
+
+    def rows(self, counts: torch.Tensor) -> dict[str, dict[str, Any]]:
+        """What is reported of :meth:`IoUCounter.counts`; see :func:`iou_rows`."""
+        raise NotImplementedError
+
+    def meter(self, device: torch.device) -> MaskMeter:
+        """IoU at probability 0.5, by distance, and at the best threshold."""
+        return MaskMeter(self, device)
+
+    def panels(self, bev: torch.Tensor, batch: Batch) -> list[Panel]:
+        """Each class; a target that does not count (hidden) is darker."""
+        target, visible = self.truth(batch)
+        mask = self.predict(bev)["mask"]
+        probability = mask.float().sigmoid().view_as(target)[0].cpu().numpy()
+        shown = (target * torch.where(visible.bool(), 1.0, 0.4)[:, None])[0].cpu().numpy()
+        return list(map(Panel, self.classes, shown, probability))
+
+    @classmethod
+    def table(cls, rows: dict[str, Any]) -> list[list[str]]:
+        """Lines of cells: a row each."""
+        lines = [[cls.heading, "all ranges", *_ring_names(), "best threshold"]]
+        for name, values in rows.items():
+            best, threshold = values["best"]["iou"], values["best"]["threshold"]
+            at = "" if threshold is None else f" at {threshold}"
+            cells = [values["iou"], *values["by_range"].values()]
+            label = cls.labels.get(name, name)
+            lines.append([label, *map(as_text, cells), as_text(best) + at])
+        return lines
+
+
+class MaskMeter:
+    """Counts of a :class:`MaskTask` over a split."""
+
+    def __init__(self, task: MaskTask, device: torch.device):
+        self.task = task
+        self.counter = IoUCounter(task.grid, device, len(task.classes))
+
+    def add(self, batch: Batch, predicted: dict[str, torch.Tensor]) -> None:
+        """Count a batch on the device."""
+        target, visible = self.task.truth(batch)
+        probability = predicted["mask"].float().sigmoid()
+        self.counter.add(probability.view_as(target), target, visible)
+
+    def result(self) -> dict[str, Any]:
+        """See :class:`tasks.base.Meter`; rows as of :func:`iou_rows`."""
+        rows = self.task.rows(self.counter.counts())
+        row, name = self.task.headline
+        return {"rows": rows, "headline": {"name": name, "iou": rows[row]["iou"]}}
+
+
+class IoUCounter:
+    """True positives, false positives and false negatives of the BEV masks of K classes.
+
+    Counts are kept for each class and ring of distance, with and without hidden cells (where only
+    vehicles of visibility 0-40 % lie), at each threshold. A cell is positive if its probability is
+    above the threshold (Simple-BEV rounds the probability, which is the same at 0.5).
+    """
+
+    def __init__(self, grid: VoxelGrid, device: torch.device, n_classes: int = 1):
+        x, y = grid.bev_centres()
+        distance = np.hypot(x[:, None], y[None, :])
+        self.ring = torch.from_numpy(np.digitize(distance, RANGES_M)).to(device)
+        self.classes = torch.arange(n_classes, device=device)[:, None, None]
+        # [class, visible, ring, target, number of thresholds exceeded]
+        shape = (n_classes, 2, len(RANGES_M) + 1, 2, len(THRESHOLDS) + 1)
+        self.histogram = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.thresholds = torch.tensor(THRESHOLDS, device=device)
+
+    def add(self, probability: torch.Tensor, target: torch.Tensor, visible: torch.Tensor) -> None:
+        """Count a batch: probability float and target 0 or 1, (B, K, X, Y); visible (B, X, Y)."""
+        exceeded = torch.bucketize(probability.float().contiguous(), self.thresholds)
+        axes = (self.classes, visible.long()[:, None], self.ring, target.long(), exceeded)
+        index = torch.zeros_like(exceeded)
+        for values, n in zip(axes, self.histogram.shape, strict=True):
+            index = index * n + values
+        counts = torch.bincount(index.flatten(), minlength=self.histogram.numel())
+        self.histogram += counts.view_as(self.histogram)
+
+    def counts(self) -> torch.Tensor:
+        """int64 (K, 2, R, T, 3) over all processes.
+
+        Axes: class; visible cells only, all cells; ring of distance (the last is beyond the last
+        edge); threshold; true positives, false positives, false negatives.
+        """
+        hidden, visible = all_reduce_sum(self.histogram.clone()).cpu().unbind(dim=1)
+        histogram = torch.stack([visible, hidden + visible], dim=1)
+        # Positives at threshold t are the cells that exceed at least t + 1 thresholds.
+        positive = histogram.flip(-1).cumsum(-1).flip(-1)[..., 1:]
+        true_positive, false_positive = positive[..., 1, :], positive[..., 0, :]
+        false_negative = histogram[..., 1, :].sum(-1, keepdim=True) - true_positive
+        return torch.stack([true_positive, false_positive, false_negative], dim=-1)
+
+
+def iou(counts: torch.Tensor) -> torch.Tensor:
+    """TP / (TP + FP + FN) of counts (..., 3) as float64 (...,); NaN where all are 0."""
+    counts = counts.double()
+    return counts[..., 0] / counts.sum(-1)
+
+
+def iou_rows(names: Sequence[str], counts: torch.Tensor) -> dict[str, dict[str, Any]]:
+    """IoU in per cent, None where undefined, a row for each name.
+
+    Args:
+        names: n of them.
+        counts: int64 (n, R, T, 3), as of :meth:`IoUCounter.counts`.
+    """
+    rows = {}
+    for name, row, *scores in zip(names, counts, *_scores(counts), strict=True):
+        by_range, by_threshold, best = scores
+        at = None if best.isnan() else THRESHOLDS[by_threshold.tolist().index(best.item())]
+        headline = row.sum(dim=0)[HEADLINE].tolist()
+        rows[name] = _row(by_range, by_threshold, best, at)
+        rows[name]["true_positive, false_positive, false_negative"] = headline
+    return rows
+
+
+def mean_row(counts: torch.Tensor) -> dict[str, Any]:
+    """The mean over the n classes of which IoU is defined; counts as of :func:`iou_rows`.
+
+    Its best is BEVFusion's mean over classes of the maximum over thresholds.
+    """
+    by_range, by_threshold, best = (values.nanmean(dim=0) for values in _scores(counts))
+    return _row(by_range, by_threshold, best)
+
+
+def _scores(counts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """IoU float64 at 0.5 by range (n, R), by threshold (n, T), and the best (n,)."""
+    by_range, by_threshold = iou(counts[:, :, HEADLINE]), iou(counts.sum(dim=1))
+    best = by_threshold.nan_to_num(-1).amax(dim=1)
+    return by_range, by_threshold, best.masked_fill(best < 0, torch.nan)
+
+
+def _row(
+    by_range: torch.Tensor,
+    by_threshold: torch.Tensor,
+    best: torch.Tensor,
+    best_threshold: float | None = None,
+) -> dict[str, Any]:
+    """One row of a summary from IoU as float64: (R,) at 0.5, (T,), and a number."""
+    return {
+        "iou": _percent(by_threshold[HEADLINE]),
+        "by_range": dict(zip(_ring_names(), map(_percent, by_range), strict=True)),
+        "by_threshold": dict(zip(map(str, THRESHOLDS), map(_percent, by_threshold), strict=True)),
+        "best": {"iou": _percent(best), "threshold": best_threshold},
+    }
+
+
+def _ring_names() -> list[str]:
+    edges = [f"{edge:g}" for edge in (0, *RANGES_M)]
+    inner = [f"{a}-{b} m" for a, b in pairwise(edges)]
+    return [*inner, f"> {edges[-1]} m"]
+
+
+def _percent(value: torch.Tensor) -> float | None:
+    return None if value.isnan() else round(100 * value.item(), 2)
+
+
+def segmentation_sum(
+    logits: torch.Tensor, target: torch.Tensor, valid: torch.Tensor, pos_weight: float
+) -> torch.Tensor:
+    """Weighted binary cross-entropy summed over valid cells; all float (B, X, Y)."""
+    logits = logits.float()
+    weight = logits.new_tensor(pos_weight)
+    loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="none")
+    return (loss * valid).sum()
+
+
+def branch(channels: int, out_channels: int) -> nn.Sequential:
+    """A head: conv 3x3, InstanceNorm, ReLU, conv 1x1."""
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        InstanceNorm(),
+        nn.ReLU(),
+        nn.Conv2d(channels, out_channels, 1),
+    )

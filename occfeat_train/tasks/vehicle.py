@@ -1,0 +1,213 @@
+"""Vehicle segmentation, with Simple-BEV's targets, heads, losses and learned weights.
+
+10·L_mask·exp(-w₀) + ½·L_centre·exp(-w₁) + ½·L_offset·exp(-w₂) + ½·(w₀ + w₁ + w₂), as in its
+``train_nuscenes.py``. Different from that code, on purpose:
+
+- a cell belongs to a vehicle if its centre lies in the footprint, the store's rule (there: corners
+  truncated to whole cells, the border filled too);
+- the offset is from the vehicle's centre as it is (there: from the centre rounded to a whole
+  cell, and doubled by the code that brings it to the BEV map);
+- where a visible and a hidden box overlap, the visible one wins: the cell counts (there: every cell
+  of a hidden box is left out), and learns the visible one's offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.reader import TargetStore
+from occfeat_targets.store.schema import INVISIBLE
+from occfeat_targets.store.settings import Settings
+from occfeat_train.objectives.base import Batch, Targets, divisors
+from occfeat_train.tasks.masks import MaskTask, branch, iou_rows, segmentation_sum
+
+CENTRE_SIGMA = 3.0
+"""Width of the Gaussian around a vehicle's centre, in cells (Simple-BEV)."""
+CENTRE_FLOOR = 1e-3
+
+
+class VehicleSettings(Settings):
+    """Of its loss."""
+
+    pos_weight: float = Field(default=2.13, gt=0)
+    """Weight of vehicle cells in the cross-entropy (Simple-BEV, from Lift-Splat)."""
+
+
+class VehicleSegmentation(MaskTask):
+    """Where vehicles are; with and without the cells where only those of visibility 0-40 % lie."""
+
+    Settings = VehicleSettings
+    settings: VehicleSettings
+    arrays = ("boxes", "box_class")
+    eval_arrays = ("vehicle", "vehicle_visible")
+    classes = ("vehicle",)
+    heading = "cells"
+    labels: ClassVar = {"visible": "visible (as Simple-BEV)"}
+    headline = ("visible", "visible cells")
+    _is_vehicle: torch.Tensor
+
+    def __init__(self, settings: VehicleSettings, store: TargetStore, channels: int, turned: bool):
+        super().__init__(settings, store, channels, turned)
+        names, vehicles = store.attrs["box_classes"], {*store.attrs["vehicle_classes"]}
+        is_vehicle = torch.tensor([name in vehicles for name in names], dtype=torch.bool)
+        self.register_buffer("_is_vehicle", is_vehicle, persistent=False)
+        self.head = SegmentationHead(channels)
+        self.log_weights = nn.Parameter(torch.zeros(3))
+
+    def targets(self, batch: Batch, angle: torch.Tensor) -> Targets:
+        """See :func:`vehicle_targets`."""
+        chosen, n_boxes = self._is_vehicle[batch["box_class"].long()], batch["n_boxes"]
+        sample = torch.arange(len(n_boxes), device=n_boxes.device).repeat_interleave(n_boxes)
+        n_vehicles = torch.bincount(sample[chosen], minlength=len(n_boxes))
+        return vehicle_targets(batch["boxes"][chosen], n_vehicles, angle, self.grid)
+
+    def truth(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks uint8 (B, 1, X, Y), and which cells count as visible, (B, X, Y)."""
+        return batch["vehicle"][:, None], batch["vehicle_visible"]
+
+    def rows(self, counts: torch.Tensor) -> dict[str, dict]:
+        """``visible`` and ``all``, by which cells count."""
+        return iou_rows(("visible", "all"), counts[0])
+
+    def counts(self, targets: Targets) -> torch.Tensor:
+        """Visible cells, cells near and far from a centre, visible vehicle cells."""
+        near = targets["centre"] > 0.5
+        masks = (targets["visible"], near, ~near, targets["has_offset"])
+        return torch.stack([mask.sum() for mask in masks]).double().cpu()
+
+    def forward(
+        self, bev: torch.Tensor, targets: Targets, counts: Sequence[float], share: float
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and its terms ``mask``, ``centre`` and ``offset`` for BEV features (B, C, X, Y)."""
+        predicted = self.head(bev)
+        n_visible, n_near, n_far, n_offset = divisors(counts)
+        mask = segmentation_sum(
+            predicted["mask"], targets["vehicle"], targets["visible"], self.settings.pos_weight
+        )
+        near, far = centre_sums(predicted["centre"], targets["centre"])
+        offset = offset_sum(predicted["offset"], targets["offset"], targets["has_offset"])
+        terms = {
+            "mask": mask / n_visible,
+            "centre": 0.5 * (near / n_near + far / n_far),
+            "offset": offset / n_offset,
+        }
+        scale = bev.new_tensor([10.0, 0.5, 0.5]).float() * torch.exp(-self.log_weights)
+        loss = (scale * torch.stack(list(terms.values()))).sum()
+        return loss + share * 0.5 * self.log_weights.sum(), terms
+
+
+def vehicle_targets(
+    boxes: torch.Tensor, counts: torch.Tensor, angle: torch.Tensor, grid: VoxelGrid
+) -> Targets:
+    """Vehicle mask, validity, centre heat map and offsets, in the BEV frame.
+
+    Args:
+        boxes: float32 (M, 8) of vehicles, as the store's ``boxes``, sample by sample.
+        counts: int64 (B,), how many each sample has.
+        angle: float32 (B,), by which the BEV frame is turned, rad.
+        grid: the store's.
+
+    Returns:
+        ``vehicle`` float (B, X, Y); ``visible`` bool (B, X, Y), False where only vehicles of
+        visibility 0-40 % lie; ``centre`` float (B, X, Y) in 0..1; ``offset`` float (B, 2, X, Y),
+        cell minus vehicle centre in cells; ``has_offset`` bool (B, X, Y).
+    """
+    boxes = _turned_boxes(boxes, counts, angle)
+    samples = [_vehicle_maps(b, grid) for b in boxes.split(counts.tolist())]
+    targets = {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
+    targets["has_offset"] = (targets["vehicle"] > 0) & targets["visible"]
+    return targets
+
+
+def _turned_boxes(boxes: torch.Tensor, counts: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    """Boxes (M, 8) in the BEV frame."""
+    turn = angle.to(boxes.device).repeat_interleave(counts)
+    cos, sin, boxes = turn.cos(), turn.sin(), boxes.clone()
+    x, y = boxes[:, 0].clone(), boxes[:, 1].clone()
+    boxes[:, 0], boxes[:, 1] = cos * x - sin * y, sin * x + cos * y
+    boxes[:, 6] += turn
+    return boxes
+
+
+def _vehicle_maps(boxes: torch.Tensor, grid: VoxelGrid) -> dict[str, torch.Tensor]:
+    """Maps (X, Y) of one sample's boxes (M, 8)."""
+    x, y = (torch.from_numpy(c).float().to(boxes.device) for c in grid.bev_centres())
+    (dx, dy, _), (lo_x, lo_y, _) = grid.cell_size, grid.lower
+    if len(boxes) == 0:
+        empty = boxes.new_zeros(len(x), len(y))
+        none = {"vehicle": empty, "centre": empty, "visible": torch.ones_like(empty).bool()}
+        return none | {"offset": boxes.new_zeros(2, len(x), len(y))}
+    inside = _footprints(boxes, x, y)
+    seen = boxes[:, 7] != INVISIBLE
+    is_seen = (inside & seen[:, None, None]).any(dim=0)
+    is_unseen = (inside & ~seen[:, None, None]).any(dim=0)
+    # Centres in cells, where a whole number is a cell's centre.
+    u, v = (boxes[:, 0] - lo_x) / dx - 0.5, (boxes[:, 1] - lo_y) / dy - 0.5
+    i, j = (torch.arange(n, device=boxes.device, dtype=torch.float32) for n in (len(x), len(y)))
+    to_u, to_v = i - u.round()[:, None], j - v.round()[:, None]  # (M, X), (M, Y)
+    scale = -0.5 / CENTRE_SIGMA**2
+    heat = ((to_u**2 * scale).exp()[:, :, None] * (to_v**2 * scale).exp()[:, None]).amax(dim=0)
+    # Whose offset a cell learns: the first visible vehicle that covers it.
+    owner = (inside * (1 + seen.int())[:, None, None]).argmax(dim=0)
+    offset = torch.stack([i[:, None] - u[owner], j - v[owner]])
+    return {
+        "vehicle": (is_seen | is_unseen).float(),
+        "visible": is_seen | ~is_unseen,
+        "centre": torch.where(heat < CENTRE_FLOOR, 0.0, heat),
+        "offset": offset * (is_seen | is_unseen),
+    }
+
+
+def _footprints(boxes: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Which cell centres lie in which box on the ground plane: bool (M, X, Y)."""
+    cos, sin = boxes[:, 6].cos()[:, None, None], boxes[:, 6].sin()[:, None, None]
+    to_x = x[:, None] - boxes[:, 0, None, None]
+    to_y = y - boxes[:, 1, None, None]
+    along, across = cos * to_x + sin * to_y, cos * to_y - sin * to_x
+    half = boxes[:, 3:5, None, None] / 2
+    return (along.abs() <= half[:, 0]) & (across.abs() <= half[:, 1])
+
+
+class SegmentationHead(nn.Module):
+    """Three branches.
+
+    Simple-BEV's fourth branch, an embedding that no loss reads, is left out.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.mask = branch(channels, 1)
+        self.centre = branch(channels, 1)
+        self.offset = branch(channels, 2)
+
+    def forward(self, bev: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Predict from (B, C, X, Y).
+
+        Returns:
+            ``mask`` logits (B, X, Y), ``centre`` (B, X, Y) in 0..1, ``offset`` (B, 2, X, Y) in
+            cells.
+        """
+        return {
+            "mask": self.mask(bev).squeeze(1),
+            "centre": self.centre(bev).squeeze(1).float().sigmoid(),
+            "offset": self.offset(bev),
+        }
+
+
+def centre_sums(predicted: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared error of the centre heat map, (B, X, Y), summed where the target is above and
+    below one half (Simple-BEV's balanced MSE is half the sum of the two means)."""
+    error = (predicted.float() - target).square()
+    positive = target > 0.5
+    return (error * positive).sum(), (error * ~positive).sum()
+
+
+def offset_sum(predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """L1 error of the offsets (B, 2, X, Y), both components, summed over ``mask`` (B, X, Y)."""
+    return ((predicted.float() - target).abs().sum(dim=1) * mask).sum()
