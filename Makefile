@@ -49,6 +49,7 @@ test: $(installed)
 lint: $(installed)
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
+	$(bin)/basedpyright --level error
 
 format: $(installed)
 	$(bin)/ruff check --fix .

@@ -94,7 +94,7 @@ def test_interrupting_says_how_to_go_on(demo_root, uninterrupted, run_here, tmp_
     client = _start(demo_root, store, **ignores_nothing)
     _wait(client, "one block is done", store)
     client.send_signal(signal.SIGINT)
-    errors = client.communicate(timeout=60)[1]
+    errors = client.communicate(timeout=180)[1]
     assert client.returncode == 130, errors
     assert "interrupted; run the same command again to continue" in errors
     assert "Traceback" not in errors
