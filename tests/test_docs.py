@@ -117,10 +117,33 @@ def test_targets_commands_run_in_order(demo_root, demo_store, tmp_path, in_proce
     assert (tmp_path / "corrupted" / "fog-easy.zarr").exists()
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder in which all commands of training were run in order; and what they printed."""
-    folder = tmp_path_factory.mktemp("training")
+def test_training_commands_run_in_order(tmp_path):
+    _small_stores(tmp_path)
+    printed = {}
+    with chdir(tmp_path):
+        for line in TRAINING:
+            if "--resume" in line:
+                _make_unfinished(Path("runs"))
+            printed[line] = _torchrun(line) if line.startswith("torchrun ") else run(line)
+        names = _an_exported_network_sees_a_frame()
+    assert len(printed) == 11
+    assert "vehicle IoU in per cent" in printed["occfeat-train evaluate"]
+    assert "mRR over 0 of 8 corruptions" in printed["occfeat-train evaluate --corrupted corrupted"]
+    assert (tmp_path / "prediction.png").exists()
+    assert names["images"].shape[:3] == (1, 6, 3) and 0.3 < names["images"].max() <= 1
+    assert names["bev"].shape == (1, 32, 16, 16)
+
+
+def _an_exported_network_sees_a_frame():
+    loading, preparing = _blocks("training", "python")
+    names: dict = {}
+    exec(preparing, names)
+    exec(loading, names)
+    return names
+
+
+def _small_stores(folder):
+    """The store that the commands train on, and one of corrupted images."""
     splits = {"mini_train": 1, "mini_val": 1}
     preset = {
         "model": {"encoder_weights": "random", "image_size": [64, 96], "channels": 32},
@@ -135,16 +158,6 @@ def trained(tmp_path_factory):
     make_tiny_store(folder / "targets.zarr", splits=splits, preset=str(folder / "quick"))
     fog = folder / "corrupted" / "fog-easy.zarr"
     make_tiny_store(fog, settings=["images.corruption=fog-easy"], splits=splits, dim=0)
-    printed = {}
-    with chdir(folder):
-        for line in TRAINING:
-            if line.startswith("torchrun "):
-                printed[line] = _torchrun(line)
-                continue
-            if "--resume" in line:
-                _make_unfinished(folder / "runs")
-            printed[line] = run(line)
-    return folder, printed
 
 
 def _torchrun(line):
@@ -163,25 +176,6 @@ def _make_unfinished(runs):
     last = max(newest.glob("checkpoint-*.pt"))
     last.with_suffix(".json").unlink()
     last.unlink()
-
-
-def test_training_commands_run_in_order(trained):
-    folder, printed = trained
-    assert len(printed) == 11
-    assert "vehicle IoU in per cent" in printed["occfeat-train evaluate"]
-    assert "mRR over 0 of 8 corruptions" in printed["occfeat-train evaluate --corrupted corrupted"]
-    assert (folder / "prediction.png").exists()
-
-
-def test_an_exported_network_sees_a_frame(trained):
-    folder, _ = trained
-    loading, preparing = _blocks("training", "python")
-    names: dict = {}
-    with chdir(folder):
-        exec(preparing, names)
-        exec(loading, names)
-    assert names["images"].shape[:3] == (1, 6, 3) and 0.3 < names["images"].max() <= 1
-    assert names["bev"].shape == (1, 32, 16, 16)
 
 
 def test_the_examples_of_extending_run_together(tmp_path, monkeypatch, in_process):
