@@ -148,7 +148,7 @@ def frame_of(which, request):
     else:
         path = request.getfixturevalue("tmp_path") / "targets.zarr"
         root = request.getfixturevalue("nuscenes_one")
-        build_store(root, path, "labels.map=auto")
+        build_store(root, path, "map.mode=auto")
         store = open_store(path)
     frame = store.frame(0)
     return torch.from_numpy(frame["points"]), torch.from_numpy(frame["ego_T_lidar"][:3, 3]), store

@@ -21,7 +21,7 @@ CHANNELS = 3
 def real(nuscenes_one, tmp_path_factory):
     """Calibration of the real keyframe: K, cam_T_ego, image (height, width)."""
     store = tmp_path_factory.mktemp("lift") / "one.zarr"
-    build_store(nuscenes_one, store, "labels.map=auto", "grid.x=[-20,20,40]")
+    build_store(nuscenes_one, store, "map.mode=auto", "grid.x=[-20,20,40]")
     return calibration(open_store(store), [0])
 
 

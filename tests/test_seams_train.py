@@ -10,12 +10,14 @@ from PIL import Image
 from tiny_store import make_tiny_store
 from train_runs import SMALL, log_of
 
+from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.settings import ConfigError
 from occfeat_train.cli import main
 from occfeat_train.config import TrainConfig
 from occfeat_train.models.bev_net import BEVNet, ModelSettings
 from occfeat_train.models.lifts import LIFTS
 from occfeat_train.objectives import OBJECTIVES
+from occfeat_train.objectives.occfeat import voxel_targets
 from occfeat_train.tasks import TASKS
 
 LIFT = '''
@@ -233,6 +235,20 @@ def test_every_entry_is_there_and_no_name_is_written_elsewhere(registry, pytestc
     for module in ("cli", "evaluate", "robustness", "view", "export", "train", "network"):
         text = (package / f"{module}.py").read_text().replace('package_name="occfeat"', "")
         assert not [n for n in registry.names if f'"{n}"' in text], module
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+@pytest.mark.parametrize("angle", [0.0, 0.5])
+def test_more_than_eight_cameras_have_wider_bits(dtype, angle):
+    grid = VoxelGrid((-2.0, 2.0, 4), (-2.0, 2.0, 4), (0.0, 1.0, 1))
+    batch = {
+        "voxel": torch.tensor([5, 10], dtype=torch.int32),
+        "feature_cameras": torch.tensor([0, 200]).to(dtype),
+        "points": torch.tensor([[-250, -250, 250, 0], [250, 250, 250, 0]], dtype=torch.int16),
+        "n_points": torch.tensor([2]),
+    }
+    targets = voxel_targets(batch, torch.tensor([angle]), grid, 0.002)
+    assert targets["voxel"].tolist() == [5, 10] and targets["valid"].tolist() == [False, True]
 
 
 @pytest.mark.parametrize("lift", LIFTS.names)

@@ -141,7 +141,7 @@ def voxel_targets(
         the target.
     """
     voxel = batch["voxel"].long()
-    valid = batch["feature_cameras"] > 0
+    valid = batch["feature_cameras"].bool()  # uint16, with more than 8 cameras, has no comparison
     if not angle.any():
         targets = {"voxel": voxel, "valid": valid}
         return targets | ({"features": batch["features"]} if "features" in batch else {})
