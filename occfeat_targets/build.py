@@ -1,7 +1,5 @@
 """The build: dataroot to finished store, resumed wherever it was left."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -3,8 +3,6 @@
 The only module that imports dask.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import pickle

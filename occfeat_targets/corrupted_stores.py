@@ -1,7 +1,5 @@
 """A store's evaluation split with corrupted images: one store for each corruption and severity."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

@@ -13,8 +13,6 @@ blur, brightness, fog and snow are ImageNet-C's (Hendrycks & Dietterich 2019, in
   becomes a JPEG only in the store.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 

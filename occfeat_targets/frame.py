@@ -8,8 +8,6 @@ In a notebook::
     frame_targets(dataset.records[0], config, outputs, teacher)
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@
 Pixels are continuous: the image covers [0, W) x [0, H) in (u, v).
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 

@@ -1,7 +1,5 @@
 """JPEG in, resized RGB out, JPEG again: every file is decoded exactly once."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

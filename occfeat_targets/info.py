@@ -1,7 +1,5 @@
 """What a store holds, as a plain dict and as text."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Voxel centres into cameras, bilinear mean of the teacher's features, int8 quantisation."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch.nn import functional as F

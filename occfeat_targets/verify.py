@@ -1,7 +1,5 @@
 """Re-read a store and say everything that is wrong with it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

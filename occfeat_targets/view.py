@@ -1,7 +1,5 @@
 """One frame of a store as a picture: does the lidar sit on the images, and the labels under it?"""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ client alone writes the small per-frame arrays, sets ``complete``, and last of a
 checksums of all objects.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

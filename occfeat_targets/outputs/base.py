@@ -4,8 +4,6 @@ An output is one module with one class. Of each keyframe it computes arrays from
 :class:`FrameInputs`; what several outputs need is computed there once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Annotated boxes of every class, and BEV masks of the vehicles among them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Which keyframe a frame is, and the rig's calibration: what the dataset's tables say."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The cameras' images as JPEGs, clean or corrupted: what the trainer's network sees."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Iterator

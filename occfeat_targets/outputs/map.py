@@ -1,7 +1,5 @@
 """BEV masks of the map's classes: cells whose centre lies in a polygon, or near a line."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """BEV masks: which cells' centres lie in a polygon or near a line; and how a mask is drawn."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any
 

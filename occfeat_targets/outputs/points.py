@@ -1,7 +1,5 @@
 """The lidar returns themselves: the trainer turns the BEV frame, and asks where rays end."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Occupied voxels and the teacher's mean feature of each: OccFeat's targets (paper §3.2, §3.3)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -5,12 +5,10 @@ these and never load a dataset's tables; of the dataset's module they use the re
 and map files, see :class:`Source`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import numpy as np
 from pydantic import Field
@@ -136,7 +134,7 @@ class Shapes:
     """float64 (n, 4): x min, y min, x max, y max."""
 
     @classmethod
-    def of(cls, rings: list[list[np.ndarray]]) -> Shapes:
+    def of(cls, rings: list[list[np.ndarray]]) -> Self:
         """Shapes with their bounds computed."""
         outer = [(*shape[0].min(axis=0), *shape[0].max(axis=0)) for shape in rings]
         return cls(rings, np.array(outer, dtype=np.float64).reshape(-1, 4))

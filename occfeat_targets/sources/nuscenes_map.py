@@ -4,8 +4,6 @@ Read from the JSON directly: nuscenes-devkit's ``get_map_mask`` crashes on lines
 re-enter the patch (MultiLineString under shapely 2), so masks are drawn by ``outputs.masks``.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 from functools import lru_cache

@@ -6,8 +6,6 @@ was exchanged, lost or added, contradicts a line. It is zlib's crc32 and not Zar
 small arrays end in their own crc32c: over such data that one has always the same value.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Features as colours, for pictures."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

@@ -1,7 +1,5 @@
 """A store's place: a local directory, or a URL that fsspec opens."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import fsspec

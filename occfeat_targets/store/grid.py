@@ -5,10 +5,9 @@ of a voxel is ``(iz * nx + ix) * ny + iy``. Everything is in the ego frame (x fo
 z up, metres).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from pydantic import ConfigDict
@@ -44,7 +43,7 @@ class VoxelGrid:
             raise ValueError(f"grid has {self.n_voxels} voxels; a flat index must fit uint32")
 
     @classmethod
-    def from_dict(cls, axes: dict) -> VoxelGrid:
+    def from_dict(cls, axes: dict) -> Self:
         """Build from ``{"x": [lo, hi, cells], "y": ..., "z": ...}`` (the store's ``grid`` attr)."""
         return cls(tuple(axes["x"]), tuple(axes["y"]), tuple(axes["z"]))
 

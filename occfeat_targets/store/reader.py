@@ -1,7 +1,5 @@
 """Reading a store: the one reader of both programs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Things of one kind by name, each in a module of its own that is imported when first asked for."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -9,12 +9,10 @@ Which arrays a store has is said by the modules of ``outputs``; a reader needs n
 each array carries its description, its axes and its ``rows``. Every inner chunk ends in a crc32c.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import zarr
@@ -82,7 +80,7 @@ class ArraySpec:
         return unset.reshape(len(values), -1).all(axis=1)
 
     @classmethod
-    def of(cls, array: Any) -> ArraySpec:
+    def of(cls, array: Any) -> Self:
         """Of an array (of zarr) that :func:`create_arrays` made; the codec is not told."""
         names = array.metadata.dimension_names[1:]
         chunk = array.chunks[1] if array.shards else None

@@ -3,8 +3,6 @@
 Strict about names and types: an unknown key is an error that names the nearest known one.
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib.resources
 import json

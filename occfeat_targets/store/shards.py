@@ -5,8 +5,6 @@ milliseconds. Here each process parses an index once and then reads just the inn
 needs. Any layout or codec but those of ``occfeat_targets.store.schema`` is refused, never guessed.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 from collections.abc import Callable

@@ -7,8 +7,6 @@ parameters (a ``torch.nn.Module`` gets the hash of its state), so that a build i
 others. It is called without gradients; on a GPU worker from several threads at once.
 """
 
-from __future__ import annotations
-
 import hashlib
 from typing import Literal, Protocol
 

@@ -5,8 +5,6 @@ transformers interpolates the position embedding to the token grid by explicit s
 code adds 0.1 to the grid's size first, which moves tokens by up to 1.4 px without registers.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
