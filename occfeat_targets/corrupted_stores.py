@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from occfeat_targets.build import begin, build, check_records, read_dataset
+from occfeat_targets.build import build, check_records, read_dataset
 from occfeat_targets.cluster import Executor
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.sources.base import Dataset, SourceError
 from occfeat_targets.store.reader import TargetStore, open_store
 from occfeat_targets.teachers.base import NoTeacher
-from occfeat_targets.writer import is_complete
+from occfeat_targets.writer import begin, is_complete
 
 
 def read_split(dataroot: Path, url: str, split: str | None) -> tuple[TargetsConfig, Dataset]:

@@ -4,6 +4,8 @@ An output is one module with one class. Of each keyframe it computes arrays from
 :class:`FrameInputs`; what several outputs need is computed there once.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,10 +74,7 @@ class FrameInputs:
     """What several outputs need of one keyframe: each computed when first asked for, and kept.
 
     Args:
-        record: the keyframe.
-        layout: of the store.
-        near_m: ``lidar.near_m``.
-        teacher: see ``teachers.base``.
+        record, layout, near_m, teacher: the keyframe, and what the store is made with.
         teacher_size: (height, width) that the teacher sees.
         full_size: whether the stored images are made of the originals at full size.
     """
@@ -96,15 +95,11 @@ class FrameInputs:
     @cached_property
     def lidar(self) -> tuple[np.ndarray, np.ndarray]:
         """Lidar returns of all sweeps: float64 (M, 3) metres in the ego frame; float32 (M,)
-        intensity 0..255.
-
-        Raises:
-            ValueError: naming the file, when it is missing, truncated or holds NaN or infinity.
-        """
+        intensity 0..255. Raises ValueError, naming the file, if one is missing, truncated or not
+        finite."""
         xyz_ego, intensity = [], []
-        for path, ego_T_sensor in zip(
-            self.record.sweep_paths, self.record.ego_T_sweep, strict=True
-        ):
+        record = self.record
+        for path, ego_T_sensor in zip(record.sweep_paths, record.ego_T_sweep, strict=True):
             rows = self.source.read_lidar(Path(path))
             bad = np.count_nonzero(~np.isfinite(rows).all(axis=1))
             if bad:
@@ -124,10 +119,8 @@ class FrameInputs:
         """The cameras' images, RGB, each decoded once: at least as large as teacher and store need.
 
         Without ``full_size`` that may be a fraction of the file's size: on a real keyframe stored
-        images then differ by 0.4 of 255 levels from those resized from full size.
-
-        Raises:
-            ImageError: naming the file, when it is missing or damaged.
+        images then differ by 0.4 of 255 levels from those resized from full size. Raises
+        ImageError, naming the file, if one is missing or damaged.
         """
         (a, b), (c, d) = self.teacher_size, self.layout.image_size
         record = self.record
@@ -138,11 +131,8 @@ class FrameInputs:
 
     @cached_property
     def feature_maps(self) -> torch.Tensor:
-        """The teacher's features, float32 (N, C, h, w), on the CPU.
-
-        Raises:
-            TeacherError: they have the wrong shape.
-        """
+        """The teacher's features, float32 (N, C, h, w), on the CPU. Raises TeacherError if they
+        have the wrong shape."""
         images = [resize(image, self.teacher_size) for image in self.images]
         return dense_features(self.teacher, images, self.teacher_size)
 
@@ -153,12 +143,8 @@ class FrameInputs:
 
 
 class Output:
-    """One stored thing. Subclasses override what concerns them.
-
-    Args:
-        settings: its own, of class ``Settings``.
-        layout: of the store.
-    """
+    """One stored thing, of its own settings (of class ``Settings``) and the store's layout.
+    Subclasses override what concerns them."""
 
     Settings: type[Settings] = Settings
 
@@ -170,13 +156,9 @@ class Output:
         raise NotImplementedError
 
     def compute(self, frame: FrameInputs) -> dict[str, np.ndarray]:
-        """Its arrays of one keyframe, by name, trimmed to what is valid.
-
-        Arrays that only count the rows of others need not be given.
-
-        Raises:
-            ValueError: saying what is wrong with the keyframe.
-        """
+        """Its arrays of one keyframe, by name, trimmed to what is valid; those that only count the
+        rows of others need not be given. Raises ValueError, saying what is wrong with the
+        keyframe."""
         return {}
 
     def of_records(self, dataset: Dataset) -> dict[str, np.ndarray]:

@@ -27,10 +27,8 @@ a hub id or directory."""
 def load_teacher(settings: TeacherSettings) -> Teacher:
     """The teacher that settings name, checked against the input size.
 
-    Raises:
-        ConfigError: the name makes no sense, a plug-in can't be imported, or the input size is no
-            multiple of the patch.
-        TeacherError: weights can't be loaded, or a plug-in is no teacher.
+    Raises ConfigError if the name makes no sense, a plug-in can't be imported, or the input size is
+    no multiple of the patch; TeacherError if weights can't be loaded, or a plug-in is no teacher.
     """
     family, colon, _ = settings.name.partition(":")
     if family in TEACHERS.names:

@@ -20,11 +20,8 @@ _TYPES = ("dinov2", "dinov2_with_registers")
 
 
 class DinoTeacher:
-    """DINOv2 patch tokens of the last layer, after the final norm.
-
-    CLS and register tokens are dropped; the position embedding is interpolated to the token grid
-    by explicit size. No image processor: the caller resizes.
-    """
+    """DINOv2 patch tokens of the last layer, after the final norm, without CLS and register tokens.
+    No image processor: the caller resizes."""
 
     layer = "last, after the final norm"
 
@@ -60,11 +57,8 @@ def _dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def random_teacher(settings: TeacherSettings) -> DinoTeacher:
-    """``random:SEED``: a ViT-S/14 with random weights.
-
-    Raises:
-        ConfigError: the seed is no whole number.
-    """
+    """``random:SEED``: a ViT-S/14 with random weights. Raises ConfigError if the seed is no whole
+    number."""
     from transformers import Dinov2Config, Dinov2Model
 
     text = settings.name.removeprefix("random:")
@@ -78,11 +72,8 @@ def random_teacher(settings: TeacherSettings) -> DinoTeacher:
 
 
 def pretrained(settings: TeacherSettings) -> DinoTeacher:
-    """DINOv2 from a local directory or the Hugging Face hub; safetensors only, never pickle.
-
-    Raises:
-        TeacherError: it can't be loaded. ConfigError: it is another kind of model.
-    """
+    """DINOv2 from a local directory or the Hugging Face hub; safetensors only, never pickle. Raises
+    TeacherError if it can't be loaded, and ConfigError if it is another kind of model."""
     from transformers import AutoConfig, AutoModel
 
     try:
