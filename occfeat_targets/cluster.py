@@ -39,15 +39,13 @@ class Executor(Protocol):
 
     def everywhere(self, function: Callable, argument: Any) -> list:
         """``function(argument)`` as often as there are workers, spread over them: the results."""
-        ...
 
     def run(self, function: Callable, jobs: Iterable) -> Iterator[tuple[Any, Any]]:
         """``(job, result)`` or ``(job, exception)`` as jobs end.
 
-        ``jobs`` is drawn from as workers come free, so it may end early: what is running then
-        is still finished and yielded.
+        ``jobs`` is drawn from as workers come free, so it may end early: what is running then is
+        still finished and yielded.
         """
-        ...
 
 
 class InProcess:
@@ -85,12 +83,11 @@ class DaskExecutor:
         """See :class:`Executor`."""
         from distributed import KilledWorker
 
-        client = self._client
         # Not pinned to addresses: a worker that dies comes back under another one.
-        n = max(1, len(client.nthreads()))  # if all are being started again: waits for one
-        futures = [client.submit(function, argument, pure=False) for _ in range(n)]
+        n = max(1, len(self._client.nthreads()))  # if all are being started again: waits for one
+        futures = [self._client.submit(function, argument, pure=False) for _ in range(n)]
         try:
-            return client.gather(futures)
+            return self._client.gather(futures)
         except (KilledWorker, ImportError) as error:
             raise _readable(error) from error
 
@@ -106,10 +103,8 @@ class DaskExecutor:
             # One waiting task per thread hides the round trip; more would only hold memory.
             for job in islice(jobs, max(0, 2 * self._threads() - len(running))):
                 # One buffer instead of hundreds of small arrays: half the scheduler's time.
-                packed = pickle.dumps(job)
-                future = self._client.submit(
-                    _unpack_and_run, function, packed, retries=_RETRIES, pure=False
-                )
+                call = (_unpack_and_run, function, pickle.dumps(job))
+                future = self._client.submit(*call, retries=_RETRIES, pure=False)
                 running[future] = job
                 finished.add(future)
 
@@ -145,25 +140,24 @@ def executor(
     """Executor for the ``with`` block.
 
     Args:
-        workers: local worker processes; 0 runs in this process; None chooses from cores,
-            memory and GPUs (one worker per GPU).
+        workers: local worker processes; 0 runs in this process; None chooses from cores, memory and
+            GPUs (one worker per GPU).
         threads: tasks at a time in each worker; None chooses.
         scheduler: address of a running Dask scheduler, such as ``tcp://host:8786``.
 
     Raises:
         ClusterError: the scheduler can't be reached or has no workers.
     """
-    if scheduler is None and workers == 0:
-        yield InProcess()
-        return
-    from distributed import Client
-
     if scheduler is not None:
         with _connect(scheduler) as client:
             yield DaskExecutor(client)
-        return
-    with _local_cluster(workers, threads) as cluster, Client(cluster) as client:
-        yield DaskExecutor(client)
+    elif workers == 0:
+        yield InProcess()
+    else:
+        from distributed import Client
+
+        with _local_cluster(workers, threads) as cluster, Client(cluster) as client:
+            yield DaskExecutor(client)
 
 
 def _connect(scheduler: str) -> Any:
@@ -188,23 +182,13 @@ def _local_cluster(workers: int | None, threads: int | None) -> Any:
     from distributed.system import MEMORY_LIMIT
 
     gpus = _visible_gpus()
-    chosen_workers, chosen_threads = choose(
-        cores=CPU_COUNT,
-        memory=MEMORY_LIMIT,
-        gpus=len(gpus),
-    )
+    chosen_workers, chosen_threads = choose(CPU_COUNT, MEMORY_LIMIT, len(gpus))
     workers, threads = workers or chosen_workers, threads or chosen_threads
     options = {"nthreads": threads, "silence_logs": logging.CRITICAL, "dashboard_address": None}
     options["memory_limit"] = MEMORY_LIMIT / workers
-    specs = {
-        # A GPU worker sees one GPU, set before its process imports torch.
-        i: {
-            "cls": Nanny,
-            "options": options
-            | ({"env": {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]}} if gpus else {}),
-        }
-        for i in range(workers)
-    }
+    specs = {i: {"cls": Nanny, "options": dict(options)} for i in range(workers)}
+    for i in specs if gpus else ():  # each sees one GPU, set before its process imports torch
+        specs[i]["options"]["env"] = {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]}
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     # No dashboard; its server takes any free port, else it warns of other clusters on the machine.
     http = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}

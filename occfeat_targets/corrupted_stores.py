@@ -46,21 +46,17 @@ def build_corrupted(
     skip_errors: bool,
     say: Callable[[str], None],
 ) -> dict[str, str]:
-    """Build a store ``OUT/<name>.zarr`` for each name; those that are complete are left alone.
+    """Build a store ``OUT/<name>.zarr`` for each of ``corruptions.CORRUPTED`` in ``names``; those
+    that are complete are left alone.
 
     Args:
         config, dataset: from :func:`read_split`.
         out: directory or URL for the stores.
-        names: of ``corruptions.CORRUPTED``.
-        executor: where blocks are computed.
-        skip_errors: leave failing frames out.
+        executor, skip_errors: as in ``build.build``, which raises StoreError and BuildStopped.
         say: gets a line for each store.
 
     Returns:
         Frames left out (with ``skip_errors``): store and frame to message.
-
-    Raises:
-        StoreError, BuildStopped: as when building.
     """
     failed = {}
     for name in names:
@@ -88,10 +84,9 @@ def _settings(store: TargetStore, split: str | None) -> tuple[TargetsConfig, lis
     tokens = [store.token(i) for i, name in enumerate(splits) if name == split]
     # Frames are in table order: the first so many of all are the first so many of a split.
     limit = None if config.frames.limit is None else len(tokens)
-    has_map = store.attrs["map_classes"] != []
     config = config.with_(
         teacher=config.teacher.with_(name=NoTeacher.name),
-        map=config.map.with_(mode="required" if has_map else "never"),
+        map=config.map.with_(mode="required" if store.attrs["map_classes"] else "never"),
         frames=config.frames.with_(splits=(split,), limit=limit),
     )
     return config, tokens

@@ -38,8 +38,7 @@ def corrupt(
             snowflakes are in its pixels.
         name: corruption and severity, one of :data:`CORRUPTED`, such as ``fog-easy``.
         token: of the keyframe's sample.
-        camera: its channel.
-        cameras: channels of the whole rig.
+        camera, cameras: its channel, and those of the whole rig.
         seed: of the whole set.
 
     Returns:
@@ -87,15 +86,11 @@ def _motion_blur(
 
 
 def _smear(values: np.ndarray, radius: int, sigma: float, degrees: float) -> np.ndarray:
-    """Mean of copies moved along a line, the i-th by i pixels with weight exp(-i² / 2 sigma²).
+    """Mean of ``2 radius + 1`` copies of an image, float32 (H, W, C), moved along a line, the i-th
+    by i pixels with weight exp(-i² / 2 sigma²).
 
-    One-sided: nothing moves the other way. What comes in over an edge is the edge's pixel.
-
-    Args:
-        values: float32 (H, W, C).
-        radius: the line has 2 radius + 1 copies.
-        sigma: pixels.
-        degrees: of the line's direction, from image right (0) to image down (90).
+    One-sided: nothing moves the other way. What comes in over an edge is the edge's pixel. The
+    line's direction is in degrees from image right (0) to image down (90).
     """
     height, width, channels = values.shape
     steps = np.arange(2 * radius + 1)
@@ -170,20 +165,14 @@ def _fog(image: np.ndarray, rng: np.random.Generator, amount: float, decay: floa
 
 
 def plasma(size: int, decay: float, rng: np.random.Generator) -> np.ndarray:
-    """Plasma fractal by diamond-square on a torus, as ImageNet-C's fog has it.
+    """Plasma fractal by diamond-square on a torus, as ImageNet-C's fog has it: float32 (size, size)
+    from 0 to 1, for a power of two.
 
     From one point on, each round halves the spacing: first the centres of the squares, the mean of
     their four corners plus noise, then the middles of the sides, the mean of two corners and two
     centres plus noise. ImageNet-C multiplies its ``wibble`` with noise of the same range, so the
-    noise gets smaller by the decay's square.
-
-    Args:
-        size: a power of two.
-        decay: above 1; small is rough.
-        rng: its draws do not depend on ``decay``.
-
-    Returns:
-        float32 (size, size) from 0 to 1.
+    noise gets smaller by the square of ``decay`` (above 1; small is rough). Draws do not depend on
+    it.
     """
     corners, range_ = np.zeros((1, 1), dtype=np.float32), 1.0
     while len(corners) < size:
@@ -226,10 +215,8 @@ def _snow(
         keep: share of the image; the rest is at least 1.5 times its grey plus a half.
     """
     height, width, _ = image.shape
-    noise = np.float32(mean) + np.float32(spread) * rng.standard_normal(
-        (height, width), dtype=np.float32
-    )
-    flakes = _zoom_middle(noise, zoom)
+    noise = rng.standard_normal((height, width), dtype=np.float32)
+    flakes = _zoom_middle(np.float32(mean) + np.float32(spread) * noise, zoom)
     flakes = np.where(flakes < threshold, 0, np.minimum(flakes, 1))
     flakes = _smear(flakes[:, :, None], radius, sigma, rng.uniform(-135, -45))[:height, :width]
     flakes = np.rint(255 * flakes)
@@ -261,6 +248,11 @@ def _levels(values: np.ndarray) -> np.ndarray:
     return np.rint(np.clip(values, 0, 255)).astype(np.uint8)
 
 
+_SNOW = (
+    (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
+    (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+    (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+)
 _TABLE = {
     "frame_lost": (_frame_lost, ((2 / 6,), (4 / 6,), (5 / 6,))),
     "motion_blur": (_motion_blur, ((15, 5), (15, 12), (20, 15))),
@@ -269,13 +261,6 @@ _TABLE = {
     # RoboBEV looks up its severities 2, 3, 4 from 0, not from 1: one row harder than meant.
     "low_light": (_low_light, ((0.4, 120, 0.018), (0.3, 50, 0.026), (0.2, 30, 0.038))),
     "fog": (_fog, ((2.0, 2), (2.5, 1.5), (3.0, 1.4))),
-    "snow": (
-        _snow,
-        (
-            (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
-            (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
-            (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
-        ),
-    ),
+    "snow": (_snow, _SNOW),
 }
 """Function and settings by severity; CameraCrash is a matter of the set, not of an image."""

@@ -28,10 +28,8 @@ def check_jpeg(path: Path, hw: tuple[int, int]) -> str | None:
 
 
 def decode_jpeg(path: Path, at_least_hw: tuple[int, int]) -> Image.Image:
-    """Decode at the smallest DCT scale (1, 1/2, 1/4, 1/8) that covers ``at_least_hw``.
-
-    Returns:
-        RGB image, whose size may be a fraction of the file's.
+    """Decode at the smallest DCT scale (1, 1/2, 1/4, 1/8) that covers ``at_least_hw``: an RGB
+    image, whose size may be a fraction of the file's.
 
     Raises:
         ImageError: naming the file, when it is missing, truncated, has a hole, or breaks the

@@ -11,11 +11,8 @@ from occfeat_targets.store.reader import TargetStore, open_store
 
 def draw_frame(url: str, i: int, out: Path) -> None:
     """The cameras with the projected occupied voxels, coloured by their feature, and the BEV.
-
-    Raises:
-        StoreError: the store or the frame can't be read.
-        ValueError: there is no such frame.
-    """
+    Raises StoreError if the store or the frame can't be read, and ValueError if there is no such
+    frame."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

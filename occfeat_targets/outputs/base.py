@@ -74,7 +74,8 @@ class FrameInputs:
     """What several outputs need of one keyframe: each computed when first asked for, and kept.
 
     Args:
-        record, layout, near_m, teacher: the keyframe, and what the store is made with.
+        record, layout, near_m: the keyframe, its store's layout and ``lidar.near_m``.
+        teacher: see ``teachers.base``.
         teacher_size: (height, width) that the teacher sees.
         full_size: whether the stored images are made of the originals at full size.
     """
@@ -122,12 +123,10 @@ class FrameInputs:
         images then differ by 0.4 of 255 levels from those resized from full size. Raises
         ImageError, naming the file, if one is missing or damaged.
         """
-        (a, b), (c, d) = self.teacher_size, self.layout.image_size
-        record = self.record
-        return [
-            decode_jpeg(Path(path), full if self.full_size else (max(a, c), max(b, d)))
-            for path, full in zip(record.image_paths, record.image_hw, strict=True)
-        ]
+        (a, b), (c, d), record = self.teacher_size, self.layout.image_size, self.record
+        sizes = record.image_hw if self.full_size else [(max(a, c), max(b, d))] * len(record.K)
+        pairs = zip(record.image_paths, sizes, strict=True)
+        return [decode_jpeg(Path(path), at_least) for path, at_least in pairs]
 
     @cached_property
     def feature_maps(self) -> torch.Tensor:

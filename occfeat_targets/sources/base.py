@@ -105,8 +105,7 @@ class FrameRecord:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The selected keyframes of a dataset, in the order of its tables, and what they have in
-    common."""
+    """The selected keyframes of a dataset, in the order of its tables, and what they share."""
 
     records: list[FrameRecord]
     name: str
@@ -142,8 +141,8 @@ class Shapes:
     def near(self, xy: np.ndarray, reach_m: float) -> Iterator[list[np.ndarray]]:
         """Shapes whose bounds come within ``reach_m`` of a point (x, y), global frame."""
         low, high = self.bounds[:, :2] - reach_m, self.bounds[:, 2:] + reach_m
-        for i in np.flatnonzero(((low <= xy) & (xy <= high)).all(axis=1)):
-            yield self.rings[i]
+        within = ((low <= xy) & (xy <= high)).all(axis=1)
+        return (self.rings[i] for i in np.flatnonzero(within))
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,6 @@ class Source(Protocol):
 
     def detect(self, dataroot: Path) -> bool:
         """Whether the directory looks like this dataset."""
-        ...
 
     def read(
         self,
@@ -175,34 +173,17 @@ class Source(Protocol):
         sweeps: int,
         map_mode: MapMode,
     ) -> Dataset:
-        """Read the tables: the selected keyframes, each with up to ``sweeps`` lidar sweeps.
-
-        Raises:
-            SourceError: unusable dataroot, unknown version, scene or split, or no such map.
-        """
-        ...
+        """Read the tables: the selected keyframes, each with up to ``sweeps`` lidar sweeps. Raises
+        SourceError: unusable dataroot, unknown version, scene or split, or no such map."""
 
     def n_returns(self, path: Path) -> int:
-        """Number of returns in a lidar file, by its size or header alone.
-
-        Raises:
-            ValueError: what is wrong with the file, such as ``is missing``.
-        """
-        ...
+        """Number of returns in a lidar file, by its size or header alone. Raises ValueError, saying
+        what is wrong with the file, such as ``is missing``."""
 
     def read_lidar(self, path: Path) -> np.ndarray:
         """Returns of one lidar file: float32 (M, 4), x, y, z in metres in the sensor frame, and
-        intensity 0..255.
-
-        Raises:
-            ValueError: naming the file, when it is missing or damaged.
-        """
-        ...
+        intensity 0..255. Raises ValueError, naming the file, if it is missing or damaged."""
 
     def read_map(self, path: str) -> MapLayers:
-        """Map of one location; called for each frame, so cache it.
-
-        Raises:
-            ValueError: naming the file, when it is missing or not such a map.
-        """
-        ...
+        """Map of one location; called for each frame, so cache it. Raises ValueError, naming the
+        file, if it is missing or not such a map."""

@@ -82,23 +82,14 @@ class ArraySpec:
     @classmethod
     def of(cls, array: Any) -> Self:
         """Of an array (of zarr) that :func:`create_arrays` made; the codec is not told."""
-        names = array.metadata.dimension_names[1:]
         chunk = array.chunks[1] if array.shards else None
-        axes = dict(zip(names, array.shape[1:], strict=True))
+        axes = dict(zip(array.metadata.dimension_names[1:], array.shape[1:], strict=True))
         doc, rows = (array.attrs.get(key) for key in ("description", "rows"))
-        fill = array.fill_value
-        return cls(array.basename, str(array.dtype), axes, str(doc), fill, rows, chunk)
+        return cls(array.basename, str(array.dtype), axes, str(doc), array.fill_value, rows, chunk)
 
 
 def create_arrays(group: zarr.Group, specs: Iterable[ArraySpec], n_frames: int, block: int) -> None:
-    """Create all arrays of a store.
-
-    Args:
-        group: the root group, writable.
-        specs: one per array.
-        n_frames: length of the frame axis.
-        block: frames per shard.
-    """
+    """Create all arrays of a store of ``n_frames`` frames, ``block`` of them per shard."""
     for spec in specs:
         chunks, shards = (n_frames, *spec.shape), None
         if spec.chunk is not None:

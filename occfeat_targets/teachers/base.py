@@ -43,7 +43,6 @@ class Teacher(Protocol):
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Dense features (B, dim, H / patch_size, W / patch_size) of RGB images in 0..1."""
-        ...
 
 
 class NoTeacher:
