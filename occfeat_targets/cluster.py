@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -34,11 +34,12 @@ class ClusterError(RuntimeError):
     """The cluster can't be reached, or a task kills its worker every time."""
 
 
-class Executor(Protocol):
-    """Runs functions of one argument on one or many workers."""
+class InProcess:
+    """Everything in this process, one after another: breakpoints work."""
 
     def everywhere(self, function: Callable, argument: Any) -> list:
         """``function(argument)`` as often as there are workers, spread over them: the results."""
+        return [function(argument)]
 
     def run(self, function: Callable, jobs: Iterable) -> Iterator[tuple[Any, Any]]:
         """``(job, result)`` or ``(job, exception)`` as jobs end.
@@ -46,17 +47,6 @@ class Executor(Protocol):
         ``jobs`` is drawn from as workers come free, so it may end early: what is running then is
         still finished and yielded.
         """
-
-
-class InProcess:
-    """Everything in this process, one after another: breakpoints work."""
-
-    def everywhere(self, function: Callable, argument: Any) -> list:
-        """See :class:`Executor`."""
-        return [function(argument)]
-
-    def run(self, function: Callable, jobs: Iterable) -> Iterator[tuple[Any, Any]]:
-        """See :class:`Executor`."""
         for job in jobs:
             try:
                 result = function(job)
@@ -80,7 +70,7 @@ class DaskExecutor:
         return self._n_threads
 
     def everywhere(self, function: Callable, argument: Any) -> list:
-        """See :class:`Executor`."""
+        """See :class:`InProcess`."""
         from distributed import KilledWorker
 
         # Not pinned to addresses: a worker that dies comes back under another one.
@@ -92,7 +82,7 @@ class DaskExecutor:
             raise _readable(error) from error
 
     def run(self, function: Callable, jobs: Iterable) -> Iterator[tuple[Any, Any]]:
-        """See :class:`Executor`. A task whose worker dies is run again elsewhere."""
+        """See :class:`InProcess`. A task whose worker dies is run again elsewhere."""
         from distributed import as_completed
 
         jobs = iter(jobs)
@@ -114,6 +104,10 @@ class DaskExecutor:
             error = future.exception()
             yield job, future.result() if error is None else _readable(error)
             top_up()
+
+
+Executor = InProcess | DaskExecutor
+"""Runs functions of one argument on one or many workers."""
 
 
 def _unpack_and_run(function: Callable, packed: bytes) -> Any:

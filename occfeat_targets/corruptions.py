@@ -31,18 +31,15 @@ to a function for RGB ones, and the published set was made so."""
 def corrupt(
     image: np.ndarray, name: str, token: str, camera: str, cameras: tuple[str, ...], seed: int
 ) -> np.ndarray:
-    """One camera's image, corrupted.
+    """One camera's image, corrupted: uint8 (H, W, 3), RGB.
 
     Args:
-        image: uint8 (H, W, 3), RGB, as the camera took it (1600x900): the sizes of blur and
-            snowflakes are in its pixels.
+        image: the same, as the camera took it (1600x900): the sizes of blur and snowflakes are in
+            its pixels.
         name: corruption and severity, one of :data:`CORRUPTED`, such as ``fog-easy``.
         token: of the keyframe's sample.
         camera, cameras: its channel, and those of the whole rig.
         seed: of the whole set.
-
-    Returns:
-        uint8 (H, W, 3), RGB.
 
     Raises:
         KeyError, ValueError: there is no such corruption or severity.
@@ -134,25 +131,15 @@ def _brightness(image: np.ndarray, rng: np.random.Generator, added: float) -> np
 def _low_light(
     image: np.ndarray, rng: np.random.Generator, scale: float, photons: float, sigma: float
 ) -> np.ndarray:
-    """Range stretched to 0..1, squared, darkened; then photon noise, then sensor noise.
-
-    Args:
-        image: uint8 (H, W, 3).
-        rng: gives the sensor noise first, which the severities share; photon counts they can't.
-        scale: brightest value after darkening.
-        photons: expected photons of a value of 1.
-        sigma: of the sensor noise.
-    """
+    """Range stretched to 0..1, squared, darkened to at most ``scale``; then photon noise (a value
+    of 1 expects ``photons``), then sensor noise, drawn first: the severities share it, as they
+    can't share photon counts."""
     low, high = int(image.min()), int(image.max())
     stretched = (np.arange(256) - low) / max(high - low, 1)
     sensor = rng.standard_normal(image.shape, dtype=np.float32)
-    light = _photon_counts(image, stretched**2 * scale * photons, rng) / np.float32(photons)
+    expected = stretched**2 * scale * photons
+    light = rng.poisson(expected[image]).astype(np.float32) / np.float32(photons)
     return _levels(255 * np.clip(np.minimum(light, 1) + np.float32(sigma) * sensor, 0, 1))
-
-
-def _photon_counts(image: np.ndarray, expected: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Poisson counts float32 (H, W, 3) where an image's level l expects ``expected[l]``."""
-    return rng.poisson(expected[image]).astype(np.float32)
 
 
 def _fog(image: np.ndarray, rng: np.random.Generator, amount: float, decay: float) -> np.ndarray:
@@ -205,14 +192,9 @@ def _snow(
 ) -> np.ndarray:
     """ImageNet-C's snow: a whitened image, and blurred flakes on it, twice.
 
-    Args:
-        image: uint8 (H, W, 3).
-        rng: gives noise for the flakes, then the direction they fall in.
-        mean, spread: of the noise.
-        zoom: of the middle of the noise.
-        threshold: noise below it is no snow.
-        radius, sigma: of the flakes' motion blur.
-        keep: share of the image; the rest is at least 1.5 times its grey plus a half.
+    Noise (of ``mean`` and ``spread``), its middle enlarged by ``zoom``, is snow where it reaches
+    ``threshold``, smeared by ``radius`` and ``sigma`` in a direction drawn last. Of the image
+    ``keep`` stays; the rest is at least 1.5 times its grey plus a half.
     """
     height, width, _ = image.shape
     noise = rng.standard_normal((height, width), dtype=np.float32)
