@@ -84,17 +84,10 @@ def build(
 ) -> dict[int, str]:
     """Write all blocks that are not done yet and finish the store, after :func:`prepare`.
 
-    Args:
-        url, config, dataset: as in :func:`prepare`, and what it gave.
-        executor: where blocks are computed.
-        skip_errors: finish the other frames when one fails; else stop after the running blocks.
-
-    Returns:
-        Frames that failed (with ``skip_errors``): index to message.
-
-    Raises:
-        BuildStopped: a frame or block failed; run the same command again to continue.
-        TeacherError, ConfigError, StoreError: from the workers' side of the set-up.
+    With ``skip_errors`` the other frames are finished when one fails; else it stops after the
+    running blocks. Returns the frames that failed then, index to message. Raises BuildStopped if a
+    frame or block failed (run the same command again to continue), and TeacherError, ConfigError or
+    StoreError from the workers' side of the set-up.
     """
     # Loads the teacher on all workers at once, and finds out if they have different ones.
     teacher, *others = executor.everywhere(writer.describe_teacher, config)

@@ -45,7 +45,6 @@ settings_options = _together(
     click.option(
         "--config",
         default="nuscenes",
-        show_default=True,
         metavar="FILE.yaml|PRESET",
         help="Settings: a file, or a preset by name (nuscenes, demo, miniature). nuscenes lists "
         "all of them: occfeat-targets settings.",
@@ -71,7 +70,6 @@ on_error_option = click.option(
     "--on-error",
     type=click.Choice(["stop", "skip"]),
     default="stop",
-    show_default=True,
     help=f"A frame fails: stop after the running blocks, or leave it out (exit {EXIT_SKIPPED}).",
 )
 
@@ -94,7 +92,10 @@ def _one_message() -> Iterator[None]:
         sys.exit(EXIT_INTERRUPTED)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(context_settings=CONTEXT)
 @click.version_option(__version__, package_name="occfeat")
 def main() -> None:
     """Make OccFeat pretraining targets: lidar occupancy + image features per voxel, in Zarr."""
@@ -102,15 +103,14 @@ def main() -> None:
 
 @main.command("demo-data")
 @click.argument("out", type=path_type)
-@click.option("--scenes", default=4, show_default=True, help="Number of scenes, 2 or more.")
-@click.option("--samples", default=10, show_default=True, help="Keyframes per scene.")
-@click.option("--seed", default=0, show_default=True, help="Same seed, same bytes.")
+@click.option("--scenes", default=4, help="Number of scenes, 2 or more.")
+@click.option("--samples", default=10, help="Keyframes per scene.")
+@click.option("--seed", default=0, help="Same seed, same bytes.")
 @click.option(
     "--version",
     "dataset_version",
     type=click.Choice(["v1.0-mini", "v1.0-trainval"]),
     default="v1.0-mini",
-    show_default=True,
     help="Whose scene names and splits to use; mini has room for 10 scenes.",
 )
 @click.option("--workers", type=int, help="Processes; default: one per core.")
@@ -295,7 +295,7 @@ def info(store: str, as_json: bool) -> None:
 @store_argument
 @click.option("--recompute", default=0, metavar="K", help="Also recompute K random frames.")
 @click.option("--dataroot", type=path_type, help="Where from; needed for --recompute.")
-@click.option("--seed", default=0, show_default=True, help="Which random frames.")
+@click.option("--seed", default=0, help="Which random frames.")
 def verify(store: str, recompute: int, dataroot: Path | None, seed: int) -> None:
     """Re-read every frame of STORE and check that it is sound and consistent."""
     from occfeat_targets.verify import recompute_frames, verify_store
@@ -315,7 +315,7 @@ def verify(store: str, recompute: int, dataroot: Path | None, seed: int) -> None
 
 @main.command()
 @store_argument
-@click.option("--frame", default=0, show_default=True, help="Index of the frame.")
+@click.option("--frame", default=0, help="Index of the frame.")
 @click.option("--out", type=path_type, help="Default: view-FRAME.png.")
 def view(store: str, frame: int, out: Path | None) -> None:
     """Draw one frame of STORE to a PNG: six cameras with the voxels, and the BEV."""

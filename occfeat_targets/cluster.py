@@ -131,16 +131,11 @@ def _readable(error: BaseException) -> BaseException:
 def executor(
     workers: int | None = None, threads: int | None = None, scheduler: str | None = None
 ) -> Iterator[Executor]:
-    """Executor for the ``with`` block.
+    """Executor for the ``with`` block: at ``scheduler``, a running Dask scheduler's address such as
+    ``tcp://host:8786``; or as many ``workers`` here, 0 for none but this process, each with so many
+    ``threads`` (tasks at a time). None chooses by cores, memory and GPUs (one worker per GPU).
 
-    Args:
-        workers: local worker processes; 0 runs in this process; None chooses from cores, memory and
-            GPUs (one worker per GPU).
-        threads: tasks at a time in each worker; None chooses.
-        scheduler: address of a running Dask scheduler, such as ``tcp://host:8786``.
-
-    Raises:
-        ClusterError: the scheduler can't be reached or has no workers.
+    Raises ClusterError if the scheduler can't be reached or has no workers.
     """
     if scheduler is not None:
         with _connect(scheduler) as client:

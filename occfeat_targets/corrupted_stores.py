@@ -13,16 +13,11 @@ from occfeat_targets.writer import begin, is_complete
 
 
 def read_split(dataroot: Path, url: str, split: str | None) -> tuple[TargetsConfig, Dataset]:
-    """Settings and frames of a split of a store, to build it again without features.
+    """Settings and frames of a split of a store (by default its ``val`` or ``mini_val``), to build
+    it again without features from the dataroot it was built from.
 
-    Args:
-        dataroot: what the store was built from.
-        url: the store.
-        split: default: the store's ``val`` or ``mini_val``.
-
-    Raises:
-        StoreError: the store can't be read. ValueError: it has no such split.
-        SourceError: the dataroot does not have its frames, or has faults.
+    Raises StoreError if the store can't be read, ValueError if it has no such split, and
+    SourceError if the dataroot does not have its frames, or has faults.
     """
     store = open_store(url)
     config, tokens = _settings(store, split)
@@ -47,16 +42,10 @@ def build_corrupted(
     say: Callable[[str], None],
 ) -> dict[str, str]:
     """Build a store ``OUT/<name>.zarr`` for each of ``corruptions.CORRUPTED`` in ``names``; those
-    that are complete are left alone.
+    that are complete are left alone. ``say`` gets a line for each; the other arguments are what
+    :func:`read_split` gives and ``build.build`` takes, whose StoreError and BuildStopped it raises.
 
-    Args:
-        config, dataset: from :func:`read_split`.
-        out: directory or URL for the stores.
-        executor, skip_errors: as in ``build.build``, which raises StoreError and BuildStopped.
-        say: gets a line for each store.
-
-    Returns:
-        Frames left out (with ``skip_errors``): store and frame to message.
+    Returns frames left out (with ``skip_errors``): store and frame to message.
     """
     failed = {}
     for name in names:

@@ -182,25 +182,24 @@ def plasma(size: int, decay: float, rng: np.random.Generator) -> np.ndarray:
 def _snow(
     image: np.ndarray,
     rng: np.random.Generator,
-    mean: float,
-    spread: float,
+    noise: tuple[float, float],
     zoom: float,
     threshold: float,
-    radius: int,
-    sigma: float,
+    blur: tuple[int, float],
     keep: float,
 ) -> np.ndarray:
     """ImageNet-C's snow: a whitened image, and blurred flakes on it, twice.
 
-    Noise (of ``mean`` and ``spread``), its middle enlarged by ``zoom``, is snow where it reaches
-    ``threshold``, smeared by ``radius`` and ``sigma`` in a direction drawn last. Of the image
-    ``keep`` stays; the rest is at least 1.5 times its grey plus a half.
+    Noise (of a mean and spread), its middle enlarged by ``zoom``, is snow where it reaches
+    ``threshold``, smeared (``blur``: radius, sigma) in a direction drawn last. Of the image ``keep``
+    stays; the rest is at least 1.5 times its grey plus a half.
     """
     height, width, _ = image.shape
-    noise = rng.standard_normal((height, width), dtype=np.float32)
-    flakes = _zoom_middle(np.float32(mean) + np.float32(spread) * noise, zoom)
+    mean, spread = np.float32(noise)
+    flakes = mean + spread * rng.standard_normal((height, width), dtype=np.float32)
+    flakes = _zoom_middle(flakes, zoom)
     flakes = np.where(flakes < threshold, 0, np.minimum(flakes, 1))
-    flakes = _smear(flakes[:, :, None], radius, sigma, rng.uniform(-135, -45))[:height, :width]
+    flakes = _smear(flakes[:, :, None], *blur, rng.uniform(-135, -45))[:height, :width]
     flakes = np.rint(255 * flakes)
     kept, levels = np.float32(keep), image.astype(np.float32)
     whitened = levels @ np.array(BGR_GREY, dtype=np.float32)[:, None] * 1.5 + 127.5
@@ -231,9 +230,9 @@ def _levels(values: np.ndarray) -> np.ndarray:
 
 
 _SNOW = (
-    (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
-    (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
-    (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+    ((0.1, 0.3), 3, 0.5, (10, 4), 0.8),
+    ((0.2, 0.3), 2, 0.5, (12, 4), 0.7),
+    ((0.55, 0.3), 4, 0.9, (12, 8), 0.7),
 )
 _TABLE = {
     "frame_lost": (_frame_lost, ((2 / 6,), (4 / 6,), (5 / 6,))),

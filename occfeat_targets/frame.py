@@ -58,12 +58,9 @@ def frame_targets(
     record: FrameRecord, config: TargetsConfig, outputs: Sequence[Output], teacher: Teacher
 ) -> dict[str, np.ndarray]:
     """What the store holds of one frame that is not in the dataset's tables: arrays by the names,
-    dtypes and axes of the outputs' specs, trimmed to what is valid.
-
-    Raises:
-        FrameError: naming scene, sample and file, when the frame can't be processed; or the array,
-            when an output does not give what its specs say.
-    """
+    dtypes and axes of the outputs' specs, trimmed to what is valid. Raises FrameError, naming
+    scene, sample and file, if the frame can't be processed; or the array, if an output does not
+    give what its specs say."""
     full_size = config.images.corruption != "none"  # it works on the original's pixels
     layout, near_m, size = outputs[0].layout, config.lidar.near_m, config.teacher.input_size
     inputs = FrameInputs(record, layout, near_m, teacher, size, full_size)

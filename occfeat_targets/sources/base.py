@@ -164,6 +164,7 @@ class Source(Protocol):
 
     def detect(self, dataroot: Path) -> bool:
         """Whether the directory looks like this dataset."""
+        ...
 
     def read(
         self,
@@ -175,15 +176,19 @@ class Source(Protocol):
     ) -> Dataset:
         """Read the tables: the selected keyframes, each with up to ``sweeps`` lidar sweeps. Raises
         SourceError: unusable dataroot, unknown version, scene or split, or no such map."""
+        ...
 
     def n_returns(self, path: Path) -> int:
         """Number of returns in a lidar file, by its size or header alone. Raises ValueError, saying
         what is wrong with the file, such as ``is missing``."""
+        ...
 
     def read_lidar(self, path: Path) -> np.ndarray:
         """Returns of one lidar file: float32 (M, 4), x, y, z in metres in the sensor frame, and
         intensity 0..255. Raises ValueError, naming the file, if it is missing or damaged."""
+        ...
 
     def read_map(self, path: str) -> MapLayers:
         """Map of one location; called for each frame, so cache it. Raises ValueError, naming the
         file, if it is missing or not such a map."""
+        ...

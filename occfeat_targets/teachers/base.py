@@ -43,6 +43,7 @@ class Teacher(Protocol):
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Dense features (B, dim, H / patch_size, W / patch_size) of RGB images in 0..1."""
+        ...
 
 
 class NoTeacher:
@@ -68,7 +69,9 @@ def describe(teacher: Teacher, settings: TeacherSettings) -> dict:
         value = getattr(teacher, attribute, None)
         return value if isinstance(value, str) else otherwise  # a module may have a .layer
 
-    of_its_state = isinstance(teacher, torch.nn.Module) and not hasattr(teacher, "weights")
+    weights = text("weights")
+    if isinstance(teacher, torch.nn.Module) and not hasattr(teacher, "weights"):
+        weights = state_sha256(teacher)
     return {
         "name": teacher.name,
         "revision": text("revision"),
@@ -78,7 +81,7 @@ def describe(teacher: Teacher, settings: TeacherSettings) -> dict:
         "patch_size": int(teacher.patch_size),
         "dim": int(teacher.dim),
         "precision": text("precision"),
-        "weights": state_sha256(teacher) if of_its_state else text("weights"),
+        "weights": weights,
     }
 
 
