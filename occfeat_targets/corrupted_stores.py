@@ -7,7 +7,7 @@ from occfeat_targets.build import build, check_records, read_dataset
 from occfeat_targets.cluster import Executor
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.sources.base import Dataset, SourceError
-from occfeat_targets.store.reader import TargetStore, open_store
+from occfeat_targets.store.reader import open_store
 from occfeat_targets.teachers.base import NoTeacher
 from occfeat_targets.writer import begin, is_complete
 
@@ -20,7 +20,21 @@ def read_split(dataroot: Path, url: str, split: str | None) -> tuple[TargetsConf
     SourceError if the dataroot does not have its frames, or has faults.
     """
     store = open_store(url)
-    config, tokens = _settings(store, split)
+    splits = [store.split(i) for i in range(len(store))]
+    if split is None:
+        split = next((name for name in ("val", "mini_val") if name in splits), "val or mini_val")
+    if split not in splits:
+        there = ", ".join(sorted(set(splits)))
+        raise ValueError(f"{url} has no frames of {split}; choose with --split: {there}")
+    config = TargetsConfig.of(store.attrs["config"])
+    tokens = [store.token(i) for i, name in enumerate(splits) if name == split]
+    # Frames are in table order: the first so many of all are the first so many of a split.
+    limit = None if config.frames.limit is None else len(tokens)
+    config = config.with_(
+        teacher=config.teacher.with_(name=NoTeacher.name),
+        map=config.map.with_(mode="required" if store.attrs["map_classes"] else "never"),
+        frames=config.frames.with_(splits=(split,), limit=limit),
+    )
     dataset = read_dataset(dataroot, store.attrs["source"]["version"], config)
     check_records(dataset, config)
     found = [record.token for record in dataset.records]
@@ -59,23 +73,3 @@ def build_corrupted(
         failed |= {f"{url}, frame {i}": message for i, message in messages.items()}
         say(f"{url}: {len(dataset.records)} frames, {len(messages)} failed")
     return failed
-
-
-def _settings(store: TargetStore, split: str | None) -> tuple[TargetsConfig, list[str]]:
-    """The store's settings for the frames of one split, no teacher; and those frames' tokens."""
-    splits = [store.split(i) for i in range(len(store))]
-    if split is None:
-        split = next((name for name in ("val", "mini_val") if name in splits), "val or mini_val")
-    if split not in splits:
-        there = ", ".join(sorted(set(splits)))
-        raise ValueError(f"{store.url} has no frames of {split}; choose with --split: {there}")
-    config = TargetsConfig.of(store.attrs["config"])
-    tokens = [store.token(i) for i, name in enumerate(splits) if name == split]
-    # Frames are in table order: the first so many of all are the first so many of a split.
-    limit = None if config.frames.limit is None else len(tokens)
-    config = config.with_(
-        teacher=config.teacher.with_(name=NoTeacher.name),
-        map=config.map.with_(mode="required" if store.attrs["map_classes"] else "never"),
-        frames=config.frames.with_(splits=(split,), limit=limit),
-    )
-    return config, tokens

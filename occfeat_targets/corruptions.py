@@ -191,8 +191,8 @@ def _snow(
     """ImageNet-C's snow: a whitened image, and blurred flakes on it, twice.
 
     Noise (of a mean and spread), its middle enlarged by ``zoom``, is snow where it reaches
-    ``threshold``, smeared (``blur``: radius, sigma) in a direction drawn last. Of the image ``keep``
-    stays; the rest is at least 1.5 times its grey plus a half.
+    ``threshold``, smeared (``blur``: radius, sigma) in a direction drawn last. ``keep`` of the
+    image stays; the rest is at least 1.5 times its grey plus a half.
     """
     height, width, _ = image.shape
     mean, spread = np.float32(noise)

@@ -20,7 +20,7 @@ from pydantic import Field
 from occfeat_targets.geometry import transform
 from occfeat_targets.images import decode_jpeg, resize
 from occfeat_targets.sources import SOURCES
-from occfeat_targets.sources.base import Dataset, FrameRecord, MapLayers
+from occfeat_targets.sources.base import Dataset, FrameRecord, MapLayers, Source
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.schema import ArraySpec
@@ -70,28 +70,24 @@ class Layout:
         return "uint8" if n < 8 else "uint16" if n < 16 else "uint32"
 
 
+@dataclass
 class FrameInputs:
-    """What several outputs need of one keyframe: each computed when first asked for, and kept.
+    """What several outputs need of one keyframe: each computed when first asked for, and kept."""
 
-    Args:
-        record, layout, near_m: the keyframe, its store's layout and ``lidar.near_m``.
-        teacher: see ``teachers.base``.
-        teacher_size: (height, width) that the teacher sees.
-        full_size: whether the stored images are made of the originals at full size.
-    """
+    record: FrameRecord
+    layout: Layout
+    near_m: float
+    """``lidar.near_m``."""
+    teacher: Teacher
+    teacher_size: Size
+    """(height, width) that the teacher sees."""
+    full_size: bool = False
+    """Whether the stored images are made of the originals at full size."""
 
-    def __init__(
-        self,
-        record: FrameRecord,
-        layout: Layout,
-        near_m: float,
-        teacher: Teacher,
-        teacher_size: Size,
-        full_size: bool = False,
-    ):
-        self.record, self.layout, self.near_m = record, layout, near_m
-        self.teacher, self.teacher_size, self.full_size = teacher, teacher_size, full_size
-        self.source = SOURCES(record.source)()
+    @cached_property
+    def source(self) -> Source:
+        """The dataset that the keyframe is of."""
+        return SOURCES(self.record.source)()
 
     @cached_property
     def lidar(self) -> tuple[np.ndarray, np.ndarray]:

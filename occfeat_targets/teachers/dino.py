@@ -34,7 +34,8 @@ class DinoTeacher:
         self.weights = weights or state_sha256(model)
         self._prefix = 1 + getattr(model.config, "num_register_tokens", 0)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._dtype = _dtype(precision, self._device)
+        auto = "bfloat16" if self._device.type == "cuda" else "float32"
+        self._dtype = getattr(torch, auto if precision == "auto" else precision)
         self.precision = str(self._dtype).removeprefix("torch.")
         self._model = model.eval().requires_grad_(False).to(self._device)
         self._mean = torch.tensor(IMAGENET_MEAN, device=self._device).view(3, 1, 1)
@@ -48,12 +49,6 @@ class DinoTeacher:
         with torch.autocast(self._device.type, self._dtype, self._dtype != torch.float32):
             tokens = self._model(pixel_values=pixels).last_hidden_state[:, self._prefix :]
         return tokens.float().cpu().unflatten(1, (h, w)).permute(0, 3, 1, 2)
-
-
-def _dtype(precision: str, device: torch.device) -> torch.dtype:
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, precision)
 
 
 def random_teacher(settings: TeacherSettings) -> DinoTeacher:
