@@ -195,7 +195,7 @@ def _snow(
     image stays; the rest is at least 1.5 times its grey plus a half.
     """
     height, width, _ = image.shape
-    mean, spread = np.float32(noise)
+    mean, spread = map(np.float32, noise)
     flakes = mean + spread * rng.standard_normal((height, width), dtype=np.float32)
     flakes = _zoom_middle(flakes, zoom)
     flakes = np.where(flakes < threshold, 0, np.minimum(flakes, 1))
