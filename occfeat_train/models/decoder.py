@@ -1,11 +1,8 @@
 """Simple-BEV's BEV compressor and ResNet-18 decoder (Harley et al. 2022, ``segnet.py``)."""
 
-from __future__ import annotations
-
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from occfeat_train.models.instance_norm import InstanceNorm
@@ -43,7 +40,7 @@ class Decoder(nn.Module):
         self.up2 = UpAndAdd(widths[1], widths[0])
         self.up1 = UpAndAdd(widths[0], channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Decode (B, C, X, Y)."""
         layer1 = self.layer1(self.stem(x))
         layer2 = self.layer2(layer1)
@@ -59,7 +56,7 @@ class UpAndAdd(nn.Module):
         self.conv = nn.Conv2d(in_channels, channels, 1, bias=False)
         self.norm = InstanceNorm()
 
-    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Bring ``x`` (B, C', X', Y') to the skip's (B, C, X, Y)."""
         # A 1x1 convolution and bilinear interpolation commute: convolve the small map.
         x = F.interpolate(self.conv(x), skip.shape[-2:], mode="bilinear", align_corners=False)

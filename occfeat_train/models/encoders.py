@@ -11,14 +11,12 @@ default 0.1; its "same" padding is that of even sizes only, so that an odd size 
 down; and its initial weights, batch-norm scales around 0 among them, let the signal vanish.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from occfeat_train.models.instance_norm import InstanceNorm
@@ -98,8 +96,8 @@ class ImageEncoder(nn.Module):
         ValueError: unknown name, or drop_path outside [0, 1).
     """
 
-    _mean: torch.Tensor
-    _std: torch.Tensor
+    _mean: Tensor
+    _std: Tensor
 
     def __init__(self, name: str, channels: int = 128, drop_path: float = 0.2):
         super().__init__()
@@ -123,13 +121,13 @@ class ImageEncoder(nn.Module):
         self.register_buffer("_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Features (B, channels, ceil(H/8), ceil(W/8)) of images (B, 3, H, W), RGB in 0..1."""
         shallow, deep = self.features(images)
         deep = F.interpolate(deep, shallow.shape[-2:], mode="bilinear", align_corners=False)
         return self.project(self.join(torch.cat([shallow, deep], dim=1)))
 
-    def features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The two maps before joining, of ceil(H/8) x ceil(W/8) and ceil(H/16) x ceil(W/16)."""
         return self.backbone((images - self._mean).div_(self._std))
 
@@ -145,7 +143,7 @@ class ResNetBackbone(nn.Module):
         self.embedder = model.embedder
         self.stages = model.encoder.stages
 
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Maps of stride 8 and 16."""
         layer1, layer2, layer3 = self.stages
         shallow = layer2(layer1(self.embedder(pixels)))
@@ -181,7 +179,7 @@ class EfficientNetBackbone(nn.Module):
         _initialise(self)
         self.set_convention(torchvision=False)
 
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Maps of stride 8 and 16."""
         shallow = self.embeddings(pixels)
         for block in self.blocks[: self._split]:
@@ -200,11 +198,11 @@ class EfficientNetBackbone(nn.Module):
             elif isinstance(module, nn.BatchNorm2d):
                 module.eps = 1e-5 if torchvision else 1e-3
 
-    def get_extra_state(self) -> torch.Tensor:
+    def get_extra_state(self) -> Tensor:
         """The convention; a tensor, because those who read a state dict expect nothing else."""
         return torch.tensor(self._torchvision)
 
-    def set_extra_state(self, state: torch.Tensor) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Take over the convention of a state dict."""
         self.set_convention(bool(state))
 
@@ -221,7 +219,7 @@ class SamePad2d(nn.Module):
         self.kernel = kernel
         self.symmetric = False
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) with its zeros."""
         half = self.kernel // 2
         height, width = x.shape[-2:]
@@ -239,7 +237,7 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) with some samples 0; ``x`` itself when nothing is dropped."""
         if not self.training or self.rate == 0:
             return x

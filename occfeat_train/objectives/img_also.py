@@ -18,14 +18,12 @@ once per cell, and only for cells that are asked. Same parameters and same funct
 layer for each pair.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from occfeat_targets.store.files import StoreError
@@ -81,19 +79,19 @@ class ImgAlso(Objective):
         self.point_step_m: float = store.attrs["point_step_m"]
         self.head = QueryHead(channels)
 
-    def targets(self, batch: Batch, angle: torch.Tensor) -> Targets:
+    def targets(self, batch: Batch, angle: Tensor) -> Targets:
         """See :func:`query_targets`."""
         n_queries = self.settings.queries
         return query_targets(batch, angle, self.grid, self.point_step_m, n_queries)
 
-    def counts(self, targets: Targets) -> torch.Tensor:
+    def counts(self, targets: Targets) -> Tensor:
         """Pairs of a query and a cell, and those whose intensity is known."""
         n_known = targets["has_intensity"].sum().item()
         return torch.tensor([len(targets["cell"]), n_known], dtype=torch.float64)
 
     def forward(
-        self, bev: torch.Tensor, targets: Targets, counts: Sequence[float], share: float
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self, bev: Tensor, targets: Targets, counts: Sequence[float], share: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and its terms ``occupancy`` and ``intensity`` for BEV features (B, C, X, Y)."""
         predicted = self.head(bev, targets["cell"], targets["relative"])
         wanted = (targets[name] for name in ("occupied", "intensity", "has_intensity"))
@@ -104,12 +102,8 @@ class ImgAlso(Objective):
 
 
 def query_targets(
-    batch: Batch,
-    angle: torch.Tensor,
-    grid: VoxelGrid,
-    point_step_m: float,
-    n_queries: int,
-) -> dict[str, torch.Tensor]:
+    batch: Batch, angle: Tensor, grid: VoxelGrid, point_step_m: float, n_queries: int
+) -> dict[str, Tensor]:
     """What to predict for each pair of a query and a BEV cell near it.
 
     Queries outside of the BEV map are dropped. At any height they count: height is an input of the
@@ -152,8 +146,8 @@ def query_targets(
 
 
 def frame_queries(
-    points: torch.Tensor, sensor_ego: torch.Tensor, point_step_m: float, n_queries: int, seed: int
-) -> dict[str, torch.Tensor]:
+    points: Tensor, sensor_ego: Tensor, point_step_m: float, n_queries: int, seed: int
+) -> dict[str, Tensor]:
     """Queries of one frame, in the ego frame.
 
     Args:
@@ -180,7 +174,7 @@ def frame_queries(
     }
 
 
-def _decimated(points: torch.Tensor, point_step_m: float) -> torch.Tensor:
+def _decimated(points: Tensor, point_step_m: float) -> Tensor:
     """Index of the first return in each occupied cube of the ego frame, cubes in order.
 
     Cubes are half-open, as all of the project's; ALSO truncates towards zero, which makes those
@@ -197,7 +191,7 @@ def _decimated(points: torch.Tensor, point_step_m: float) -> torch.Tensor:
 
 def draw_queries(
     n_points: int, n_queries: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """What is random in a frame's queries.
 
     A third of them is near and free, a third far and free, the rest occupied. A kind takes no
@@ -216,9 +210,7 @@ def draw_queries(
     return torch.cat(sources), kind, torch.rand(len(kind), generator=generator, device=device)
 
 
-def place_queries(
-    xyz: torch.Tensor, sensor: torch.Tensor, kind: torch.Tensor, u: torch.Tensor
-) -> torch.Tensor:
+def place_queries(xyz: Tensor, sensor: Tensor, kind: Tensor, u: Tensor) -> Tensor:
     """Queries (Q, 3) on the rays from the sensor (3,) through returns (Q, 3), all in metres.
 
     ``u`` (Q,) is the share of the way: from the sensor to the return if far, else of
@@ -232,9 +224,7 @@ def place_queries(
     return xyz + beyond[:, None] * ray / length.clamp(min=1e-6)[:, None]
 
 
-def near_cells(
-    xyz_bev: torch.Tensor, grid: VoxelGrid
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def near_cells(xyz_bev: Tensor, grid: VoxelGrid) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs of a point and a BEV cell whose centre is within :data:`RADIUS_M` on the ground plane.
 
     Args:
@@ -276,9 +266,7 @@ class QueryHead(nn.Module):
         self.leave = nn.Linear(WIDTH, WIDTH)
         self.output = nn.Linear(WIDTH, 2)
 
-    def forward(
-        self, bev: torch.Tensor, cell: torch.Tensor, relative: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, bev: Tensor, cell: Tensor, relative: Tensor) -> Tensor:
         """Predict.
 
         Args:
@@ -304,11 +292,8 @@ class QueryHead(nn.Module):
 
 
 def query_sums(
-    predicted: torch.Tensor,
-    occupied: torch.Tensor,
-    intensity: torch.Tensor,
-    has_intensity: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    predicted: Tensor, occupied: Tensor, intensity: Tensor, has_intensity: Tensor
+) -> tuple[Tensor, Tensor]:
     """Binary cross-entropy of occupancy summed over all pairs, and absolute error of intensity
     summed over those with one (ALSO).
 

@@ -7,15 +7,14 @@ holds the 2·N_B hidden units, row block by row block, and the N_y-channel branc
 voxels alone (1.4 % of the grid). Same parameters and same function as the dense form.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -45,7 +44,7 @@ class OccFeatSettings(Settings):
     """λ of L = L_occ + λ·L_feat."""
 
     @model_validator(mode="after")
-    def _learns_something(self) -> OccFeatSettings:
+    def _learns_something(self) -> Self:
         if not (self.occupancy or self.features):
             raise ValueError("objectives.occfeat: occupancy or features must be true")
         return self
@@ -75,19 +74,19 @@ class OccFeat(Objective):
         heights = self.grid.shape[0]
         self.head = OccFeatHead(channels, heights, dim, settings.occupancy, settings.features)
 
-    def targets(self, batch: Batch, angle: torch.Tensor) -> Targets:
+    def targets(self, batch: Batch, angle: Tensor) -> Targets:
         """See :func:`voxel_targets`; also ``n_samples``."""
         targets = voxel_targets(batch, angle, self.grid, self.point_step_m)
         return targets | {"n_samples": torch.tensor(len(angle))}
 
-    def counts(self, targets: Targets) -> torch.Tensor:
+    def counts(self, targets: Targets) -> Tensor:
         """Voxels, and occupied voxels with a feature."""
         n_voxels = targets["n_samples"].item() * self.grid.n_voxels
         return torch.tensor([n_voxels, targets["valid"].sum().item()], dtype=torch.float64)
 
     def forward(
-        self, bev: torch.Tensor, targets: Targets, counts: Sequence[float], share: float
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self, bev: Tensor, targets: Targets, counts: Sequence[float], share: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and its terms ``occupancy`` and ``features`` for BEV features (B, C, X, Y)."""
         logits, features = self.head(bev, targets["voxel"])
         n_voxels, n_valid = divisors(counts)
@@ -102,7 +101,7 @@ class OccFeat(Objective):
             loss = loss + self.settings.feature_weight * terms["features"]
         return loss, terms
 
-    def panels(self, bev: torch.Tensor, batch: Batch) -> list[Panel]:
+    def panels(self, bev: Tensor, batch: Batch) -> list[Panel]:
         """From above: whether any voxel of a column is occupied, and the highest feature in it."""
         targets = self.targets(batch, torch.zeros(1))
         logits, features = self.head(bev, targets["voxel"])
@@ -123,8 +122,8 @@ class OccFeat(Objective):
 
 
 def voxel_targets(
-    batch: Batch, angle: torch.Tensor, grid: VoxelGrid, point_step_m: float
-) -> dict[str, torch.Tensor]:
+    batch: Batch, angle: Tensor, grid: VoxelGrid, point_step_m: float
+) -> dict[str, Tensor]:
     """Occupied voxels and their feature targets.
 
     Args:
@@ -170,8 +169,8 @@ def voxel_targets(
 
 
 def _moved_points(
-    batch: Batch, angle: torch.Tensor, grid: VoxelGrid, point_step_m: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    batch: Batch, angle: Tensor, grid: VoxelGrid, point_step_m: float
+) -> tuple[Tensor, Tensor]:
     """Old and new voxel (flat over the batch) of the points that the new grid holds.
 
     The old one is -1 for points outside the stored grid.
@@ -218,9 +217,7 @@ class OccFeatHead(nn.Module):
         if self.occupancy:
             nn.init.constant_(self.occupancy.bias, math.log(PRIOR / (1 - PRIOR)))
 
-    def forward(
-        self, bev: torch.Tensor, voxel: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def forward(self, bev: Tensor, voxel: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Predict.
 
         Args:
@@ -241,14 +238,14 @@ class OccFeatHead(nn.Module):
             features = self.features(self.reduce(self._hidden_at(rows, voxel, X * Y, weight, bias)))
         return logits, features
 
-    def _hidden_layer(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _hidden_layer(self) -> tuple[Tensor, Tensor]:
         """BEV row to hidden units of each height: weight (Z, 2C, C), bias (Z, 2C)."""
         C = self.expand.in_features
         weight = self.expand.weight @ self.unsplat.weight.view(self.heights, C, C)
         bias = self.unsplat.bias.view(self.heights, C) @ self.expand.weight.T + self.expand.bias
         return weight, bias
 
-    def _logits(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def _logits(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Occupancy logits (B·X·Y, Z) of every voxel above BEV rows (B·X·Y, C)."""
         assert self.occupancy
         out_weight = self.occupancy.weight @ self.reduce.weight  # (1, 2C)
@@ -266,13 +263,8 @@ class OccFeatHead(nn.Module):
         return torch.cat(blocks) + out_bias
 
     def _hidden_at(
-        self,
-        rows: torch.Tensor,
-        voxel: torch.Tensor,
-        n_columns: int,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-    ) -> torch.Tensor:
+        self, rows: Tensor, voxel: Tensor, n_columns: int, weight: Tensor, bias: Tensor
+    ) -> Tensor:
         """Hidden units (V, 2C) of chosen voxels: one matrix product per height."""
         sample = voxel.div(n_columns * self.heights, rounding_mode="floor")
         height = voxel.div(n_columns, rounding_mode="floor") % self.heights
@@ -288,15 +280,13 @@ class OccFeatHead(nn.Module):
         return F.softplus(hidden)[order.argsort()]
 
 
-def _block(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out_weight: torch.Tensor
-) -> torch.Tensor:
+def _block(rows: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor) -> Tensor:
     """(R, C) to logits (R, Z) without the final bias."""
     hidden = F.softplus(F.linear(rows, weight.flatten(0, 1), bias.flatten()))
     return F.linear(hidden.view(len(rows), *bias.shape), out_weight).squeeze(-1)
 
 
-def occupancy_sum(logits: torch.Tensor, voxel: torch.Tensor) -> torch.Tensor:
+def occupancy_sum(logits: Tensor, voxel: Tensor) -> Tensor:
     """Binary cross-entropy summed over all voxels (paper eq. 2, before 1/|V|).
 
     Args:
@@ -308,7 +298,7 @@ def occupancy_sum(logits: torch.Tensor, voxel: torch.Tensor) -> torch.Tensor:
     return F.softplus(logits).sum() - logits[voxel].sum()
 
 
-def cosine_sum(predicted: torch.Tensor, target: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def cosine_sum(predicted: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Negative cosine similarity summed over valid voxels (paper eq. 3, before 1/|V_occ|).
 
     Args:
