@@ -12,11 +12,8 @@ class Compressor(nn.Sequential):
     """(B, Z·C, X, Y) to (B, C, X, Y): conv 3x3, InstanceNorm, GELU."""
 
     def __init__(self, in_channels: int, channels: int):
-        super().__init__(
-            nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
-            InstanceNorm(),
-            nn.GELU(),
-        )
+        conv = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        super().__init__(conv, InstanceNorm(), nn.GELU())
 
 
 class Decoder(nn.Module):

@@ -87,15 +87,12 @@ _TRANSFORMERS = _Naming(
     lambda name: re.sub(r"^(stages|blocks)\.", r"encoder.\1.", name),
     r"encoder\.(stages\.3|blocks\.1[1-5]|top_conv|top_bn)\.|classifier\.",
 )
+_LATER_PARTS = r"_(blocks\.1[1-5]|conv_head|bn1|fc)\."
 _IN_FILES = {
     "resnet": [_Naming("torchvision", _torchvision_resnet, r"layer4\.|fc\.")],
     "efficientnet": [
         _Naming("torchvision", partial(_efficientnet, 0), r"features\.[678]\.|classifier\."),
-        _Naming(
-            "efficientnet_pytorch",
-            partial(_efficientnet, 1),
-            r"_(blocks\.1[1-5]|conv_head|bn1|fc)\.",
-        ),
+        _Naming("efficientnet_pytorch", partial(_efficientnet, 1), _LATER_PARTS),
     ],
 }
 
@@ -103,13 +100,11 @@ _IN_FILES = {
 def load_encoder_weights(encoder: ImageEncoder, source: str) -> str:
     """Load weights into an encoder's backbone, which stays as it was if that fails.
 
-    Args:
-        encoder: changed in place; what joins its two maps has no pretrained weights.
-        source: ``random`` (keep what the encoder has), ``imagenet`` (the encoder's usual weights on
-            the Hugging Face hub), another hub id ``org/name``, a directory with config.json and
-            model.safetensors in transformers' format, or a file (.safetensors, .pth, .pt, .tar)
-            that holds torchvision's or efficientnet_pytorch's names or a MoCo-v2 checkpoint, of
-            which the query encoder is taken.
+    What joins its two maps has no pretrained weights. ``source`` is ``random`` (keep what the
+    encoder has), ``imagenet`` (the encoder's usual weights on the Hugging Face hub), another hub id
+    ``org/name``, a directory with config.json and model.safetensors in transformers' format, or a
+    file (.safetensors, .pth, .pt, .tar) that holds torchvision's or efficientnet_pytorch's names or
+    a MoCo-v2 checkpoint, of which the query encoder is taken.
 
     Returns one sentence that says what was loaded from where; raises WeightsError if the source
     can't be had or read, or is not this architecture.
@@ -146,10 +141,8 @@ def _load_transformers(encoder: ImageEncoder, config: Path, weights: Path) -> st
         _check_config(spec, json.loads(config.read_text()))
         state = load_file(weights)
     except (OSError, ValueError, SafetensorError) as error:
-        raise WeightsError(
-            f"cannot load a {encoder.name} from {weights.parent}: {_first_line(error)} (pickled "
-            ".bin files are not read)"
-        ) from error
+        what = f"cannot load a {encoder.name} from {weights.parent}: {_first_line(error)}"
+        raise WeightsError(f"{what} (pickled .bin files are not read)") from error
     prefix = f"{spec.family}."  # of models with a head
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     count = _load(encoder, state, _TRANSFORMERS, str(weights.parent))
@@ -195,9 +188,9 @@ def _load(encoder: ImageEncoder, state: dict, naming: _Naming, where: str) -> in
     problems = {"missing": missing, "of another shape": misshapen, "unknown": sorted(unknown)}
     if any(problems.values()):
         found = "; ".join(f"{len(v)} {k}: {_some(v)}" for k, v in problems.items() if v)
+        wanted = f"the weights of a {encoder.name}"
         raise WeightsError(
-            f"{where} does not hold the weights of a {encoder.name}, tensors are {found}. Nothing "
-            "was loaded"
+            f"{where} does not hold {wanted}, tensors are {found}. Nothing was loaded"
         )
     with torch.no_grad():
         for name, target in pairs.items():

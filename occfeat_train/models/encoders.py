@@ -29,11 +29,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What one encoder is built from.
+    """What one encoder is built from: its channels at stride 8 and 16 and after joining these.
 
-    ``shallow`` and ``deep`` are the channels of the maps at stride 8 and 16, ``joined`` those after
-    joining them. ``config`` holds the arguments of the transformers config of the cut network, in
-    which a list that has an entry per stage has only those of the stages that are kept.
+    ``config`` holds the arguments of the transformers config of the cut network, in which a list
+    that has an entry per stage has only those of the stages that are kept.
     """
 
     family: str
@@ -85,15 +84,10 @@ ENCODERS = {
 class ImageEncoder(nn.Module):
     """Features of RGB images at stride 8, with random weights until some are loaded.
 
-    Args:
-        name: one of ``ENCODERS``.
-        channels: channels of the output.
-        drop_path: stochastic depth of an EfficientNet, the probability that a sample skips a block:
-            0 in the first block, rising in proportion to the block's index towards (and not quite
-            to) this; 0 turns it off. ResNets have none.
-
-    Raises:
-        ValueError: unknown name, or drop_path outside [0, 1).
+    ``drop_path`` is the stochastic depth of an EfficientNet, the probability that a sample skips a
+    block: 0 in the first block, rising in proportion to the block's index towards (and not quite
+    to) this; 0 turns it off. ResNets have none. Raises ValueError if that is not in [0, 1), or the
+    name not in ``ENCODERS``.
     """
 
     _mean: Tensor
@@ -108,11 +102,10 @@ class ImageEncoder(nn.Module):
         spec = ENCODERS[name]
         self.name = name
         self.channels = channels
-        self.backbone: nn.Module = (
-            ResNetBackbone(spec)
-            if spec.family == "resnet"
-            else EfficientNetBackbone(spec, drop_path)
-        )
+        if spec.family == "resnet":
+            self.backbone = ResNetBackbone(spec)
+        else:
+            self.backbone = EfficientNetBackbone(spec, drop_path)
         self.join = nn.Sequential(
             *_conv_norm_relu(spec.shallow + spec.deep, spec.joined),
             *_conv_norm_relu(spec.joined, spec.joined),
@@ -181,13 +174,12 @@ class EfficientNetBackbone(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Maps of stride 8 and 16."""
-        shallow = self.embeddings(pixels)
-        for block in self.blocks[: self._split]:
-            shallow = block(shallow)
-        deep = shallow
-        for block in self.blocks[self._split :]:
-            deep = block(deep)
-        return shallow, deep
+        x = shallow = self.embeddings(pixels)
+        for index, block in enumerate(self.blocks, start=1):
+            x = block(x)
+            if index == self._split:
+                shallow = x
+        return shallow, x
 
     def set_convention(self, torchvision: bool) -> None:
         """Pad and normalise as torchvision's EfficientNet-B0, or as TensorFlow's."""
@@ -227,34 +219,23 @@ class SamePad2d(nn.Module):
         return F.pad(x, (left, half, top, half))
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: in training, each sample's branch becomes 0 with a probability of ``rate``.
+class DropPath(nn.Dropout):
+    """Stochastic depth: in training, each sample's branch becomes 0 with a probability of ``p``.
 
-    What is kept is divided by 1 - rate, so that its expectation stays.
+    What is kept is divided by 1 - p, so that its expectation stays.
     """
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) with some samples 0; ``x`` itself when nothing is dropped."""
-        if not self.training or self.rate == 0:
+        if not self.training or self.p == 0:
             return x
-        keep = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(1 - self.rate)
-        return x * keep.div_(1 - self.rate)
-
-    def extra_repr(self) -> str:
-        """The rate, where the module is printed."""
-        return f"rate={self.rate:.3g}"
+        keep = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(1 - self.p)
+        return x * keep.div_(1 - self.p)
 
 
 def _conv_norm_relu(inputs: int, outputs: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False),
-        InstanceNorm(),
-        nn.ReLU(inplace=True),
-    ]
+    conv = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
+    return [conv, InstanceNorm(), nn.ReLU(inplace=True)]
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ Sums add up and so do counts, so every term is the mean over the whole batch how
 over micro-batches and processes (a mean of means would not be).
 """
 
+from __future__ import annotations  # ``Settings`` is also a name in the class
+
 from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -22,6 +24,8 @@ Batch = dict[str, Tensor]
 """Collated arrays of the store on the device, see ``data.dataset``; while training also ``seed``
 int64 (B,) on the host, from which follows what is random in a frame and epoch."""
 Targets = dict[str, Tensor]
+Loss = tuple[Tensor, dict[str, Tensor]]
+"""The loss, and each of its terms by name."""
 
 
 class Panel(NamedTuple):
@@ -63,14 +67,10 @@ class Objective(nn.Module):
         """How many items each loss term is a mean over: float64 (T,), on any device."""
         raise NotImplementedError
 
-    def forward(
-        self, bev: Tensor, targets: Targets, counts: Sequence[float], share: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and the value of each of its terms.
+    def forward(self, bev: Tensor, targets: Targets, counts: Sequence[float], share: float) -> Loss:
+        """Predict from BEV features (B, C, X, Y) of a micro-batch, and compare with its targets.
 
         Args:
-            bev: (B, C, X, Y), BEV features of a micro-batch.
-            targets: of the same.
             counts: of the whole optimiser step, summed over micro-batches and processes, as plain
                 numbers (DDP would copy a tensor to the GPU, and reading it there would wait for
                 the encoder).

@@ -9,6 +9,7 @@ voxels alone (1.4 % of the grid). Same parameters and same function as the dense
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -25,7 +26,7 @@ from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.settings import Settings
 from occfeat_train.geometry import flat_index, rotation_z
 from occfeat_train.models.instance_norm import InstanceNorm
-from occfeat_train.objectives.base import Batch, Objective, Panel, Targets, divisors
+from occfeat_train.objectives.base import Batch, Loss, Objective, Panel, Targets, divisors
 
 PRIOR = 0.014
 """Share of occupied voxels (measured on nuScenes, default grid): the occupancy bias starts there
@@ -84,10 +85,8 @@ class OccFeat(Objective):
         n_voxels = targets["n_samples"].item() * self.grid.n_voxels
         return torch.tensor([n_voxels, targets["valid"].sum().item()], dtype=torch.float64)
 
-    def forward(
-        self, bev: Tensor, targets: Targets, counts: Sequence[float], share: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and its terms ``occupancy`` and ``features`` for BEV features (B, C, X, Y)."""
+    def forward(self, bev: Tensor, targets: Targets, counts: Sequence[float], share: float) -> Loss:
+        """Terms ``occupancy`` and ``features``."""
         logits, features = self.head(bev, targets["voxel"])
         n_voxels, n_valid = divisors(counts)
         terms = {}
@@ -96,8 +95,8 @@ class OccFeat(Objective):
             terms["occupancy"] = occupancy_sum(logits, targets["voxel"]) / n_voxels
             loss = loss + terms["occupancy"]
         if features is not None:
-            summed = cosine_sum(features, targets["features"], targets["valid"])
-            terms["features"] = summed / n_valid
+            similar = cosine_sum(features, targets["features"], targets["valid"])
+            terms["features"] = similar / n_valid
             loss = loss + self.settings.feature_weight * terms["features"]
         return loss, terms
 
@@ -130,9 +129,8 @@ def voxel_targets(
         batch: collated ``voxel`` (V,), ``feature_cameras`` (V,), ``features`` int8 (V, C) unless
             only occupancy is learned, and, if any angle is not 0, ``points``, ``n_points`` and,
             with the features, ``feature_scale``.
-        angle: float32 (B,), by which the BEV frame is turned.
-        grid: the store's.
-        point_step_m: the store's attribute.
+        angle: as in :meth:`Objective.targets`.
+        grid, point_step_m: the store's.
 
     Returns:
         ``voxel`` int64 (V',) distinct flat indices over the batch, ``valid`` bool (V',) that have
@@ -158,23 +156,15 @@ def voxel_targets(
     if "features" not in batch:
         return targets
     features = batch["features"].float() * batch["feature_scale"].float()[:, None]
-    summed = F.embedding_bag(
-        source,
-        features,
-        n_sources.cumsum(0) - n_sources,
-        mode="sum",
-        per_sample_weights=count.float(),
-    )
+    start, weights = n_sources.cumsum(0) - n_sources, count.float()
+    summed = F.embedding_bag(source, features, start, mode="sum", per_sample_weights=weights)
     return targets | {"features": summed}
 
 
 def _moved_points(
     batch: Batch, angle: Tensor, grid: VoxelGrid, point_step_m: float
 ) -> tuple[Tensor, Tensor]:
-    """Old and new voxel (flat over the batch) of the points that the new grid holds.
-
-    The old one is -1 for points outside the stored grid.
-    """
+    """Old (-1: outside) and new voxel, flat over the batch, of the points the new grid holds."""
     counts = batch["n_points"]
     sample = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     xyz_ego = batch["points"][:, :3].float() * point_step_m
@@ -189,11 +179,8 @@ def _moved_points(
 class OccFeatHead(nn.Module):
     """Occupancy logits of every voxel and features of chosen ones, from BEV features (§3.2, §3.3).
 
-    Args:
-        channels: N_B, channels of the BEV map.
-        heights: Z_B, voxels along z.
-        feature_dim: N_y, channels of the teacher.
-        occupancy, features: which of the two outputs (the paper's ablation, Table 3).
+    N_B ``channels``, Z_B ``heights``, N_y = ``feature_dim``; either output may be off (the paper's
+    ablation, Table 3).
     """
 
     def __init__(
@@ -206,9 +193,8 @@ class OccFeatHead(nn.Module):
     ):
         super().__init__()
         self.heights = heights
-        self.mix = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1), InstanceNorm(), nn.ReLU()
-        )
+        conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.mix = nn.Sequential(conv, InstanceNorm(), nn.ReLU())
         self.unsplat = nn.Linear(channels, channels * heights)
         self.expand = nn.Linear(channels, 2 * channels)
         self.reduce = nn.Linear(2 * channels, channels)
@@ -218,23 +204,17 @@ class OccFeatHead(nn.Module):
             nn.init.constant_(self.occupancy.bias, math.log(PRIOR / (1 - PRIOR)))
 
     def forward(self, bev: Tensor, voxel: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Predict.
+        """Logits (B, Z, X, Y) and features (V, N_y), None for what is off; ``bev`` (B, N_B, X, Y).
 
-        Args:
-            bev: (B, N_B, X, Y).
-            voxel: int64 (V,), voxels whose features are wanted: b·Z·X·Y + the store's index.
-
-        Returns:
-            ``(logits, features)``: (B, Z, X, Y) and (V, N_y); None for what is switched off.
+        ``voxel`` int64 (V,) says whose features are wanted: b·Z·X·Y + the store's index.
         """
         B, C, X, Y = bev.shape
         rows = self.mix(bev).permute(0, 2, 3, 1).reshape(-1, C)  # (B·X·Y, C)
         weight, bias = self._hidden_layer()
         logits = features = None
-        if self.occupancy is not None:
-            logits = self._logits(rows, weight, bias).view(B, X, Y, self.heights)
-            logits = logits.permute(0, 3, 1, 2)
-        if self.features is not None:
+        if self.occupancy:
+            logits = self._logits(rows, weight, bias).view(B, X, Y, -1).permute(0, 3, 1, 2)
+        if self.features:
             features = self.features(self.reduce(self._hidden_at(rows, voxel, X * Y, weight, bias)))
         return logits, features
 
@@ -252,14 +232,8 @@ class OccFeatHead(nn.Module):
         out_bias = self.occupancy.weight @ self.reduce.bias + self.occupancy.bias
         # Hidden units are computed again in the backward pass: all at once they would be the
         # largest tensor of the whole network.
-        blocks = [
-            checkpoint(
-                *(_block, block, weight, bias, out_weight),
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            for block in rows.split(_ROWS)
-        ]
+        again = partial(checkpoint, _block, use_reentrant=False, preserve_rng_state=False)
+        blocks = [again(block, weight, bias, out_weight) for block in rows.split(_ROWS)]
         return torch.cat(blocks) + out_bias
 
     def _hidden_at(
@@ -271,12 +245,8 @@ class OccFeatHead(nn.Module):
         order = height.argsort(stable=True)
         chosen = rows[(sample * n_columns + voxel % n_columns)[order]]
         counts = torch.bincount(height, minlength=self.heights).tolist()
-        hidden = torch.cat(
-            [
-                F.linear(part, w, b)
-                for part, w, b in zip(chosen.split(counts), weight, bias, strict=True)
-            ]
-        )
+        parts = zip(chosen.split(counts), weight, bias, strict=True)
+        hidden = torch.cat([F.linear(*part) for part in parts])
         return F.softplus(hidden)[order.argsort()]
 
 
@@ -289,9 +259,7 @@ def _block(rows: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor) -> Te
 def occupancy_sum(logits: Tensor, voxel: Tensor) -> Tensor:
     """Binary cross-entropy summed over all voxels (paper eq. 2, before 1/|V|).
 
-    Args:
-        logits: (B, Z, X, Y).
-        voxel: int64 (V,), distinct flat indices of the occupied voxels of the batch.
+    Of logits (B, Z, X, Y); ``voxel`` int64 (V,), distinct flat indices of the occupied ones.
     """
     logits = logits.float().flatten()
     # BCE(l, t) = softplus(l) - t·l; the occupied ones are few
@@ -301,10 +269,7 @@ def occupancy_sum(logits: Tensor, voxel: Tensor) -> Tensor:
 def cosine_sum(predicted: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Negative cosine similarity summed over valid voxels (paper eq. 3, before 1/|V_occ|).
 
-    Args:
-        predicted: (V, C).
-        target: (V, C); only its direction matters.
-        valid: bool (V,), voxels that some camera sees.
+    Of features (V, C); ``valid`` bool (V,), voxels that some camera sees.
     """
     cosine = F.cosine_similarity(predicted.float(), target.float(), dim=1)
     return -(cosine * valid).sum()

@@ -18,7 +18,7 @@ from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.settings import Settings
 from occfeat_train.geometry import flat_index, rotation_z
-from occfeat_train.objectives.base import Batch, Targets, divisors
+from occfeat_train.objectives.base import Batch, Loss, Targets, divisors
 from occfeat_train.tasks.masks import Branches, MaskTask, iou_rows, mean_row, segmentation_sum
 
 
@@ -62,17 +62,13 @@ class MapSegmentation(MaskTask):
         """Cells whose map is known, the same for all classes."""
         return targets["known"].sum().double().cpu()[None]
 
-    def forward(
-        self, bev: Tensor, targets: Targets, counts: Sequence[float], share: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and its terms, one for each class, for BEV features (B, C, X, Y)."""
-        logits = self.head(bev)["mask"]
+    def forward(self, bev: Tensor, targets: Targets, counts: Sequence[float], share: float) -> Loss:
+        """A term for each class."""
+        logits, known, weight = self.head(bev)["mask"], targets["known"], self.settings.pos_weight
         (n_known,) = divisors(counts)
         terms = {}
-        for name, *masks in zip(
-            self.classes, logits.unbind(1), targets["map"].unbind(1), strict=True
-        ):
-            summed = segmentation_sum(*masks, targets["known"], self.settings.pos_weight)
+        for k, name in enumerate(self.classes):
+            summed = segmentation_sum(logits[:, k], targets["map"][:, k], known, weight)
             terms[name] = summed / n_known
         return torch.stack(list(terms.values())).mean(), terms
 

@@ -147,10 +147,10 @@ def iou_rows(names: Sequence[str], counts: Tensor) -> dict[str, dict[str, Any]]:
     """
     rows = {}
     for name, row, *scores in zip(names, counts, *_scores(counts), strict=True):
-        _, by_threshold, best = scores
+        by_range, by_threshold, best = scores
         at = None if best.isnan() else THRESHOLDS[by_threshold.tolist().index(best.item())]
         headline = row.sum(dim=0)[HEADLINE].tolist()
-        rows[name] = _row(*scores, at) | {_CELLS: headline}
+        rows[name] = _row(by_range, by_threshold, best, at) | {_CELLS: headline}
     return rows
 
 

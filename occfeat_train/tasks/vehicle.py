@@ -22,7 +22,7 @@ from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.schema import INVISIBLE
 from occfeat_targets.store.settings import Settings
-from occfeat_train.objectives.base import Batch, Targets, divisors
+from occfeat_train.objectives.base import Batch, Loss, Targets, divisors
 from occfeat_train.tasks.masks import Branches, MaskTask, iou_rows, segmentation_sum
 
 CENTRE_SIGMA = 3.0
@@ -79,22 +79,16 @@ class VehicleSegmentation(MaskTask):
         masks = (targets["visible"], near, ~near, targets["has_offset"])
         return torch.stack([mask.sum() for mask in masks]).double().cpu()
 
-    def forward(
-        self, bev: Tensor, targets: Targets, counts: Sequence[float], share: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and its terms ``mask``, ``centre`` and ``offset`` for BEV features (B, C, X, Y)."""
+    def forward(self, bev: Tensor, targets: Targets, counts: Sequence[float], share: float) -> Loss:
+        """Terms ``mask``, ``centre`` and ``offset``."""
         predicted = self.head(bev)
         n_visible, n_near, n_far, n_offset = divisors(counts)
-        mask = segmentation_sum(
-            predicted["mask"], targets["vehicle"], targets["visible"], self.settings.pos_weight
-        )
+        truth = targets["vehicle"], targets["visible"]
+        mask = segmentation_sum(predicted["mask"], *truth, self.settings.pos_weight)
         near, far = centre_sums(predicted["centre"], targets["centre"])
         offset = offset_sum(predicted["offset"], targets["offset"], targets["has_offset"])
-        terms = {
-            "mask": mask / n_visible,
-            "centre": 0.5 * (near / n_near + far / n_far),
-            "offset": offset / n_offset,
-        }
+        centre = 0.5 * (near / n_near + far / n_far)
+        terms = {"mask": mask / n_visible, "centre": centre, "offset": offset / n_offset}
         scale = bev.new_tensor([10.0, 0.5, 0.5]).float() * torch.exp(-self.log_weights)
         loss = (scale * torch.stack(list(terms.values()))).sum()
         return loss + share * 0.5 * self.log_weights.sum(), terms
@@ -103,11 +97,8 @@ class VehicleSegmentation(MaskTask):
 def vehicle_targets(boxes: Tensor, counts: Tensor, angle: Tensor, grid: VoxelGrid) -> Targets:
     """Vehicle mask, validity, centre heat map and offsets, in the BEV frame.
 
-    Args:
-        boxes: float32 (M, 8) of vehicles, as the store's ``boxes``, sample by sample.
-        counts: int64 (B,), how many each sample has.
-        angle: as in :meth:`Objective.targets`.
-        grid: the store's.
+    Of vehicles float32 (M, 8), as the store's ``boxes``, sample by sample; ``counts`` int64 (B,),
+    how many each sample has; ``angle`` as in :meth:`Objective.targets`.
 
     Returns:
         ``vehicle`` float (B, X, Y); ``visible`` bool (B, X, Y), False where only vehicles of
