@@ -27,11 +27,8 @@ class Decoder(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         widths = (channels // 2, channels, 2 * channels)
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, widths[0], 7, stride=2, padding=3, bias=False),
-            nn.BatchNorm2d(widths[0]),
-            nn.ReLU(),
-        )
+        conv = nn.Conv2d(channels, widths[0], 7, stride=2, padding=3, bias=False)
+        self.stem = nn.Sequential(conv, nn.BatchNorm2d(widths[0]), nn.ReLU())
         self.layer1, self.layer2, self.layer3 = _resnet18_stages(widths)
         self.up3 = UpAndAdd(widths[2], widths[1])
         self.up2 = UpAndAdd(widths[1], widths[0])

@@ -73,16 +73,10 @@ class DeformableAttention(nn.Module):
 
 
 def deformable_sums(values: Tensor, maps: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sums of bilinear samples, differentiable by values, positions and weights.
+    """Weighted sums (S, heads, D) of bilinear samples of ``values`` (M, h, w, heads, D).
 
-    Args:
-        values: (M, h, w, heads, D), maps.
-        maps: int (S,), which map each sampling reads.
-        positions: (S, heads, points, 2), ``(column, row)`` in cells; may be infinite.
-        weights: (S, heads, points).
-
-    Returns:
-        (S, heads, D), dtype of ``values``.
+    Sampling s reads the map ``maps`` int (S,) at ``positions`` (S, heads, points, 2), which may be
+    infinite. In the values' dtype; differentiable by values, positions and ``weights`` (S, heads, points).
     """
     _, h, w, heads, D = values.shape
     columns, across = _two_cells(positions[..., 0], w)  # (S, heads, points, 2)

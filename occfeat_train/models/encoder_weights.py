@@ -218,14 +218,15 @@ def _download(encoder: ImageEncoder, hub_id: str) -> tuple[Path, Path]:
     """Paths of config.json and model.safetensors of a hub model, in the cache or fetched."""
     from huggingface_hub import hf_hub_download
 
+    names = ("config.json", "model.safetensors")
     try:
-        files = [hf_hub_download(hub_id, name) for name in ("config.json", "model.safetensors")]
+        config, weights = (Path(hf_hub_download(hub_id, name)) for name in names)
     except Exception as error:  # those of its HTTP client have no other base
         raise WeightsError(
             f"cannot get the {encoder.name} weights {hub_id}: no directory of that name is here, "
             f"and the Hugging Face hub did not give them ({_first_line(error)})"
         ) from error
-    return Path(files[0]), Path(files[1])
+    return config, weights
 
 
 def _read(path: Path) -> object:

@@ -111,8 +111,8 @@ class ImageEncoder(nn.Module):
             *_conv_norm_relu(spec.joined, spec.joined),
         )
         self.project = nn.Conv2d(spec.joined, channels, kernel_size=1)
-        self.register_buffer("_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("_std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        for key, values in (("_mean", IMAGENET_MEAN), ("_std", IMAGENET_STD)):
+            self.register_buffer(key, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, channels, ceil(H/8), ceil(W/8)) of images (B, 3, H, W), RGB in 0..1."""

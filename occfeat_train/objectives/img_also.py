@@ -141,14 +141,10 @@ def query_targets(
 def frame_queries(
     points: Tensor, sensor_ego: Tensor, point_step_m: float, n_queries: int, seed: int
 ) -> dict[str, Tensor]:
-    """Queries of one frame, in the ego frame.
+    """Queries of one frame, in the ego frame, from ``points`` int16 (P, 4) as stored.
 
-    Args:
-        points: int16 (P, 4), as stored.
-        sensor_ego: float32 (3,), where the lidar is, metres: rays start there, not at ego's origin.
-        point_step_m: the store's.
-        n_queries: how many to draw.
-        seed: of the frame; the same one draws the same queries, on the same kind of device.
+    Rays start at ``sensor_ego`` float32 (3,), the lidar, in metres, not at ego's origin. The same
+    seed draws the same queries, on the same kind of device.
 
     Returns ``xyz_ego`` float32 (Q, 3), metres; ``occupied``, ``intensity``, ``has_intensity`` (Q,),
     as in :func:`query_targets`.

@@ -64,9 +64,8 @@ class OccFeat(Objective):
         dim = store.attrs["teacher"]["dim"]
         if settings.features and not dim:
             raise StoreError(
-                f"{store.url} has no features, it was built with teacher.name=none: build one "
-                "with a teacher, or pretrain on occupancy alone (--set "
-                "objectives.occfeat.features=false)"
+                f"{store.url} has no features, it was built with teacher.name=none: build one with "
+                "a teacher, or pretrain on occupancy alone (--set objectives.occfeat.features=false)"
             )
         self.arrays = ("voxel_index", "feature_cameras")
         self.arrays += ("points",) if turned else ()

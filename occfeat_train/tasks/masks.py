@@ -206,12 +206,8 @@ class Branches(nn.ModuleDict):
     def __init__(self, channels: int, **out_channels: int):
         super().__init__()
         for name, out in out_channels.items():
-            self[name] = nn.Sequential(
-                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-                InstanceNorm(),
-                nn.ReLU(),
-                nn.Conv2d(channels, out, 1),
-            )
+            mix = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+            self[name] = nn.Sequential(mix, InstanceNorm(), nn.ReLU(), nn.Conv2d(channels, out, 1))
 
     def forward(self, bev: Tensor) -> dict[str, Tensor]:
         """What each branch makes of (B, C, X, Y), by name."""

@@ -52,8 +52,8 @@ class VehicleSegmentation(MaskTask):
 
     def __init__(self, settings: VehicleSettings, store: TargetStore, channels: int, turned: bool):
         super().__init__(settings, store, channels, turned)
-        names, vehicles = store.attrs["box_classes"], {*store.attrs["vehicle_classes"]}
-        is_vehicle = torch.tensor([name in vehicles for name in names], dtype=torch.bool)
+        vehicles = store.attrs["vehicle_classes"]
+        is_vehicle = torch.tensor([name in vehicles for name in store.attrs["box_classes"]]).bool()
         self.register_buffer("_is_vehicle", is_vehicle, persistent=False)
         self.head = SegmentationHead(channels)
         self.log_weights = nn.Parameter(torch.zeros(3))

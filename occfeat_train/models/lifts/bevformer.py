@@ -58,8 +58,8 @@ class BEVFormerLift(Lift):
         shape = (channels, *grid.bev_shape)
         self.bev_queries = nn.Parameter(0.1 * torch.randn(shape))
         self.bev_queries_pos = nn.Parameter(0.1 * torch.randn(shape))
-        heights = grid.shape[0]
-        self.layers = nn.ModuleList(BEVFormerLayer(channels, heights) for _ in range(LAYERS))
+        layers = (BEVFormerLayer(channels, heights=grid.shape[0]) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(layers)
 
     @classmethod
     def check(cls, channels: int) -> None:
@@ -78,10 +78,8 @@ class BEVFormerLift(Lift):
             heights = self.grid.shape[0]
             views = seen_queries(centres, heights, K.float(), cam_T_bev.float(), image_hw, (h, w))
         images = features.flatten(0, 1).permute(0, 2, 3, 1)  # (B·N, h, w, C)
-        queries, position = (
-            parameter.permute(1, 2, 0).expand(B, -1, -1, -1)
-            for parameter in (self.bev_queries, self.bev_queries_pos)
-        )
+        learned = self.bev_queries, self.bev_queries_pos
+        queries, position = (p.permute(1, 2, 0).expand(B, -1, -1, -1) for p in learned)
         for layer in self.layers:
             queries = layer(queries, position, images, views)
         return queries.permute(0, 3, 1, 2).to(features.dtype)
@@ -96,11 +94,8 @@ class BEVFormerLayer(nn.Module):
         self.norm1 = nn.LayerNorm(channels)
         self.cross_attention = CrossAttention(channels, heights)
         self.norm2 = nn.LayerNorm(channels)
-        self.ffn = nn.Sequential(
-            nn.Linear(channels, 8 * channels),
-            nn.ReLU(inplace=True),
-            nn.Linear(8 * channels, channels),
-        )
+        widen, narrow = nn.Linear(channels, 8 * channels), nn.Linear(8 * channels, channels)
+        self.ffn = nn.Sequential(widen, nn.ReLU(inplace=True), narrow)
         self.norm3 = nn.LayerNorm(channels)
 
     def forward(self, queries: Tensor, position: Tensor, images: Tensor, views: Views) -> Tensor:
