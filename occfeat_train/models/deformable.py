@@ -76,7 +76,8 @@ def deformable_sums(values: Tensor, maps: Tensor, positions: Tensor, weights: Te
     """Weighted sums (S, heads, D) of bilinear samples of ``values`` (M, h, w, heads, D).
 
     Sampling s reads the map ``maps`` int (S,) at ``positions`` (S, heads, points, 2), which may be
-    infinite. In the values' dtype; differentiable by values, positions and ``weights`` (S, heads, points).
+    infinite. In the values' dtype; differentiable by values, positions and ``weights`` (S, heads,
+    points).
     """
     _, h, w, heads, D = values.shape
     columns, across = _two_cells(positions[..., 0], w)  # (S, heads, points, 2)

@@ -110,8 +110,7 @@ def query_targets(
     Args:
         batch: collated ``points`` int16 (P, 4), ``n_points`` (B,) and ``ego_T_lidar``
             (B, 4, 4); ``seed`` int64 (B,) on the host, what is random in a frame follows from it.
-        angle: as in :meth:`Objective.targets`.
-        grid, point_step_m: the store's.
+        angle, grid, point_step_m: as in :meth:`Objective.targets`; the store's.
         n_queries: of each frame, before any are dropped.
 
     Returns:

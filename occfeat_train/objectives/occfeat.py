@@ -64,8 +64,9 @@ class OccFeat(Objective):
         dim = store.attrs["teacher"]["dim"]
         if settings.features and not dim:
             raise StoreError(
-                f"{store.url} has no features, it was built with teacher.name=none: build one with "
-                "a teacher, or pretrain on occupancy alone (--set objectives.occfeat.features=false)"
+                f"{store.url} has no features, it was built with teacher.name=none: build one "
+                "with a teacher, or pretrain on occupancy alone (--set "
+                "objectives.occfeat.features=false)"
             )
         self.arrays = ("voxel_index", "feature_cameras")
         self.arrays += ("points",) if turned else ()
@@ -119,9 +120,7 @@ class OccFeat(Objective):
         return panels
 
 
-def voxel_targets(
-    batch: Batch, angle: Tensor, grid: VoxelGrid, point_step_m: float
-) -> dict[str, Tensor]:
+def voxel_targets(batch: Batch, angle: Tensor, grid: VoxelGrid, point_step_m: float) -> Targets:
     """Occupied voxels and their feature targets.
 
     Args:
