@@ -1,7 +1,5 @@
 """One keyframe's files: six JPEGs, one lidar turn, and what was measured while making them."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

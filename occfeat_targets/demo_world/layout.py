@@ -4,8 +4,6 @@ All coordinates are global, metres. Traffic keeps to the right. The polygons tha
 those of the map expansion, so labels and pictures agree to a texel.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -229,7 +227,7 @@ def paint_ground(
     It lies around ``centre`` (x, y) up to ``reach``, with texels of ``texel`` metres; ``shadows``
     (P, n, 2) are the outlines of the shadows of things, metres.
     """
-    size = (int(2 * reach / texel),) * 2
+    size = (int(2 * reach / texel), int(2 * reach / texel))
     corner = np.array(centre) - reach
     ground, shade = Image.new("L", size, int(Material.TERRAIN)), Image.new("L", size, 0)
     paint, darken = ImageDraw.Draw(ground), ImageDraw.Draw(shade)
