@@ -4,8 +4,6 @@ Pixels are continuous: an image covers [0, W) x [0, H) in (u, v). ``a_T_b`` take
 frame b to frame a. The *BEV frame* is ego turned by an angle about z (augmentation), else ego.
 """
 
-from __future__ import annotations
-
 import torch
 
 from occfeat_targets.store.grid import VoxelGrid

@@ -180,7 +180,7 @@ class Trainer:
                 stopping, saving = any_process(stop(), is_due, device=process.device)
                 values = self.step(model, micro)
                 epoch, self.position = self.position.epoch, self._next_position()
-                log.advance()
+                log.bar.update()
                 if self.position.step % settings.log_every == 0 or self.position.finished:
                     seconds = time.monotonic() - started
                     values |= {"epoch": epoch, "seconds": seconds, "waited": waited / seconds}

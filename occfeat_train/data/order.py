@@ -1,7 +1,5 @@
 """Which frames of a store, and in which order each process reads them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Literal
@@ -31,7 +29,7 @@ def select_frames(
     700th). If none stays, the first does.
 
     Args:
-        store: an open store.
+        store: the frames' store.
         splits: names, as in its attribute ``splits``.
         fraction: in (0, 1], as decimal number or text, so that 0.1 means exactly 1/10.
         unit: what the fraction counts: scenes having frames in the splits, or frames.
@@ -73,10 +71,10 @@ def _every_kth(items: np.ndarray, share: Fraction) -> np.ndarray:
 
 
 def frame_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The shuffle of an epoch: int64 (n,), a permutation of 0..n-1.
+    """The shuffle of an epoch: int64 (n,), a permutation of 0..n-1 that never changes.
 
-    A pure function of its arguments. Sorts Philox's raw output, which numpy promises never to
-    change; it makes no such promise for ``Generator.permutation``.
+    Sorts Philox's raw output, which numpy promises never to change; not so
+    ``Generator.permutation``.
     """
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
     return np.argsort(bits.random_raw(n), kind="stable")
@@ -104,8 +102,7 @@ class ShardSampler:
             raise ValueError(f"a global batch of {batch} frames cannot be shared by {world} ranks")
         if n < batch:
             raise ValueError(f"{n} frames do not fill one global batch of {batch}")
-        self.n, self.batch, self.seed = n, batch, seed
-        self.rank, self.world = rank, world
+        self.n, self.batch, self.seed, self.rank, self.world = n, batch, seed, rank, world
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, done: int = 0) -> None:
