@@ -19,19 +19,18 @@ HOW = (
     *("data.workers", "data.start_method"),
 )
 """Settings that a resumed run may change: how it runs, not what it computes."""
+Asked = Mapping[str, Any]
+"""The options of a training: ``store``, ``config``, ``overrides`` (``section.key=value`` texts),
+``run``; ``objective`` of a pretraining; ``task``, ``fraction``, ``fraction_unit`` and ``init`` of a
+finetuning."""
 KEPT = ("config", "objective", "task", "fraction", "fraction_unit", "init")
 """Options that a resumed run keeps."""
 
 
-def new_job(kind: str, asked: Mapping[str, Any], say: Callable[[str], None]) -> Job:
-    """What the options of ``pretrain`` or ``finetune`` ask for.
+def new_job(kind: str, asked: Asked, say: Callable[[str], None]) -> tuple[Job, Path]:
+    """What the options of ``pretrain`` or ``finetune`` ask for, and a directory for it.
 
-    Args:
-        kind: ``pretrain`` or ``finetune``.
-        asked: ``store``, ``config``, ``overrides`` (``section.key=value`` texts); ``objective`` of
-            a pretraining; ``task``, ``fraction``, ``fraction_unit`` and ``init`` of a finetuning.
-            None takes the default.
-        say: is told what was chosen.
+    Of the options ``asked`` those that are None take the default; ``say`` is told what was chosen.
 
     Raises:
         RunError: there is no finished pretraining, or the one that --init names has no checkpoint.
@@ -47,11 +46,13 @@ def new_job(kind: str, asked: Mapping[str, Any], say: Callable[[str], None]) -> 
     store = asked["store"] or (run and run.description()["store"]) or "targets.zarr"
     store = absolute(store)
     config = _settings(store, asked["config"], run, overrides, say)
+    path = asked["run"] or RUNS / f"{kind}-{timestamp()}"
     if kind == "pretrain":
-        return Job(kind, store, config)
+        return Job(kind, store, config), path
     fraction, init = asked["fraction"], str(run.path.resolve()) if run else None
     config = config.for_fraction(fraction)
-    return Job(kind, store, config, fraction, asked["fraction_unit"], init, asked["task"])
+    job = Job(kind, store, config, fraction, asked["fraction_unit"], init, asked["task"])
+    return job, path
 
 
 def _settings(
@@ -74,26 +75,18 @@ def _settings(
     return TrainConfig.of(override(values, overrides))
 
 
-def resumed(
-    kind: str,
-    run: Path | None,
-    store: str | None,
-    overrides: tuple[str, ...],
-    given: Collection[str],
-) -> tuple[Job, Path]:
+def resumed(kind: str, asked: Asked, given: Collection[str]) -> tuple[Job, Path]:
     """The job and directory to go on with; of its settings only :data:`HOW` may change.
 
-    Args:
-        kind: ``pretrain`` or ``finetune``.
-        run: its directory; None: the newest unfinished one of the kind.
-        store: where its store is now; None: where it was.
-        overrides: ``section.key=value`` texts.
-        given: names of the options that were given; refused are those of :data:`KEPT`.
+    No ``run`` is the newest unfinished one of the kind; ``store`` is where its store is now, if
+    not where it was. Of ``given``, the options that the user named, those of :data:`KEPT` are
+    refused.
 
     Raises:
         RunError: an option would change what it computes, or there is no such run.
         ConfigError: a setting is impossible.
     """
+    overrides = asked["overrides"]
     if kept := [name for name in KEPT if name in given]:
         raise RunError(f"a resumed run keeps its --{kept[0].replace('_', '-')}: leave it out")
     if fixed := [text for text in overrides if text.partition("=")[0] not in HOW]:
@@ -102,8 +95,8 @@ def resumed(
             f"it can change {', '.join(HOW)}"
         )
     missing = f"there is no unfinished {kind} run in {RUNS}/: name it, --run-dir"
-    found = _named_or_newest(run, (kind,), False, missing)
-    job = Job.of_run(found, store)
+    found = _named_or_newest(asked["run"], (kind,), False, missing)
+    job = Job.of_run(found, asked["store"])
     if job.kind != kind:
         raise RunError(f"{found.path} is a {job.kind} run: occfeat-train {job.kind}")
     return changed(job, overrides), found.path
@@ -145,8 +138,3 @@ def _named_or_newest(
     if run is None:
         raise RunError(missing)
     return run
-
-
-def new_run(kind: str) -> Path:
-    """A directory for a new run of a kind, named by the time."""
-    return RUNS / f"{kind}-{timestamp()}"
