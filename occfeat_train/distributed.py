@@ -36,10 +36,8 @@ class Process:
 def process_group() -> Iterator[Process]:
     """Join the other processes torchrun started, if any, and leave them at the end.
 
-    NCCL with one GPU a process if there are GPUs, else gloo on the CPU.
-
-    Raises:
-        ConfigError: fewer GPUs than processes on this machine.
+    NCCL with one GPU a process if there are GPUs, else gloo on the CPU. ConfigError: fewer GPUs
+    than processes on this machine.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))

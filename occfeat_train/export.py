@@ -15,11 +15,8 @@ FORMAT = "occfeat-bev-net"
 
 
 def export(run: Run, out: Path) -> None:
-    """Write ``model.safetensors`` and ``model.json`` of a run's BEV network, without its head.
-
-    Raises:
-        RunError: the run has no checkpoint, or ``out`` exists.
-    """
+    """Write ``model.safetensors`` and ``model.json`` of a run's BEV network, without its head, or
+    RunError: the run has no checkpoint, or ``out`` exists."""
     if out.exists():
         raise RunError(f"{out} exists already: choose another --out")
     state, position = run.load()
@@ -34,11 +31,8 @@ def export(run: Run, out: Path) -> None:
 
 
 def load_bev_net(directory: str | Path) -> BEVNet:
-    """The exported network, in evaluation mode.
-
-    Raises:
-        RunError: there is no exported network, or its files don't fit together.
-    """
+    """The exported network, in evaluation mode, or RunError: there is none, or its files don't fit
+    together."""
     directory = Path(directory)
     try:
         description = json.loads((directory / "model.json").read_text())

@@ -57,11 +57,7 @@ class Job:
         return f"{self.name} {'finetuning' if self.task else 'pretraining'}"
 
     def objective(self, store: TargetStore) -> Objective:
-        """What it learns, fresh, for a store.
-
-        Raises:
-            StoreError: the store lacks what that needs.
-        """
+        """What it learns, fresh, for a store, or StoreError: the store lacks what that needs."""
         turned = self.config.augment.rotate_bev_deg != 0
         return self.learns(self.own_settings, store, self.config.model.channels, turned)
 

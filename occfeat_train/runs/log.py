@@ -58,12 +58,9 @@ class RunLog:
 
 
 def require_board(settings: RunSettings) -> None:
-    """Refuse to begin without the package that TensorBoard events need.
+    """ConfigError: the package that TensorBoard events need is not installed.
 
     Not a check of the settings themselves: a run that wrote events can be evaluated anywhere.
-
-    Raises:
-        ConfigError: it is not installed.
     """
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("run.tensorboard needs: pip install tensorboard")

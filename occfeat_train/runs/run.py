@@ -52,11 +52,7 @@ class Run:
             )
 
     def create(self, description: dict) -> None:
-        """Make the directory and its ``run.json``.
-
-        Raises:
-            RunError: another run took it a moment ago.
-        """
+        """Make the directory and its ``run.json``, or RunError: another run was a moment faster."""
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             (self.path / "run.json").open("x").close()
@@ -65,11 +61,7 @@ class Run:
         write_json(self.path / "run.json", {"format": FORMAT, **description})
 
     def description(self) -> dict:
-        """What ``run.json`` says.
-
-        Raises:
-            RunError: there is no run here.
-        """
+        """What ``run.json`` says, or RunError: there is no run here."""
         try:
             description = json.loads((self.path / "run.json").read_text())
         except (OSError, ValueError) as error:
@@ -83,11 +75,7 @@ class Run:
         return sorted(self.path.glob("checkpoint-*.json"), reverse=True)
 
     def position(self) -> dict:
-        """How far the newest checkpoint is, see ``train.Position``.
-
-        Raises:
-            RunError: there is none, or it is damaged.
-        """
+        """The newest checkpoint's ``train.Position``, or RunError: there is none, or a damaged one."""
         path = self._newest_checkpoint()
         try:
             return json.loads(path.read_text())["position"]
@@ -115,8 +103,7 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Keep others from training the same run at the same time; a kill lets go of it.
 
-        Raises:
-            RunError: another process is at it, or the filesystem knows no locks.
+        RunError: another process is at it, or the filesystem knows no locks.
         """
         with (self.path / "lock").open("w") as file:
             try:
@@ -128,10 +115,9 @@ class Run:
             yield
 
     def load(self) -> tuple[dict[str, Any], dict]:
-        """State (on the CPU) and position of the newest checkpoint. Unpickles nothing but tensors.
+        """State (on the CPU) and position of the newest checkpoint; unpickles nothing but tensors.
 
-        Raises:
-            RunError: there is none, or its file can't be read.
+        RunError: there is none, or its file can't be read.
         """
         marker = self._newest_checkpoint()
         path = marker.with_suffix(".pt")

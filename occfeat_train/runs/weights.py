@@ -56,11 +56,8 @@ def trained_network(job: Job, run: Run, store: TargetStore) -> tuple[Network, di
 def copy_bev_net(network: Network, run: Run, store: TargetStore) -> str:
     """Copy encoder, lifting and decoder from a run; the objective stays fresh.
 
-    Returns:
-        What was loaded, what is fresh and what was not used, by part.
-
-    Raises:
-        RunError: the run is of another grid, or a tensor is missing or of another shape.
+    Returns what was loaded, what is fresh and what was not used, by part, or RunError: the run is
+    of another grid, or a tensor is missing or of another shape.
     """
     check_same_grid(run, store)
     state = run.load()[0]["network"]
@@ -74,11 +71,7 @@ def copy_bev_net(network: Network, run: Run, store: TargetStore) -> str:
 
 
 def load_same_tensors(module: nn.Module, theirs: Mapping[str, Any], where: Path) -> None:
-    """Load weights, or refuse ones whose names or shapes differ from the module's.
-
-    Raises:
-        RunError: naming the first few.
-    """
+    """Load weights, or RunError: names or shapes differ from the module's; it names a few."""
     ours = module.state_dict()
     wrong = [f"{k} is missing" for k in ours if k not in theirs]
     wrong += [f"{k} is unknown" for k in theirs if k not in ours]
