@@ -75,7 +75,7 @@ class Run:
         return sorted(self.path.glob("checkpoint-*.json"), reverse=True)
 
     def position(self) -> dict:
-        """The newest checkpoint's ``train.Position``, or RunError: there is none, or a damaged one."""
+        """``train.Position`` of the newest checkpoint, or RunError: none is there, or damaged."""
         path = self._newest_checkpoint()
         try:
             return json.loads(path.read_text())["position"]
