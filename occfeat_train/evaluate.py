@@ -9,7 +9,7 @@ from tqdm import tqdm
 from occfeat_targets.store.reader import open_store
 from occfeat_train.augment import NO_AUGMENT, draw, network_inputs
 from occfeat_train.data.dataset import FrameDataset
-from occfeat_train.data.order import EvalSampler, select_frames, split_names
+from occfeat_train.data.order import eval_batches, select_frames, split_names
 from occfeat_train.data.workers import make_loader
 from occfeat_train.distributed import Process, pick_precision
 from occfeat_train.network import Network
@@ -44,7 +44,7 @@ def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
     task = cast(Task, network.objective)
     loader = make_loader(
         FrameDataset(job.store, frames, ("images", *task.eval_arrays)),
-        EvalSampler(len(frames), _BATCH, process.rank, process.world),
+        eval_batches(len(frames), _BATCH, process.rank, process.world),
         data.workers,
         data.start_method,
         pin_memory=process.device.type == "cuda",

@@ -23,15 +23,8 @@ from occfeat_train.tasks.base import Task
 def draw_frame(job: Job, run: Run, i: int | None, device: torch.device, out: Path) -> int:
     """The cameras' images, targets and predictions of a frame, as a PNG.
 
-    Args:
-        job: the run's, with the store to look at.
-        run: whose network to draw.
-        i: frame number in the store; None takes the first of the evaluation split.
-        device: where to compute.
-        out: the file to write.
-
-    Returns:
-        The frame's number.
+    The frame is the ``i``-th of the job's store, None the first of its evaluation split; returns
+    its number.
 
     Raises:
         RunError: the run has nothing to draw, no checkpoint, or one that does not fit the store;

@@ -87,14 +87,9 @@ class ShardSampler:
     each takes its own slice: what a global batch holds does not depend on the number of ranks.
     What does not fill a last global batch is left out, until the next epoch's order.
 
-    Args:
-        n: length of the dataset.
-        batch: frames of one forward pass of all ranks together.
-        seed: of the shuffle, not negative.
-        rank: this process among ``world``.
-
-    Raises:
-        ValueError: when the ranks cannot share a batch evenly, or n is less than one batch.
+    ``n`` is the dataset's length; ``seed``, of the shuffle, is not negative; ``rank`` is this
+    process among ``world``. ValueError: the ranks cannot share a batch evenly, or n is less than
+    one batch.
     """
 
     def __init__(self, n: int, batch: int, seed: int, rank: int = 0, world: int = 1):
@@ -119,19 +114,10 @@ class ShardSampler:
         return iter(order.reshape(batches, self.world, -1)[self.done :, self.rank].tolist())
 
 
-class EvalSampler:
-    """Positions rank, rank + world, ... below n, in order, ``batch`` at a time; a batch sampler.
+def eval_batches(n: int, batch: int, rank: int = 0, world: int = 1) -> list[list[int]]:
+    """Positions rank, rank + world, ... below n, in order, ``batch`` at a time.
 
     The ranks together read each position exactly once: nothing is padded or left out.
     """
-
-    def __init__(self, n: int, batch: int, rank: int = 0, world: int = 1):
-        mine = range(rank, n, world)
-        self._batches = [list(mine[i : i + batch]) for i in range(0, len(mine), batch)]
-
-    def __len__(self) -> int:
-        """Number of batches."""
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches)
+    mine = range(rank, n, world)
+    return [list(mine[i : i + batch]) for i in range(0, len(mine), batch)]

@@ -15,14 +15,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from occfeat_train.data.dataset import FrameDataset
-from occfeat_train.data.order import EvalSampler, ShardSampler
+from occfeat_train.data.order import ShardSampler
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def make_loader(
     dataset: FrameDataset,
-    batches: ShardSampler | EvalSampler,
+    batches: ShardSampler | list[list[int]],
     workers: int,
     start_method: str,
     pin_memory: bool,
