@@ -100,8 +100,7 @@ def place(
 ) -> Solids:
     """Solids of a thing that stands at a global pose (x, y in metres, yaw in radians).
 
-    ``colour`` is for the parts without one of their own; ``scale`` enlarges all parts along x, y
-    and z.
+    ``colour`` is for parts without one of their own; ``scale`` is along x, y and z.
     """
     scales = np.broadcast_to(scale, 3)
     extent = np.array([(part.x, part.y, part.z) for part in parts]) * scales[:, None]

@@ -58,9 +58,7 @@ _COLUMNS = {
 
 
 def scene_names(version: str, scenes: int) -> list[str]:
-    """Official names for that many scenes, those of the train split first.
-
-    About one in four is of the val split, at least one of each.
+    """Official names for that many scenes: first those of train, then about one in four of val.
 
     Raises:
         ValueError: unknown version, or a number of scenes that the version has no names for.
