@@ -13,6 +13,7 @@ from occfeat_targets.store.reader import open_store
 from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.data.order import select_frames, split_names
 from occfeat_train.evaluate import predict
+from occfeat_train.network import Network
 from occfeat_train.objectives.base import Panel
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.run import Run, RunError
@@ -43,19 +44,28 @@ def draw_frame(job: Job, run: Run, i: int | None, device: torch.device, out: Pat
     if not 0 <= i < len(store):
         raise StoreError(f"no frame {i}: {job.store} has frames 0 to {len(store) - 1}")
     network, position = trained_network(job, run, store)
-    objective = network.to(device).objective
-    arrays = objective.eval_arrays if isinstance(objective, Task) else objective.arrays
-    dataset = FrameDataset(job.store, [i], ("images", *arrays))
-    batch = {name: values.to(device) for name, values in dataset.collate([dataset[0]]).items()}
-    draw = cast(Callable, objective.panels)
-    panels = predict(network, batch, job, lambda bev: draw(bev, batch))
+    images, panels = _predict(network.to(device), job, i, device)
     title = (
         f"{run.path} ({job.title}, step {position['step']}) on {store.scene(i)} "
         f"({store.split(i)}), sample {store.token(i)}"
     )
-    cameras = dict(zip(store.attrs["cameras"], batch["images"][0].cpu().numpy(), strict=True))
+    cameras = dict(zip(store.attrs["cameras"], images, strict=True))
     _draw(title, cameras, panels, store.grid, out)
     return i
+
+
+def _predict(
+    network: Network, job: Job, i: int, device: torch.device
+) -> tuple[np.ndarray, list[Panel]]:
+    """Images (N, H, W, 3) as stored, and what to draw beside them."""
+    objective = network.objective
+    arrays = objective.eval_arrays if isinstance(objective, Task) else objective.arrays
+    dataset = FrameDataset(job.store, [i], ("images", *arrays))
+    batch = dataset.collate([dataset[0]])
+    images = batch["images"][0].numpy()
+    batch = {name: values.to(device) for name, values in batch.items()}
+    draw = cast(Callable, objective.panels)
+    return images, predict(network, batch, job, lambda bev: draw(bev, batch))
 
 
 def _draw(
