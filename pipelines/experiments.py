@@ -10,8 +10,8 @@ from pathlib import Path
 from occfeat_pipelines.recipes import Preset, Recipe, store_settings
 from occfeat_targets.store.files import absolute
 from occfeat_targets.store.reader import TargetStore, open_store
-from occfeat_targets.store.settings import ConfigError
-from occfeat_train.config import TrainConfig, preset_path
+from occfeat_targets.store.settings import ConfigError, settings_file
+from occfeat_train.config import TrainConfig
 from occfeat_train.models.encoder_weights import names_file
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.resolve import HOW
@@ -139,7 +139,7 @@ class Planner:
         self, kind: str, store_name: str, settings: tuple[str, ...], options: dict[str, str]
     ) -> Training:
         store = absolute(beside(self.store, store_name))
-        base = preset_path(self.preset.train)
+        base = settings_file(self.preset.train, "occfeat_train")
         settings = (*settings, *self.overrides)
         config = TrainConfig.load(base, settings).for_fraction(float(options.get("fraction", 1)))
         arguments = ["--store", store, "--config", str(base)]
