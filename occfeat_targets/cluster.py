@@ -189,7 +189,7 @@ def _local_cluster(workers: int | None, threads: int | None) -> Any:
     from distributed import Nanny, Scheduler, SpecCluster
     from distributed.system import MEMORY_LIMIT
 
-    gpus = _visible_gpus()
+    gpus = visible_gpus()
     chosen_workers, chosen_threads = choose(
         cores=CPU_COUNT,
         memory=MEMORY_LIMIT,
@@ -223,7 +223,7 @@ def choose(cores: int, memory: int, gpus: int) -> tuple[int, int]:
     return max(1, min(cores, memory // WORKER_BYTES)), 1
 
 
-def _visible_gpus() -> list[str]:
+def visible_gpus() -> list[str]:
     """Names for CUDA_VISIBLE_DEVICES, one per GPU this process may use."""
     if not torch.cuda.is_available():
         return []

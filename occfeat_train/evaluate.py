@@ -20,7 +20,7 @@ from occfeat_train.runs.job import Job
 from occfeat_train.runs.run import Run, RunError
 from occfeat_train.runs.weights import trained_network
 from occfeat_train.tasks import TASKS
-from occfeat_train.tasks.base import Task
+from occfeat_train.tasks.base import Task, as_columns
 
 _BATCH = 4
 _T = TypeVar("_T")
@@ -87,14 +87,8 @@ def predict(network: Network, batch: Batch, job: Job, head: Callable[[torch.Tens
 
 def table(result: dict[str, Any]) -> str:
     """A result as text for people."""
-    lines = TASKS(result["task"]).table(result["rows"])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-        for line in lines
-    ]
     header = f"{where(result)}: {result['task']} IoU in per cent at probability 0.5"
-    return "\n".join([header, "", *rows])
+    return f"{header}\n\n{as_columns(TASKS(result['task']).table(result['rows']))}"
 
 
 def where(result: dict[str, Any]) -> str:
