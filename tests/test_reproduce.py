@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from occfeat_pipelines import recipes, report, reproduce
 from occfeat_pipelines.experiments import Planner, beside
 from occfeat_pipelines.recipes import HERE, TABLES, load_preset, load_recipes
 from occfeat_pipelines.report import Cell
+from occfeat_targets import cluster
 from occfeat_targets.store.schema import SEVERITIES
 from occfeat_targets.store.settings import ConfigError
 from occfeat_train.cli import main as occfeat_train
@@ -52,8 +54,8 @@ def _experiments(store, table, rows=("*",), seeds=1, preset="paper", fractions=(
 
 def _settings(training):
     """Its ``--set`` options."""
-    pairs = zip(training.options, training.options[1:], strict=False)
-    return {value for option, value in pairs if option == "--set"}
+    command = training.command()
+    return {value for option, value in pairwise(command) if option == "--set"}
 
 
 # Recipes
@@ -82,28 +84,37 @@ def test_rows_by_number_name_and_pattern():
 
 
 def test_rows_do_what_their_labels_say(stores):
-    by_name = {e.recipe: e for e in _experiments(stores, "3", fractions=(0.01,)) if e.task == "map"}
-    pretraining = {name: e.pretraining for name, e in by_name.items()}
-    assert pretraining["simplebev-none"] is pretraining["bevformer-none"] is None
+    by_name = {
+        e.recipe: e
+        for e in _experiments(stores, "3", fractions=(0.01,))
+        if e.column.startswith("map")
+    }
+    pretraining = {name: e.trainings[0] for name, e in by_name.items()}
+    for name in ("simplebev-none", "bevformer-none"):
+        assert [training.job.kind for training in by_name[name].trainings] == ["finetune"]
     assert "objectives.occfeat.features=false" in _settings(pretraining["simplebev-occupancy"])
     assert "objectives.occfeat.occupancy=false" in _settings(pretraining["simplebev-features"])
     assert _settings(pretraining["simplebev-both"]) == {"run.seed=0"}
     assert "model.lift=bevformer" in _settings(pretraining["bevformer-both"])
-    assert "model.lift=bevformer" in _settings(by_name["bevformer-both"].finetuning)
-    options = by_name["simplebev-none"].finetuning.options
-    assert options[-6:] == ("--task", "map", "--fraction", "0.01", "--init", "none")
+    assert "model.lift=bevformer" in _settings(by_name["bevformer-both"].trainings[-1])
+    (finetuning,) = by_name["simplebev-none"].trainings
+    command = finetuning.command()
+    assert command[:5] == ["finetune", "--store", stores, "--config", "paper"]
+    assert command[-8:-2] == ["--task", "map", "--fraction", "0.01", "--init", "none"]
+    assert command[-2:] == ["--run-dir", str(finetuning.path)]
 
 
 def test_a_finer_image_is_finetuned_from_a_coarse_pretraining_on_a_store_of_its_own(stores):
     (e,) = _experiments(stores, "2", ("448-occfeat-100-at-224",), fractions=(0.1,))
-    assert not any("image_size" in text for text in _settings(e.pretraining))
-    assert e.pretraining.store.endswith("/targets.zarr")
-    assert "model.image_size=[448,800]" in _settings(e.finetuning)
-    assert e.finetuning.store.endswith("/targets-576x1024.zarr")
+    pretraining, finetuning = e.trainings
+    assert not any("image_size" in text for text in _settings(pretraining))
+    assert pretraining.job.store.endswith("/targets.zarr")
+    assert "model.image_size=[448,800]" in _settings(finetuning)
+    assert finetuning.job.store.endswith("/targets-576x1024.zarr")
 
 
 def test_the_weight_of_the_feature_loss(stores):
-    weights = [_settings(e.pretraining) - {"run.seed=0"} for e in _experiments(stores, "4")]
+    weights = [_settings(e.trainings[0]) - {"run.seed=0"} for e in _experiments(stores, "4")]
     values = ("0.0001", "0.001", None, "0.1", "1")
     rest = [{f"objectives.occfeat.feature_weight={v}"} if v else set() for v in values]
     assert weights == [{"objectives.occfeat.features=false"}, *rest]
@@ -112,9 +123,11 @@ def test_the_weight_of_the_feature_loss(stores):
 def test_what_tables_have_in_common_is_one_run(stores):
     def paths(table, row):
         (e,) = [
-            e for e in _experiments(stores, table, (row,), fractions=(0.01,)) if e.task == "vehicle"
+            e
+            for e in _experiments(stores, table, (row,), fractions=(0.01,))
+            if "vehicle" in e.column
         ]
-        return e.pretraining and e.pretraining.path, e.finetuning.path
+        return [training.path for training in e.trainings]
 
     assert paths("1", "simplebev-enb0-none") == paths("2", "224-none") == paths("3", "1")
     assert paths("1", "simplebev-enb0-occfeat") == paths("3", "simplebev-both")
@@ -125,17 +138,17 @@ def test_what_tables_have_in_common_is_one_run(stores):
 
 def test_what_differs_is_another_run(stores):
     everything = [e for table in ("1", "3") for e in _experiments(stores, table, seeds=2)]
-    finetunings = {e.finetuning.path for e in everything}
+    finetunings = {e.trainings[-1].path for e in everything}
     # Of Table 3 only L_occ and L_feat of SimpleBEV and L_occ of BEVFormer are not in Table 1.
     assert len(finetunings) == 2 * (60 + 3 * 2)
-    assert len({e.pretraining.path for e in everything if e.pretraining}) == 2 * (7 + 3)
+    assert len({e.trainings[0].path for e in everything} - finetunings) == 2 * (7 + 3)
 
 
 def test_a_setting_for_all_runs_makes_others_where_it_counts(stores):
     def paths(*overrides):
         planner = Planner(load_preset("paper"), stores, Path("/runs"), overrides)
         (e,) = planner.experiments(load_recipes("4", ("1",)), 1, TASKS, ())
-        return e.pretraining.path, e.finetuning.path
+        return [training.path for training in e.trainings]
 
     plain = paths()
     assert paths("data.workers=1", "run.precision=float32") == plain
@@ -148,20 +161,21 @@ def test_a_run_goes_on_with_the_settings_of_now_that_change_no_result(stores, tm
     overrides = ("data.workers=1", "model.channels=64")
     planner = Planner(load_preset("paper"), stores, tmp_path, overrides)
     (e,) = planner.experiments(load_recipes("4", ("1",)), 1, TASKS, ())
-    here = ["--store", stores, "--run-dir", str(e.pretraining.path), "--set", "data.workers=1"]
-    assert "model.channels=64" in e.pretraining.command()
-    e.pretraining.path.mkdir()
-    (e.pretraining.path / "run.json").write_text("{}")
-    assert e.pretraining.command() == ["pretrain", "--resume", *here]
-    assert e.pretraining.evaluation("x") == ["evaluate", *here, "--corrupted", "x"]
+    pretraining = e.trainings[0]
+    here = ["--store", stores, "--run-dir", str(pretraining.path), "--set", "data.workers=1"]
+    assert "model.channels=64" in pretraining.command()
+    pretraining.path.mkdir()
+    (pretraining.path / "run.json").write_text("{}")
+    assert pretraining.command() == ["pretrain", "--resume", *here]
+    assert pretraining.evaluation("x") == ["evaluate", *here, "--corrupted", "x"]
 
 
 def test_the_miniature_s_fraction_stands_for_the_paper_s(store_for):
     store = str(store_for["miniature"])
     (e,) = _experiments(store, "3", ("1",), preset="miniature", fractions=(0.01,))[:1]
-    assert (e.fraction, e.used) == (0.01, 0.1)
-    assert reproduce._column(e) == "vehicle, 1 % (here 10 %)"
-    assert e.finetuning.options[-3] == "0.1"
+    assert e.trainings[-1].job.fraction == 0.1
+    assert e.column == "vehicle, 1 % (here 10 %)"
+    assert ("--fraction", "0.1") in pairwise(e.trainings[-1].command())
 
 
 def test_a_store_of_another_preset_is_refused(tiny_store, store_for):
@@ -174,7 +188,7 @@ def test_a_missing_store_says_how_to_build_it(store_for, tmp_path):
     with pytest.raises(ConfigError, match=r"m\.zarr --config miniature"):
         _experiments(str(tmp_path / "m.zarr"), "3", preset="miniature")
     (tmp_path / "t.zarr").symlink_to(store_for["paper"])
-    with pytest.raises(ConfigError, match=r"build .*t-sweeps-10\.zarr .*--set 'lidar.sweeps=10'"):
+    with pytest.raises(ConfigError, match=r"build .*t-sweeps-10\.zarr .*--set lidar.sweeps=10"):
         _experiments(str(tmp_path / "t.zarr"), "variants", ("sweeps-10",))
 
 
@@ -197,15 +211,15 @@ def test_impossible_recipes(tmp_path, monkeypatch, values, message):
 # Reports
 
 CELLS = [
-    Cell("none", "vehicle, 1 %", 13.7, (10.0, 12.0, 17.0)),
-    Cell("both", "vehicle, 1 %", None, (20.25,)),
-    Cell("none", "map, 1 %", 20.1, ()),
+    Cell("none", "vehicle, 1 %", 13.7, [10.0, 12.0, 17.0]),
+    Cell("both", "vehicle, 1 %", None, [20.25]),
+    Cell("none", "map, 1 %", 20.1, []),
 ]
 
 
 def test_report_as_text():
     """13 and its deviation are by hand: squares 9 + 1 + 16 over n - 1 = 2."""
-    lines = [" ".join(line.split()) for line in report.as_text(CELLS).splitlines()]
+    lines = [" ".join(line.split()) for line in report.text(CELLS).splitlines()]
     assert lines[1:] == [
         "none vehicle, 1 % 13.7 13.0 ± 3.6 (3) -0.7",
         "both vehicle, 1 % - 20.2 (1) -",
@@ -213,8 +227,9 @@ def test_report_as_text():
     ]
 
 
-def test_report_as_csv():
-    rows = list(csv.DictReader(report.as_csv(CELLS).splitlines()))
+def test_report_as_csv(tmp_path):
+    report.write_csv(CELLS, tmp_path / "table.csv")
+    rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
     assert rows[0] == {
         "row": "none",
         "column": "vehicle, 1 %",
@@ -242,13 +257,16 @@ def test_report_as_figure(tmp_path):
     [(16, 0, 1), (16, 1, 1), (16, 3, 2), (16, 6, 4), (6, 8, 6), (6, 4, 3), (0, 5, 5), (0, 0, 1)],
 )
 def test_as_many_gpus_as_divide_the_batch(batch, gpus, processes):
-    assert reproduce.processes_for(batch, gpus) == processes
+    command = reproduce.launcher(batch, gpus)
+    assert command[-2:] == ["-m", "occfeat_train"]
+    assert (f"--nproc-per-node={processes}" in command) == (processes > 1)
+    assert ("torch.distributed.run" in command) == (processes > 1)
 
 
 def test_a_run_at_which_another_is_can_be_waited_for_and_the_waiting_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "LOOK_AGAIN_S", 0.01)
     said = []
-    other, ours = (reproduce.Machine(1, tmp_path, said.append) for _ in range(2))
+    other, ours = (reproduce.Machine(1, [], tmp_path, said.append) for _ in range(2))
     entered = threading.Event()
 
     def enter():
@@ -305,7 +323,7 @@ def reproduction(store_for, tmp_path, monkeypatch):
         if result.exit_code:
             raise reproduce.Stopped(result.output)
 
-    monkeypatch.setattr(reproduce.Machine, "_check_call", call)
+    monkeypatch.setattr(reproduce.Machine, "_call", call)
     monkeypatch.setattr(reproduce, "ThreadPoolExecutor", InThisThread)
     settings = [text for setting in SMALL for text in ("--set", setting)]
 
@@ -413,7 +431,7 @@ def test_a_missing_weights_file_is_found_before_any_work(reproduction):
 
 
 def test_the_miniature_runs_on_a_single_gpu(reproduction, monkeypatch):
-    monkeypatch.setattr(reproduce.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(cluster, "visible_gpus", lambda: ["0"])
     options = ("--table", "3", "--preset", "miniature", "--rows", "simplebev-none", "--seeds", "1")
     assert reproduction(*options)[1] == ["finetune", "evaluate"]
     assert "--jobs 2 is more" in reproduction(*options, "--jobs", "2", code=1)[0]
