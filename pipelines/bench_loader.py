@@ -78,7 +78,8 @@ class BarePread(FrameDataset):
             file, ranges = self.ranges[i, name]
             if file not in self.open_files:
                 self.open_files[file] = os.open(f"{self.reader.url}/{file}", os.O_RDONLY)
-            parts = [os.pread(self.open_files[file], length, at) for at, length in ranges]
+            # All but each chunk's checksum.
+            parts = [os.pread(self.open_files[file], length - 4, at) for at, length in ranges]
             sample[name] = np.frombuffer(b"".join(parts) if len(parts) > 1 else parts[0], np.uint8)
         size, cameras = store.attrs["config"]["images"]["size"], store.attrs["cameras"]
         offset = store.per_frame["image_offset"][i]

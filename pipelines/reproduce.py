@@ -170,13 +170,15 @@ def run_experiment(experiment: Experiment, machine: Machine, corrupted: str | No
                 machine.run(training.evaluation(corrupted), 0, training.path.name)
 
 
+CLICK = {"help_option_names": ["-h", "--help"], "show_default": True}
+PRESET = "What rows start from; miniature: a demo world."
 SET = "A training setting of all runs, as in occfeat-train; repeatable."
 OUT = "Directory of all runs and of the reports."
 
 
-@click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(help=__doc__, context_settings=CLICK)
 @click.option("--table", type=click.Choice(TABLES), required=True, help="c is nuScenes-C.")
-@click.option("--preset", type=click.Choice(PRESETS), default="paper", help="What rows start from.")
+@click.option("--preset", type=click.Choice(PRESETS), default="paper", help=PRESET)
 @click.option("--store", metavar="PATH|URL", help="Targets store.  [default: the preset's]")
 @click.option("--set", "overrides", metavar="SECTION.KEY=VALUE", multiple=True, help=SET)
 @click.option("--rows", multiple=True, help="Only rows of this number or pattern; repeatable.")

@@ -3,12 +3,17 @@
 import csv
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -47,9 +52,11 @@ def stores(store_for, tmp_path):
     return str(tmp_path / "targets.zarr")
 
 
-def _experiments(store, table, rows=("*",), seeds=1, preset="paper", fractions=()):
-    planner = Planner(load_preset(preset), store, Path("/runs"))
-    return planner.experiments(load_recipes(table, rows), seeds, TASKS, fractions)
+def _experiments(
+    store, table, rows=("*",), seeds=1, preset="paper", tasks=TASKS, fractions=(), overrides=()
+):
+    planner = Planner(load_preset(preset), store, Path("/runs"), overrides)
+    return planner.experiments(load_recipes(table, rows), seeds, tasks, fractions)
 
 
 def _settings(training):
@@ -84,11 +91,8 @@ def test_rows_by_number_name_and_pattern():
 
 
 def test_rows_do_what_their_labels_say(stores):
-    by_name = {
-        e.recipe: e
-        for e in _experiments(stores, "3", fractions=(0.01,))
-        if e.column.startswith("map")
-    }
+    found = _experiments(stores, "3", fractions=(0.01,), tasks=("map",))
+    by_name = {e.recipe: e for e in found}
     pretraining = {name: e.trainings[0] for name, e in by_name.items()}
     for name in ("simplebev-none", "bevformer-none"):
         assert [training.job.kind for training in by_name[name].trainings] == ["finetune"]
@@ -122,11 +126,8 @@ def test_the_weight_of_the_feature_loss(stores):
 
 def test_what_tables_have_in_common_is_one_run(stores):
     def paths(table, row):
-        (e,) = [
-            e
-            for e in _experiments(stores, table, (row,), fractions=(0.01,))
-            if "vehicle" in e.column
-        ]
+        only = {"fractions": (0.01,), "tasks": ("vehicle",)}
+        (e,) = _experiments(stores, table, (row,), **only)
         return [training.path for training in e.trainings]
 
     assert paths("1", "simplebev-enb0-none") == paths("2", "224-none") == paths("3", "1")
@@ -146,8 +147,7 @@ def test_what_differs_is_another_run(stores):
 
 def test_a_setting_for_all_runs_makes_others_where_it_counts(stores):
     def paths(*overrides):
-        planner = Planner(load_preset("paper"), stores, Path("/runs"), overrides)
-        (e,) = planner.experiments(load_recipes("4", ("1",)), 1, TASKS, ())
+        (e,) = _experiments(stores, "4", ("1",), overrides=overrides)
         return [training.path for training in e.trainings]
 
     plain = paths()
@@ -286,6 +286,90 @@ def test_a_run_at_which_another_is_can_be_waited_for_and_the_waiting_stopped(tmp
                 waiting.result(timeout=10)
 
 
+def _machine(tmp_path, monkeypatch, code, jobs=2):
+    """A machine on which every command is a Python program."""
+    monkeypatch.setattr(reproduce, "launcher", lambda *_: [sys.executable, "-c", code])
+    return reproduce.Machine(jobs, [], tmp_path, lambda _: None)
+
+
+def test_a_failure_names_command_and_log(tmp_path, monkeypatch):
+    machine = _machine(tmp_path, monkeypatch, "raise SystemExit('no such store')")
+    with pytest.raises(reproduce.Failed, match=r"status 1; its output is in .*one\.txt: .*x y"):
+        machine.run(["x y"], 1, "one")
+    assert (tmp_path / "one.txt").read_text() == "no such store\n"
+
+
+def test_gpus_and_cores_are_shared_out(tmp_path, monkeypatch):
+    code = "import os, time; e = os.environ; print(e.get('CUDA_VISIBLE_DEVICES'), flush=True)"
+    for gpus, shares in ((["3", "5", "7"], {"3,7", "5"}), ([], {"None"})):
+        out = tmp_path / str(len(gpus))
+        out.mkdir()
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setattr(reproduce, "launcher", lambda *_: [sys.executable, "-c", code])
+        machine = reproduce.Machine(2, gpus, out, lambda _: None)
+        for log in ("a", "b"):
+            machine.run([], 1, log)
+        assert {path.read_text().strip() for path in out.glob("*.txt")} == shares
+
+
+@dataclass
+class Endless:
+    """Stands for an experiment whose training does not end."""
+
+    path: Path
+
+    job = SimpleNamespace(plan=SimpleNamespace(batch=1))
+
+    @property
+    def trainings(self):
+        return (self,)
+
+    def result(self, _corrupted):
+        return {}
+
+    def is_finished(self):
+        return False
+
+    def command(self):
+        return [self.path.name]
+
+
+SLEEPS = """
+import sys, time
+print("here", flush=True)
+time.sleep(60 * (sys.argv[1] != "bad"))
+raise SystemExit(1)
+"""
+
+
+def test_sigterm_stops_everything(tmp_path, monkeypatch):
+    machine = _machine(tmp_path, monkeypatch, SLEEPS)
+    experiments = [Endless(tmp_path / name) for name in "abc"]
+
+    def interrupt():
+        while len([p for p in tmp_path.glob("*.txt") if p.read_text()]) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=interrupt).start()
+    started = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.run_all(experiments, machine, None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert time.monotonic() - started < 30
+    assert sorted(path.stem for path in tmp_path.glob("*.txt")) == ["a", "b"]  # c never began
+
+
+def test_the_error_that_stopped_the_others_is_the_one_reported(tmp_path, monkeypatch):
+    machine = _machine(tmp_path, monkeypatch, SLEEPS)
+    experiments = [Endless(tmp_path / name) for name in ("endless", "bad")]
+    with pytest.raises(reproduce.Failed, match=r"bad\.txt"):
+        reproduce.run_all(experiments, machine, None)
+
+
 class InThisThread:
     """An executor that needs no thread: in another one, training may not handle signals."""
 
@@ -310,95 +394,114 @@ class InThisThread:
         pass
 
 
-@pytest.fixture
-def reproduction(store_for, tmp_path, monkeypatch):
-    """``reproduce(...)`` on the tiny store with ``occfeat-train`` in this process; its commands."""
-    commands = []
+QUICK = [f"--set={text}" for text in (*SMALL, "pretrain.epochs=1", "finetune.epochs=1")]
+"""Three steps each, saved each time: a run can be taken back to the middle."""
+BOTH = ("--table", "3", "--rows", "simplebev-both", "--task", "vehicle")
+NONE = ("--table", "3", "--rows", "simplebev-none", "--task", "vehicle")
 
-    def call(self, command, where, log):
+
+class Reproduction:
+    """``reproduce`` on the tiny store with ``occfeat-train`` in this process."""
+
+    def __init__(self, store_for, out, monkeypatch):
+        self.store_for, self.out, self.commands = store_for, out, []
+        monkeypatch.setattr(reproduce.Machine, "_call", self._call)
+        monkeypatch.setattr(reproduce, "ThreadPoolExecutor", InThisThread)
+
+    def _call(self, command, _where, _log):
         assert "torch.distributed.run" not in command  # no GPU, one process
         arguments = command[command.index("occfeat_train") + 1 :]
-        commands.append(arguments)
+        self.commands.append(arguments[0])
         result = CliRunner().invoke(occfeat_train, arguments)
         if result.exit_code:
             raise reproduce.Stopped(result.output)
 
-    monkeypatch.setattr(reproduce.Machine, "_call", call)
-    monkeypatch.setattr(reproduce, "ThreadPoolExecutor", InThisThread)
-    settings = [text for setting in SMALL for text in ("--set", setting)]
-
-    def run(*arguments, code=0):
-        commands.clear()
-        store = store_for["miniature" if "miniature" in arguments else "paper"]
-        fixed = ["--store", str(store), "--out", str(tmp_path / "out"), *settings]
+    def __call__(self, *arguments, code=0):
+        """Output and kinds of commands run."""
+        self.commands.clear()
+        store = self.store_for["miniature" if "miniature" in arguments else "paper"]
+        fixed = ["--store", str(store), "--out", str(self.out), *QUICK]
         result = CliRunner().invoke(reproduce.main, [*fixed, *arguments])
         assert result.exit_code == code, result.output
-        return result.output, [c[0] for c in commands]
-
-    return run
+        return result.output, list(self.commands)
 
 
-def test_a_table_is_run_once_and_reported(reproduction, tmp_path):
-    options = ("--table", "3", "--rows", "simplebev-both", "--task", "vehicle")
-    output, commands = reproduction(*options, "--rows", "simplebev-none")
+@pytest.fixture(scope="module")
+def finished(store_for, tmp_path_factory):
+    """A folder with two rows of table 3, and what was said and run; read-only by agreement."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run = Reproduction(store_for, out, monkeypatch)
+        return out, *run(*BOTH, "--rows", "simplebev-none")
+
+
+@pytest.fixture
+def reproduction(store_for, tmp_path, monkeypatch):
+    """Runs in an empty folder."""
+    return Reproduction(store_for, tmp_path / "out", monkeypatch)
+
+
+@pytest.fixture
+def later(finished, reproduction):
+    """Runs in a copy of the finished folder, as moving it changes no name."""
+    shutil.copytree(finished[0], reproduction.out)
+    return reproduction
+
+
+def test_a_table_is_run_once_and_reported(finished):
+    out, output, commands = finished
     assert commands == ["finetune", "evaluate", "pretrain", "finetune", "evaluate"]
-    rows = list(csv.DictReader((tmp_path / "out/table-3-paper.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((out / "table-3-paper.csv").read_text().splitlines()))
     assert [row["paper"] for row in rows] == ["13.70", "24.30"]
     for row, line in zip(rows, output.splitlines()[-5:], strict=False):
         assert row["row"] in output and row["seeds"] == "1", line
     (none, both) = (float(row["mean"]) for row in rows)
     found = {
         json.loads(path.read_text())["init"]: json.loads(path.read_text())["rows"]
-        for path in (tmp_path / "out").glob("finetune-*/result.json")
+        for path in out.glob("finetune-*/result.json")
     }
     assert found.pop(None)["visible"]["iou"] == none
     (pretrained,) = found.values()
     assert pretrained["visible"]["iou"] == both
-    assert (tmp_path / "out/table-3-paper.png").exists()
+    assert (out / "table-3-paper.png").exists()
 
-    assert reproduction(*options)[1] == []
+
+def test_what_is_there_is_not_done_again(later):
+    assert later(*BOTH)[1] == []
     # A second seed, and another table that shares the pretraining.
-    assert reproduction(*options, "--seeds", "2")[1] == ["pretrain", "finetune", "evaluate"]
+    assert later(*BOTH, "--seeds", "2")[1] == ["pretrain", "finetune", "evaluate"]
     shared = ("--table", "1", "--rows", "simplebev-enb0-occfeat", "--fraction", "0.1")
-    assert reproduction(*shared, "--task", "vehicle")[1] == ["finetune", "evaluate"]
+    assert later(*shared, "--task", "vehicle")[1] == ["finetune", "evaluate"]
 
 
-def test_an_unfinished_run_goes_on(reproduction, tmp_path):
-    options = ("--table", "3", "--rows", "simplebev-both", "--task", "vehicle")
-    reproduction(*options)
-    out = tmp_path / "out"
-    (pretraining,) = out.glob("pretrain-*0")
+def test_an_unfinished_run_goes_on(later):
+    (pretraining,) = later.out.glob("pretrain-*0")
     whole = Run(pretraining).load()[1]
     last = max(pretraining.glob("checkpoint-*.json"))
     last.with_suffix(".pt").unlink()
     last.unlink()
-    for path in out.glob("finetune-*/*"):
+    for path in later.out.glob("finetune-*/*"):
         path.unlink()
     assert not Run(pretraining).is_finished()
-    assert reproduction(*options)[1] == ["pretrain", "finetune", "evaluate"]
+    assert later(*BOTH)[1] == ["pretrain", "finetune", "evaluate"]
     assert Run(pretraining).load()[1] == whole
 
 
 def test_a_failure_stops_with_its_message(reproduction):
-    options = ("--table", "3", "--rows", "simplebev-both", "--task", "vehicle")
-    output, commands = reproduction(*options, "--set", "pretrain.batch=1000", code=1)
+    output, commands = reproduction(*BOTH, "--set", "pretrain.batch=1000", code=1)
     assert "do not fill one step" in output or "1000" in output
     assert commands == ["pretrain"]
     assert "SimpleBEV, L_occ + L_feat" in output  # the table, as far as it is
 
 
-def test_the_result_of_half_a_training_is_not_taken(reproduction, tmp_path):
-    options = ("--table", "3", "--rows", "simplebev-none", "--task", "vehicle")
-    reproduction(*options)
-    (path,) = (tmp_path / "out").glob("finetune-*/result.json")
-    result = json.loads(path.read_text())
-    path.write_text(json.dumps(result | {"finished": False}))
-    assert (
-        reproduction(*options, "--report-only")[0]
-        .splitlines()[1]
-        .endswith("13.7     -           -")
-    )
-    assert reproduction(*options)[1] == ["evaluate"]
+def test_the_result_of_half_a_training_is_not_taken(later):
+    paths = later.out.glob("finetune-*/result.json")
+    results = {path: json.loads(path.read_text()) for path in paths}
+    (path,) = [path for path, result in results.items() if result["init"] is None]
+    path.write_text(json.dumps(results[path] | {"finished": False}))
+    line = later(*NONE, "--report-only")[0].splitlines()[1]
+    assert line.endswith("13.7     -           -")
+    assert later(*NONE)[1] == ["evaluate"]
 
 
 def test_corrupted_images_that_come_later_are_evaluated_too(reproduction, tmp_path):
@@ -451,23 +554,38 @@ def test_reporting_alone_runs_nothing(reproduction):
 
 
 def test_real_processes_two_at_a_time_under_slurm(store_for, tmp_path):
-    """The Slurm script's row of the table, with commands as they are, and a failure's log."""
-    settings = [text for setting in SMALL for text in ("--set", setting)]
+    """The Slurm script's row of the table, with commands as they are."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {"PATH": path, "SLURM_ARRAY_TASK_ID": "1", "SLURM_SUBMIT_DIR": str(HERE.parent)}
-
-    def run(*more):
-        command = ["bash", HERE / "slurm.sh", "--table", "3", *settings]
-        command += ["--store", store_for["paper"]]
-        command += ["--out", tmp_path, "--task", "vehicle", *more]
-        return subprocess.run(
-            command, env=os.environ | environment, capture_output=True, text=True, timeout=240
-        )
-
-    failed = run("--jobs", "2", "--set", "finetune.batch=1000")
-    assert failed.returncode == 1
-    (log,) = tmp_path.glob("finetune-*.txt")
-    assert str(log) in failed.stderr and "1000" in log.read_text()
-    done = run("--jobs", "2", "--seeds", "2")
+    environment = {"PATH": path, "SLURM_ARRAY_TASK_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    command = ["bash", HERE / "slurm.sh", "--table", "3", "--task", "vehicle", *QUICK]
+    command += ["--store", store_for["paper"], "--jobs", "2", "--seeds", "2"]
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     assert "SimpleBEV, no pretraining" in done.stdout and "(2)" in done.stdout
+    assert len(list((tmp_path / "reproduction").glob("finetune-*.txt"))) == 2
+
+
+def test_installed_anywhere_it_has_all_it_needs(store_for, tmp_path, pytestconfig):
+    """By pip, without the clone."""
+    root, source, site = pytestconfig.rootpath, tmp_path / "source", tmp_path / "site"
+    skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("occfeat_targets", "occfeat_train", "pipelines"):
+        shutil.copytree(root / name, source / name, ignore=skip)
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, source)
+    pip = ["pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    python, run = [sys.executable, "-m"], {"check": True, "text": True, "capture_output": True}
+    subprocess.run([*python, *pip, "--no-compile", "--target", site, source], **run)
+    run |= {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(site)}}
+    module = [*python, "occfeat_pipelines.reproduce"]
+    assert "--report-only" in subprocess.run([*module, "--help"], **run).stdout
+    options = ["--table", "4", "--report-only", "--store", store_for["paper"]]
+    done = subprocess.run([*module, *options], **run)
+    assert done.stdout.count("lambda = ") == 6
+    for name in ("occfeat_targets", "occfeat_train", "pipelines"):
+        wanted = {p.relative_to(source / name) for p in (source / name).rglob("*.*ml")}
+        installed = site / name.replace("pipelines", "occfeat_pipelines")
+        assert wanted <= {p.relative_to(installed) for p in installed.rglob("*")}
+    assert "occfeat-reproduce" in {path.name for path in (site / "bin").iterdir()}
