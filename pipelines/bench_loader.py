@@ -17,7 +17,7 @@ from typing import Any
 import click
 import numpy as np
 
-from occfeat_pipelines.benchmark import ARRAYS, print_machine, usable_frames
+from occfeat_pipelines.benchmark import ARRAYS, say_machine, some_frames
 from occfeat_targets.store.reader import open_store
 from occfeat_train.data.dataset import FrameDataset, decode_images
 from occfeat_train.data.order import ShardSampler
@@ -34,8 +34,8 @@ BATCH = 4
 @click.option("--repetitions", default=7)
 def main(store: str, dataroot: str, workers: int, samples: int, repetitions: int) -> None:
     """Print the benchmark."""
-    print_machine()
-    frames = usable_frames(open_store(store), samples)
+    say_machine()
+    frames = some_frames(open_store(store), samples)
     kinds = {"occfeat loader": FrameDataset, "bare pread + JPEG decode": BarePread}
     datasets = {name: kind(store, frames, ARRAYS) for name, kind in kinds.items()}
     if find_spec("cv2"):
@@ -61,26 +61,15 @@ def main(store: str, dataroot: str, workers: int, samples: int, repetitions: int
 class BarePread(FrameDataset):
     """The limit: reads the byte ranges that hold a frame's chunks, decodes nothing but images."""
 
-    def __init__(self, url: str, frames: np.ndarray, names: tuple[str, ...]):
-        super().__init__(url, frames, names)
-        store, self.open_files = open_store(url), {}
-        self.ranges = {
-            (i, name): store.sharded[name].ranges(i, store.n_rows(i, name))
-            for i in np.unique(frames)
-            for name in names
-        }
-
     def __getitem__(self, position: int) -> dict[str, Any]:
         """A sample like the real one, but of compressed bytes."""
         i, store = int(self.frames[position]), self.reader.store
         sample = {"frame": i} | {name: store.per_frame[name][i] for name in ("K", "cam_T_ego")}
         for name in ARRAYS:
-            file, ranges = self.ranges[i, name]
-            if file not in self.open_files:
-                self.open_files[file] = os.open(f"{self.reader.url}/{file}", os.O_RDONLY)
-            # All but each chunk's checksum.
-            parts = [os.pread(self.open_files[file], length - 4, at) for at, length in ranges]
-            sample[name] = np.frombuffer(b"".join(parts) if len(parts) > 1 else parts[0], np.uint8)
+            key, ranges = store.sharded[name].ranges(i, store.n_rows(i, name))
+            with open(f"{self.reader.url}/{key}", "rb", buffering=0) as file:  # but for checksums
+                parts = [os.pread(file.fileno(), length - 4, at) for at, length in ranges]
+            sample[name] = np.frombuffer(b"".join(parts), np.uint8)
         size, cameras = store.attrs["config"]["images"]["size"], store.attrs["cameras"]
         offset = store.per_frame["image_offset"][i]
         return sample | {"images": decode_images(sample["images"], offset, size, cameras)}

@@ -20,7 +20,7 @@ import click
 import psutil
 import torch
 
-from occfeat_pipelines.benchmark import DEVICE, SPAWN, peak_memory, print_machine
+from occfeat_pipelines.benchmark import DEVICE, SPAWN, peak_memory, say_machine
 from occfeat_targets import writer
 from occfeat_targets.build import read_dataset
 from occfeat_targets.config import TargetsConfig
@@ -40,7 +40,7 @@ from occfeat_train.tasks.base import as_columns
 @click.option("--teacher", default="random:0", help="As in occfeat-targets build.")
 def main(frames: int, dataroot: Path | None, teacher: str) -> None:
     """Print the benchmark."""
-    print_machine()
+    say_machine()
     with tempfile.TemporaryDirectory() as scratch:
         if dataroot is None:
             dataroot = Path(scratch) / "demo-world"

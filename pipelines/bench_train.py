@@ -22,14 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from occfeat_pipelines.benchmark import (
-    ARRAYS,
-    DEVICE,
-    apart,
-    peak_memory,
-    print_machine,
-    usable_frames,
-)
+from occfeat_pipelines.benchmark import ARRAYS, DEVICE, apart, peak_memory, say_machine, some_frames
 from occfeat_targets.store.reader import open_store
 from occfeat_targets.store.settings import Size
 from occfeat_train.augment import NO_AUGMENT, draw, network_inputs
@@ -50,8 +43,7 @@ BATCH = 16 if DEVICE.type == "cuda" else 1
 RANDOM = ["model.encoder_weights=random", f"pretrain.batch={BATCH}", "data.workers=2"]
 CONFIG = TrainConfig.load(None, [*RANDOM, "run.log_every=1"])
 CHANNELS, IMAGE_HW, STRIDE = CONFIG.model.channels, CONFIG.model.image_size, 8
-Figures = tuple[float, float]
-"""Seconds and bytes."""
+Figures = tuple[float, float]  # seconds and bytes
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})
@@ -59,7 +51,7 @@ Figures = tuple[float, float]
 @click.option("--rounds", default=3, help="Interleaved repetitions; figures are medians.")
 def main(store: str, rounds: int) -> None:
     """Print the benchmark."""
-    print_machine()
+    say_machine()
     compare("lifting, forward + backward", lift, (SimpleBEVLift, DenseLift), store, rounds)
     compare("head and loss, forward + backward", head, (OccFeatHead, DenseHead), store, rounds)
     if DEVICE.type == "cuda":
@@ -101,7 +93,7 @@ def timed(run: Callable[[], None]) -> Figures:
 
 def batch_of(store: str, size: int) -> tuple[dict, dict]:
     """Network inputs and the collated batch of the first frames, on the device."""
-    dataset = FrameDataset(store, usable_frames(open_store(store), size), ARRAYS)
+    dataset = FrameDataset(store, some_frames(open_store(store), size), ARRAYS)
     batch = dataset.collate([dataset[i] for i in range(size)])
     draws = draw(NO_AUGMENT, 0, 0, batch["frame"], batch["K"].shape[1])
     batch = {name: values.to(DEVICE) for name, values in batch.items()}

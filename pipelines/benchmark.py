@@ -23,7 +23,7 @@ ARRAYS = ("images", "voxel_index", "features", "feature_cameras")
 SPAWN = multiprocessing.get_context("spawn")
 
 
-def print_machine() -> None:
+def say_machine() -> None:
     """Date, processors and versions."""
     gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "no GPU"
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
@@ -38,7 +38,7 @@ def apart(function: Callable, *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def usable_frames(store: TargetStore, n: int) -> np.ndarray:
+def some_frames(store: TargetStore, n: int) -> np.ndarray:
     """Numbers of ``n`` frames that have targets, again from the first if there are fewer."""
     return np.resize(np.flatnonzero(store.per_frame["n_voxels"] > 0), n)
 

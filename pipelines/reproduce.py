@@ -136,7 +136,10 @@ def run_all(experiments: list[Experiment], machine: Machine, corrupted: str | No
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     chains: dict[Path, list[Experiment]] = {}
-    for experiment in experiments:  # those that share a pretraining one after another
+    for experiment in experiments:
+        for training in experiment.trainings:
+            training.require_weights(experiment.recipe)
+        # Those that share a pretraining run one after another.
         chains.setdefault(experiment.trainings[0].path, []).append(experiment)
 
     def run(chain: list[Experiment]) -> None:
@@ -223,9 +226,6 @@ def reproduce(asked: SimpleNamespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     try:
         if not asked.report_only:
-            for experiment in experiments:
-                for training in experiment.trainings:
-                    training.require_weights(experiment.recipe)
             gpus = visible_gpus()
             jobs = asked.jobs or min(preset.jobs, len(gpus) or preset.jobs)
             if gpus and jobs > len(gpus):

@@ -21,7 +21,7 @@ from occfeat_train.objectives.occfeat import OccFeatHead
 
 
 def test_machine_and_memory(capsys):
-    benchmark.print_machine()
+    benchmark.say_machine()
     assert f"torch {torch.__version__}" in capsys.readouterr().out
     assert benchmark.peak_memory() > 50e6
     assert benchmark.peak_memory(2**30) == 0
