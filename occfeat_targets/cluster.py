@@ -170,7 +170,7 @@ def _local_cluster(workers: int | None, threads: int | None) -> Any:
     from distributed import Nanny, Scheduler, SpecCluster
     from distributed.system import MEMORY_LIMIT
 
-    gpus = _visible_gpus()
+    gpus = visible_gpus()
     chosen_workers, chosen_threads = choose(CPU_COUNT, MEMORY_LIMIT, len(gpus))
     workers, threads = workers or chosen_workers, threads or chosen_threads
     options = {"nthreads": threads, "silence_logs": logging.CRITICAL, "dashboard_address": None}
@@ -194,7 +194,7 @@ def choose(cores: int, memory: int, gpus: int) -> tuple[int, int]:
     return max(1, min(cores, memory // WORKER_BYTES)), 1
 
 
-def _visible_gpus() -> list[str]:
+def visible_gpus() -> list[str]:
     """Names for CUDA_VISIBLE_DEVICES, one per GPU this process may use."""
     if not torch.cuda.is_available():
         return []

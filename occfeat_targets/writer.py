@@ -161,16 +161,23 @@ def write_block(job: BlockJob) -> dict[int, str]:
     if failed and not job.skip_errors:
         return failed
     try:
-        group, recorder = _open(job)
-        _write_arrays(group, job, _specs(outputs), frames)
-        _open(job)
-        _write_marker(job, _specs(outputs), frames, failed, recorder.written)
+        write_frames(job, outputs, frames, failed)
     except OSError as error:
         raise StoreError(
             f"cannot write {job.url}: {error.strerror or error}; what is finished is kept, run the "
             "same command again"
         ) from error
     return failed
+
+
+def write_frames(
+    job: BlockJob, outputs: Sequence[Output], frames: list[dict], failed: dict[int, str]
+) -> None:
+    """Write a block's computed frames, empty dicts where one failed: its arrays, its marker."""
+    group, recorder = _open(job)
+    _write_arrays(group, job, _specs(outputs), frames)
+    _open(job)
+    _write_marker(job, _specs(outputs), frames, failed, recorder.written)
 
 
 def _open(job: BlockJob) -> tuple[zarr.Group, RecordingStore]:

@@ -18,7 +18,7 @@ from occfeat_train.runs.job import Job
 from occfeat_train.runs.run import Run, RunError
 from occfeat_train.runs.weights import trained_network
 from occfeat_train.tasks import TASKS
-from occfeat_train.tasks.base import Task
+from occfeat_train.tasks.base import Task, as_columns
 
 _BATCH = 4
 
@@ -82,16 +82,7 @@ def predict(network: Network, batch: Batch, job: Job, head: Callable[[torch.Tens
 def table(result: dict[str, Any]) -> str:
     """A result as text for people."""
     header = f"{where(result)}: {result['task']} IoU in per cent at probability 0.5"
-    return f"{header}\n\n{in_columns(TASKS(result['task']).table(result['rows']))}"
-
-
-def in_columns(lines: list[list[str]]) -> str:
-    """Lines of cells as text, the first column to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-        for line in lines
-    )
+    return f"{header}\n\n{as_columns(TASKS(result['task']).table(result['rows']))}"
 
 
 def where(result: dict[str, Any]) -> str:

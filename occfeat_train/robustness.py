@@ -14,10 +14,10 @@ from occfeat_targets.store.schema import CORRUPTIONS, SEVERITIES
 from occfeat_targets.store.settings import differences
 from occfeat_train.data.order import select_frames, split_names
 from occfeat_train.distributed import Process
-from occfeat_train.evaluate import evaluate, in_columns, where
+from occfeat_train.evaluate import evaluate, where
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.run import Run
-from occfeat_train.tasks.base import as_text
+from occfeat_train.tasks.base import as_columns, as_text
 
 Scores = dict[str, dict[str, float | None]]
 """Corruption to severity to IoU, per cent."""
@@ -127,7 +127,7 @@ def table(result: dict[str, Any]) -> str:
         row += [result["mean"].get(corruption), result["RR"].get(corruption)]
         cells.append([corruption, *map(as_text, row)])
     mean = f"mRR over {len(result['RR'])} of {len(CORRUPTIONS)} corruptions: "
-    lines = [said + "probability 0.5", "", in_columns(cells), mean + as_text(result["mRR"])]
+    lines = [said + "probability 0.5", "", as_columns(cells), mean + as_text(result["mRR"])]
     if result["missing"]:
         lines.append(f"missing: {', '.join(result['missing'])}")
     return "\n".join(lines)

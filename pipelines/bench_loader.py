@@ -1,146 +1,104 @@
-"""The part of ``bench_train.py`` that measures the loader and its limits.
+"""How fast is the trainer's loader, and what are its limits? All figures from one run.
 
-Samples/s of the trainer's own loader (features, voxels, camera bits, images; global shuffle), of
+Samples/s of the loader of a pretraining (features, voxels, camera bits, images; global shuffle), of
 one that only preads the very same bytes and decodes the same stored JPEGs, and of one that decodes
-and resizes the dataset's original images instead. Repetitions are interleaved and the ratios are
-medians over them; the page cache is warm.
+and resizes the dataset's original images instead (if OpenCV is there, as with the extra
+``targets``). Repetitions are interleaved, ratios are medians; the page cache is warm.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import click
-import cv2
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
 
-from occfeat_targets.store.schema import CAMERAS, TargetStore, open_store
-from occfeat_train.data import FrameDataset, FrameReader, ShardSampler, decode_images, make_loader
+from occfeat_pipelines.benchmark import ARRAYS, say_machine, some_frames
+from occfeat_targets.store.reader import open_store
+from occfeat_train.data.dataset import FrameDataset, decode_images
+from occfeat_train.data.order import ShardSampler
+from occfeat_train.data.workers import make_loader
 
-ARRAYS = ("features", "voxel_index", "feature_cameras", "images")
 BATCH = 4
 
 
-def loader_speed(
-    store: str, dataroot: Path, workers: int, samples: int, repetitions: int
-) -> dict[str, float]:
-    """Print samples/s of each loader; returns their medians."""
-    ours = FrameDataset(store, np.resize(usable(open_store(store)), samples), ARRAYS)
-    few = samples // 4 // BATCH * BATCH  # these take long
+@click.command(help=__doc__, context_settings={"show_default": True})
+@click.option("--store", default="targets.zarr", help="A targets store on a local disk.")
+@click.option("--dataroot", default="demo-world", help="The dataset it was built from.")
+@click.option("--workers", default=2, help="Reading processes.")
+@click.option("--samples", default=400, help="Of one repetition.")
+@click.option("--repetitions", default=7)
+def main(store: str, dataroot: str, workers: int, samples: int, repetitions: int) -> None:
+    """Print the benchmark."""
+    say_machine()
+    frames = some_frames(open_store(store), samples)
+    kinds = {"occfeat loader": FrameDataset, "bare pread + JPEG decode": BarePread}
+    datasets = {name: kind(store, frames, ARRAYS) for name, kind in kinds.items()}
+    if find_spec("cv2"):
+        few = frames[: max(BATCH, samples // 4)]  # these take long
+        datasets["original images"] = OriginalImages(store, few, dataroot)
     loaders = {
-        "occfeat loader": _loader(ours, workers),
-        "bare pread + JPEG decode": _loader(PreadDataset(ours), workers),
-        "original images": _loader(OriginalImages(ours, dataroot, few), workers),
+        name: make_loader(d, ShardSampler(len(d), BATCH, 0), workers, "forkserver", False)
+        for name, d in datasets.items()
     }
     speeds: dict[str, list[float]] = {name: [] for name in loaders}
-    for loader in loaders.values():
-        _samples_per_s(loader, 0)  # starts the workers
-    for repetition in range(repetitions):
+    for epoch in range(1 + repetitions):
         for name, loader in loaders.items():
-            speeds[name].append(_samples_per_s(loader, 1 + repetition))
-    for name, values in speeds.items():
-        ratio = np.median(np.divide(speeds["occfeat loader"], values))
-        print(
-            f"{name:<26}{np.median(values):>8.1f} samples/s ({min(values):.1f}-{max(values):.1f})"
-            f"   occfeat / this {ratio:.2f}"
-        )
-    return {name: float(np.median(values)) for name, values in speeds.items()}
+            loader.batch_sampler.set_epoch(epoch)
+            start = time.perf_counter()
+            n = sum(len(batch["frame"]) for batch in loader)
+            speeds[name].append(n / (time.perf_counter() - start))
+    _, *ours = speeds["occfeat loader"]
+    for name, (_, *values) in speeds.items():  # the first epoch started the workers
+        each = f"{np.median(values):>8.1f} samples/s ({min(values):.1f}-{max(values):.1f})"
+        print(f"{name:<26}{each}   occfeat / this {np.median(np.divide(ours, values)):.2f}")
 
 
-def usable(store: TargetStore) -> np.ndarray:
-    """Numbers of the frames that have targets."""
-    return np.flatnonzero(store.per_frame["n_voxels"] > 0)
-
-
-def _loader(dataset: Dataset, workers: int) -> DataLoader:
-    sampler = ShardSampler(len(dataset), BATCH, seed=0)
-    return make_loader(dataset, sampler, workers, "forkserver", pin_memory=False)
-
-
-def _samples_per_s(loader: DataLoader, epoch: int) -> float:
-    loader.batch_sampler.set_epoch(epoch)
-    start = time.perf_counter()
-    n = sum(len(batch["frame"]) for batch in loader)
-    return n / (time.perf_counter() - start)
-
-
-class PreadDataset(Dataset):
+class BarePread(FrameDataset):
     """The limit: reads the byte ranges that hold a frame's chunks, decodes nothing but images."""
 
-    def __init__(self, dataset: FrameDataset):
-        self.frames, reader = dataset.frames, dataset.reader
-        self.hw = reader.store.attrs["config"]["images"]["size"]
-        self.rest = reader.read(int(self.frames[0]), ("K", "cam_T_ego"))
-        self.offset = reader.store.per_frame["image_offset"]
-        self.ranges = {i: _ranges(reader, int(i)) for i in np.unique(self.frames)}
-        self.grid_voxels = reader.store.grid.n_voxels
-        self.feature_dim = reader.store.attrs["teacher"]["dim"]
-        self.files: dict[str, int] = {}
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
-        """A sample of the shapes of the real one, but of compressed bytes."""
-        i = self.frames[position]
-        read = {name: self._pread(*self.ranges[i][name]) for name in ARRAYS}
-        features = read["features"][: len(read["features"]) // self.feature_dim * self.feature_dim]
-        return {
-            "frame": int(i),
-            "grid_voxels": self.grid_voxels,
-            "features": features.reshape(-1, self.feature_dim).view(np.int8),
-            "voxel_index": read["voxel_index"],
-            "feature_cameras": read["feature_cameras"],
-            "images": decode_images(read["images"], self.offset[i], self.hw),
-            **self.rest,
-        }
-
-    def _pread(self, file: str, spans: list[tuple[int, int]]) -> np.ndarray:
-        if file not in self.files:
-            self.files[file] = os.open(file, os.O_RDONLY)
-        parts = [os.pread(self.files[file], *span) for span in spans]
-        return np.frombuffer(b"".join(parts) if len(parts) > 1 else parts[0], np.uint8)
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """A sample like the real one, but of compressed bytes."""
+        i, store = int(self.frames[position]), self.reader.store
+        sample = {"frame": i} | {name: store.per_frame[name][i] for name in ("K", "cam_T_ego")}
+        for name in ARRAYS:
+            key, ranges = store.sharded[name].ranges(i, store.n_rows(i, name))
+            with open(f"{self.reader.url}/{key}", "rb", buffering=0) as file:  # but for checksums
+                parts = [os.pread(file.fileno(), length - 4, at) for at, length in ranges]
+            sample[name] = np.frombuffer(b"".join(parts), np.uint8)
+        size, cameras = store.attrs["config"]["images"]["size"], store.attrs["cameras"]
+        offset = store.per_frame["image_offset"][i]
+        return sample | {"images": decode_images(sample["images"], offset, size, cameras)}
 
 
-def _ranges(reader: FrameReader, i: int) -> dict[str, tuple[str, list[tuple[int, int]]]]:
-    """File and (length, start) of the bytes that the reader reads for each array of frame i."""
-    table, ranges = reader.store.per_frame, {}
-    for name in ARRAYS:
-        array = reader._sharded[name]
-        rows = table["image_offset"][i, -1] if name == "images" else table["n_voxels"][i]
-        key = array._key(i)
-        entries = array._entries(key, i)[: -(-rows // array._chunk_rows)]
-        ranges[name] = (f"{reader.url}/{key}", [tuple(entry[::-1]) for entry in entries.tolist()])
-    return ranges
+class OriginalImages(FrameDataset):
+    """As without a store of images: whole JPEGs, OpenCV, INTER_AREA; the rest from the store."""
 
-
-class OriginalImages(Dataset):
-    """As without a store of images: 1600x900 JPEGs, OpenCV, INTER_AREA; the rest from the store."""
-
-    def __init__(self, dataset: FrameDataset, dataroot: Path, n: int):
-        self.frames, self.reader = dataset.frames[:n], dataset.reader
-        self.names = tuple(name for name in dataset.names if name != "images")
-        height, width = self.reader.store.attrs["config"]["images"]["size"]
-        self.size = (width, height)
-        folders = [sorted((dataroot / "samples" / camera).glob("*.jpg")) for camera in CAMERAS]
-        self.files = [tuple(map(str, files)) for files in zip(*folders, strict=False)]
+    def __init__(self, url: str, frames: np.ndarray, dataroot: str):
+        super().__init__(url, frames, ARRAYS)
+        store = open_store(url)
+        self.size = store.attrs["config"]["images"]["size"][::-1]
+        folders = [Path(dataroot) / "samples" / camera for camera in store.attrs["cameras"]]
+        self.files = list(zip(*(sorted(map(str, f.glob("*.jpg"))) for f in folders), strict=False))
         if not self.files:
-            raise click.UsageError(f"{dataroot} has no images in samples/CAM_*")
+            raise click.UsageError(f"{dataroot} has no images in samples/CAMERA")
 
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, position: int) -> dict[str, Any]:
         """A sample like the real one; for speed any of the dataset's images do."""
+        import cv2
+
         cv2.setNumThreads(1)
-        i = int(self.frames[position])
-        images = np.empty((len(CAMERAS), self.size[1], self.size[0], 3), np.uint8)
-        for image, file in zip(images, self.files[i % len(self.files)], strict=True):
+        i, images = int(self.frames[position]), []
+        for file in self.files[i % len(self.files)]:
             small = cv2.resize(cv2.imread(file), self.size, interpolation=cv2.INTER_AREA)
-            cv2.cvtColor(small, cv2.COLOR_BGR2RGB, dst=image)
-        grid_voxels = self.reader.store.grid.n_voxels
-        rest = self.reader.read(i, self.names)
-        return {"frame": i, "grid_voxels": grid_voxels, "images": images, **rest}
+            images.append(cv2.cvtColor(small, cv2.COLOR_BGR2RGB))
+        rest = self.reader.read(i, [name for name in self.names if name != "images"])
+        return {"frame": i, "images": np.stack(images)} | rest
+
+
+if __name__ == "__main__":
+    main()

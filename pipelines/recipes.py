@@ -12,13 +12,14 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from occfeat_targets.store.settings import ConfigError, Settings, did_you_mean, read_yaml
+from occfeat_targets.store.settings import ConfigError, Settings
 from occfeat_train.tasks import TASKS
 
 HERE = Path(__file__).parent
 TABLES = tuple(sorted(path.name for path in (HERE / "recipes").iterdir()))
 """``1`` to ``4`` are the paper's, ``c`` is nuScenes-C (its Figure 4), and
 ``variants`` what it leaves for later."""
+PRESETS = sorted(path.stem.removeprefix("reproduce_") for path in HERE.glob("reproduce_*.yaml"))
 
 
 class Recipe(Settings):
@@ -64,48 +65,23 @@ class Preset(Settings):
 
 
 def load_preset(name: str) -> Preset:
-    """The preset of a name.
-
-    Raises:
-        ConfigError: there is none, or it holds something impossible.
-    """
+    """The preset of a name."""
     return Preset.load(HERE / f"reproduce_{name}.yaml")
 
 
 def load_recipes(table: str, rows: tuple[str, ...]) -> dict[str, Recipe]:
-    """Recipes of a table by name, in its order: those that any pattern matches.
-
-    Args:
-        table: one of :data:`TABLES`.
-        rows: patterns such as ``bevformer-*``; a row's number counts as its name too.
+    """Recipes of a table by name, in its order: those that any of ``rows`` names, by number or by a
+    pattern such as ``bevformer-*``.
 
     Raises:
-        ConfigError: a pattern matches nothing, or a recipe holds something impossible.
+        ConfigError: there is none of that name, or a recipe holds something impossible.
     """
-    paths = sorted((HERE / "recipes" / table).glob("*.yaml"))
-    numbered = [(path, *path.stem.split("-", 1)) for path in paths]
+    names = {p: p.stem.partition("-")[2] for p in sorted((HERE / "recipes" / table).iterdir())}
+    chosen: set[Path] = set()
     for row in rows:
-        if not any(_matches(row, number, name) for _, number, name in numbered):
-            known = ", ".join(name for _, _, name in numbered)
+        found = {p for p in names if fnmatch(names[p], row) or p.name.startswith(f"{row:0>2}-")}
+        if not found:
+            known = ", ".join(names.values())
             raise ConfigError(f"table {table} has no row {row!r}; its rows are {known}")
-    return {
-        name: Recipe.load(path)
-        for path, number, name in numbered
-        if any(_matches(row, number, name) for row in rows)
-    }
-
-
-def store_settings(name: str) -> tuple[str, ...]:
-    """What is set over the main store's settings to build a store of ``stores.yaml``.
-
-    Raises:
-        ConfigError: it has no such store.
-    """
-    stores = read_yaml(HERE / "stores.yaml")
-    if name not in stores:
-        raise ConfigError(f"no store {name!r}; {did_you_mean(name, tuple(stores))}")
-    return tuple(stores[name])
-
-
-def _matches(row: str, number: str, name: str) -> bool:
-    return fnmatch(name, row) or row == str(int(number))
+        chosen |= found
+    return {name: Recipe.load(path) for path, name in names.items() if path in chosen}

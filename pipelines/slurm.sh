@@ -7,7 +7,7 @@
 # --array=1-6%1 takes one row after the other.
 #
 # Shortly before the time limit it saves, and queues itself again to go on. When all are done,
-# pipelines/reproduce.py with the same options and --report-only prints the whole table.
+# occfeat-reproduce with the same options and --report-only prints the whole table.
 # Partition, account and the like go on the sbatch line; activate the environment before it.
 #SBATCH --job-name=occfeat
 #SBATCH --nodes=1
@@ -21,7 +21,7 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 
-python pipelines/reproduce.py ${SLURM_ARRAY_TASK_ID:+--rows "$SLURM_ARRAY_TASK_ID"} "$@" &
+python -m occfeat_pipelines.reproduce ${SLURM_ARRAY_TASK_ID:+--rows "$SLURM_ARRAY_TASK_ID"} "$@" &
 child=$!
 again=false
 trap 'again=true; kill -TERM $child' TERM

@@ -3,11 +3,17 @@
 import csv
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -19,6 +25,7 @@ from occfeat_pipelines import recipes, report, reproduce
 from occfeat_pipelines.experiments import Planner, beside
 from occfeat_pipelines.recipes import HERE, TABLES, load_preset, load_recipes
 from occfeat_pipelines.report import Cell
+from occfeat_targets import cluster
 from occfeat_targets.store.schema import SEVERITIES
 from occfeat_targets.store.settings import ConfigError
 from occfeat_train.cli import main as occfeat_train
@@ -45,15 +52,17 @@ def stores(store_for, tmp_path):
     return str(tmp_path / "targets.zarr")
 
 
-def _experiments(store, table, rows=("*",), seeds=1, preset="paper", fractions=()):
-    planner = Planner(load_preset(preset), store, Path("/runs"))
-    return planner.experiments(load_recipes(table, rows), seeds, TASKS, fractions)
+def _experiments(
+    store, table, rows=("*",), seeds=1, preset="paper", tasks=TASKS, fractions=(), overrides=()
+):
+    planner = Planner(load_preset(preset), store, Path("/runs"), overrides)
+    return planner.experiments(load_recipes(table, rows), seeds, tasks, fractions)
 
 
 def _settings(training):
     """Its ``--set`` options."""
-    pairs = zip(training.options, training.options[1:], strict=False)
-    return {value for option, value in pairs if option == "--set"}
+    command = training.command()
+    return {value for option, value in pairwise(command) if option == "--set"}
 
 
 # Recipes
@@ -82,28 +91,34 @@ def test_rows_by_number_name_and_pattern():
 
 
 def test_rows_do_what_their_labels_say(stores):
-    by_name = {e.recipe: e for e in _experiments(stores, "3", fractions=(0.01,)) if e.task == "map"}
-    pretraining = {name: e.pretraining for name, e in by_name.items()}
-    assert pretraining["simplebev-none"] is pretraining["bevformer-none"] is None
+    found = _experiments(stores, "3", fractions=(0.01,), tasks=("map",))
+    by_name = {e.recipe: e for e in found}
+    pretraining = {name: e.trainings[0] for name, e in by_name.items()}
+    for name in ("simplebev-none", "bevformer-none"):
+        assert [training.job.kind for training in by_name[name].trainings] == ["finetune"]
     assert "objectives.occfeat.features=false" in _settings(pretraining["simplebev-occupancy"])
     assert "objectives.occfeat.occupancy=false" in _settings(pretraining["simplebev-features"])
     assert _settings(pretraining["simplebev-both"]) == {"run.seed=0"}
     assert "model.lift=bevformer" in _settings(pretraining["bevformer-both"])
-    assert "model.lift=bevformer" in _settings(by_name["bevformer-both"].finetuning)
-    options = by_name["simplebev-none"].finetuning.options
-    assert options[-6:] == ("--task", "map", "--fraction", "0.01", "--init", "none")
+    assert "model.lift=bevformer" in _settings(by_name["bevformer-both"].trainings[-1])
+    (finetuning,) = by_name["simplebev-none"].trainings
+    command = finetuning.command()
+    assert command[:5] == ["finetune", "--store", stores, "--config", "paper"]
+    assert command[-8:-2] == ["--task", "map", "--fraction", "0.01", "--init", "none"]
+    assert command[-2:] == ["--run-dir", str(finetuning.path)]
 
 
 def test_a_finer_image_is_finetuned_from_a_coarse_pretraining_on_a_store_of_its_own(stores):
     (e,) = _experiments(stores, "2", ("448-occfeat-100-at-224",), fractions=(0.1,))
-    assert not any("image_size" in text for text in _settings(e.pretraining))
-    assert e.pretraining.store.endswith("/targets.zarr")
-    assert "model.image_size=[448,800]" in _settings(e.finetuning)
-    assert e.finetuning.store.endswith("/targets-576x1024.zarr")
+    pretraining, finetuning = e.trainings
+    assert not any("image_size" in text for text in _settings(pretraining))
+    assert pretraining.job.store.endswith("/targets.zarr")
+    assert "model.image_size=[448,800]" in _settings(finetuning)
+    assert finetuning.job.store.endswith("/targets-576x1024.zarr")
 
 
 def test_the_weight_of_the_feature_loss(stores):
-    weights = [_settings(e.pretraining) - {"run.seed=0"} for e in _experiments(stores, "4")]
+    weights = [_settings(e.trainings[0]) - {"run.seed=0"} for e in _experiments(stores, "4")]
     values = ("0.0001", "0.001", None, "0.1", "1")
     rest = [{f"objectives.occfeat.feature_weight={v}"} if v else set() for v in values]
     assert weights == [{"objectives.occfeat.features=false"}, *rest]
@@ -111,10 +126,9 @@ def test_the_weight_of_the_feature_loss(stores):
 
 def test_what_tables_have_in_common_is_one_run(stores):
     def paths(table, row):
-        (e,) = [
-            e for e in _experiments(stores, table, (row,), fractions=(0.01,)) if e.task == "vehicle"
-        ]
-        return e.pretraining and e.pretraining.path, e.finetuning.path
+        only = {"fractions": (0.01,), "tasks": ("vehicle",)}
+        (e,) = _experiments(stores, table, (row,), **only)
+        return [training.path for training in e.trainings]
 
     assert paths("1", "simplebev-enb0-none") == paths("2", "224-none") == paths("3", "1")
     assert paths("1", "simplebev-enb0-occfeat") == paths("3", "simplebev-both")
@@ -125,17 +139,16 @@ def test_what_tables_have_in_common_is_one_run(stores):
 
 def test_what_differs_is_another_run(stores):
     everything = [e for table in ("1", "3") for e in _experiments(stores, table, seeds=2)]
-    finetunings = {e.finetuning.path for e in everything}
+    finetunings = {e.trainings[-1].path for e in everything}
     # Of Table 3 only L_occ and L_feat of SimpleBEV and L_occ of BEVFormer are not in Table 1.
     assert len(finetunings) == 2 * (60 + 3 * 2)
-    assert len({e.pretraining.path for e in everything if e.pretraining}) == 2 * (7 + 3)
+    assert len({e.trainings[0].path for e in everything} - finetunings) == 2 * (7 + 3)
 
 
 def test_a_setting_for_all_runs_makes_others_where_it_counts(stores):
     def paths(*overrides):
-        planner = Planner(load_preset("paper"), stores, Path("/runs"), overrides)
-        (e,) = planner.experiments(load_recipes("4", ("1",)), 1, TASKS, ())
-        return e.pretraining.path, e.finetuning.path
+        (e,) = _experiments(stores, "4", ("1",), overrides=overrides)
+        return [training.path for training in e.trainings]
 
     plain = paths()
     assert paths("data.workers=1", "run.precision=float32") == plain
@@ -148,20 +161,21 @@ def test_a_run_goes_on_with_the_settings_of_now_that_change_no_result(stores, tm
     overrides = ("data.workers=1", "model.channels=64")
     planner = Planner(load_preset("paper"), stores, tmp_path, overrides)
     (e,) = planner.experiments(load_recipes("4", ("1",)), 1, TASKS, ())
-    here = ["--store", stores, "--run-dir", str(e.pretraining.path), "--set", "data.workers=1"]
-    assert "model.channels=64" in e.pretraining.command()
-    e.pretraining.path.mkdir()
-    (e.pretraining.path / "run.json").write_text("{}")
-    assert e.pretraining.command() == ["pretrain", "--resume", *here]
-    assert e.pretraining.evaluation("x") == ["evaluate", *here, "--corrupted", "x"]
+    pretraining = e.trainings[0]
+    here = ["--store", stores, "--run-dir", str(pretraining.path), "--set", "data.workers=1"]
+    assert "model.channels=64" in pretraining.command()
+    pretraining.path.mkdir()
+    (pretraining.path / "run.json").write_text("{}")
+    assert pretraining.command() == ["pretrain", "--resume", *here]
+    assert pretraining.evaluation("x") == ["evaluate", *here, "--corrupted", "x"]
 
 
 def test_the_miniature_s_fraction_stands_for_the_paper_s(store_for):
     store = str(store_for["miniature"])
     (e,) = _experiments(store, "3", ("1",), preset="miniature", fractions=(0.01,))[:1]
-    assert (e.fraction, e.used) == (0.01, 0.1)
-    assert reproduce._column(e) == "vehicle, 1 % (here 10 %)"
-    assert e.finetuning.options[-3] == "0.1"
+    assert e.trainings[-1].job.fraction == 0.1
+    assert e.column == "vehicle, 1 % (here 10 %)"
+    assert ("--fraction", "0.1") in pairwise(e.trainings[-1].command())
 
 
 def test_a_store_of_another_preset_is_refused(tiny_store, store_for):
@@ -174,7 +188,7 @@ def test_a_missing_store_says_how_to_build_it(store_for, tmp_path):
     with pytest.raises(ConfigError, match=r"m\.zarr --config miniature"):
         _experiments(str(tmp_path / "m.zarr"), "3", preset="miniature")
     (tmp_path / "t.zarr").symlink_to(store_for["paper"])
-    with pytest.raises(ConfigError, match=r"build .*t-sweeps-10\.zarr .*--set 'lidar.sweeps=10'"):
+    with pytest.raises(ConfigError, match=r"build .*t-sweeps-10\.zarr .*--set lidar.sweeps=10"):
         _experiments(str(tmp_path / "t.zarr"), "variants", ("sweeps-10",))
 
 
@@ -197,15 +211,15 @@ def test_impossible_recipes(tmp_path, monkeypatch, values, message):
 # Reports
 
 CELLS = [
-    Cell("none", "vehicle, 1 %", 13.7, (10.0, 12.0, 17.0)),
-    Cell("both", "vehicle, 1 %", None, (20.25,)),
-    Cell("none", "map, 1 %", 20.1, ()),
+    Cell("none", "vehicle, 1 %", 13.7, [10.0, 12.0, 17.0]),
+    Cell("both", "vehicle, 1 %", None, [20.25]),
+    Cell("none", "map, 1 %", 20.1, []),
 ]
 
 
 def test_report_as_text():
     """13 and its deviation are by hand: squares 9 + 1 + 16 over n - 1 = 2."""
-    lines = [" ".join(line.split()) for line in report.as_text(CELLS).splitlines()]
+    lines = [" ".join(line.split()) for line in report.text(CELLS).splitlines()]
     assert lines[1:] == [
         "none vehicle, 1 % 13.7 13.0 ± 3.6 (3) -0.7",
         "both vehicle, 1 % - 20.2 (1) -",
@@ -213,8 +227,9 @@ def test_report_as_text():
     ]
 
 
-def test_report_as_csv():
-    rows = list(csv.DictReader(report.as_csv(CELLS).splitlines()))
+def test_report_as_csv(tmp_path):
+    report.write_csv(CELLS, tmp_path / "table.csv")
+    rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
     assert rows[0] == {
         "row": "none",
         "column": "vehicle, 1 %",
@@ -242,13 +257,16 @@ def test_report_as_figure(tmp_path):
     [(16, 0, 1), (16, 1, 1), (16, 3, 2), (16, 6, 4), (6, 8, 6), (6, 4, 3), (0, 5, 5), (0, 0, 1)],
 )
 def test_as_many_gpus_as_divide_the_batch(batch, gpus, processes):
-    assert reproduce.processes_for(batch, gpus) == processes
+    command = reproduce.launcher(batch, gpus)
+    assert command[-2:] == ["-m", "occfeat_train"]
+    assert (f"--nproc-per-node={processes}" in command) == (processes > 1)
+    assert ("torch.distributed.run" in command) == (processes > 1)
 
 
 def test_a_run_at_which_another_is_can_be_waited_for_and_the_waiting_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "LOOK_AGAIN_S", 0.01)
     said = []
-    other, ours = (reproduce.Machine(1, tmp_path, said.append) for _ in range(2))
+    other, ours = (reproduce.Machine(1, [], tmp_path, said.append) for _ in range(2))
     entered = threading.Event()
 
     def enter():
@@ -266,6 +284,90 @@ def test_a_run_at_which_another_is_can_be_waited_for_and_the_waiting_stopped(tmp
             ours.stop()
             with pytest.raises(reproduce.Stopped):
                 waiting.result(timeout=10)
+
+
+def _machine(tmp_path, monkeypatch, code, jobs=2):
+    """A machine on which every command is a Python program."""
+    monkeypatch.setattr(reproduce, "launcher", lambda *_: [sys.executable, "-c", code])
+    return reproduce.Machine(jobs, [], tmp_path, lambda _: None)
+
+
+def test_a_failure_names_command_and_log(tmp_path, monkeypatch):
+    machine = _machine(tmp_path, monkeypatch, "raise SystemExit('no such store')")
+    with pytest.raises(reproduce.Failed, match=r"status 1; its output is in .*one\.txt: .*x y"):
+        machine.run(["x y"], 1, "one")
+    assert (tmp_path / "one.txt").read_text() == "no such store\n"
+
+
+def test_gpus_and_cores_are_shared_out(tmp_path, monkeypatch):
+    code = "import os, time; e = os.environ; print(e.get('CUDA_VISIBLE_DEVICES'), flush=True)"
+    for gpus, shares in ((["3", "5", "7"], {"3,7", "5"}), ([], {"None"})):
+        out = tmp_path / str(len(gpus))
+        out.mkdir()
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setattr(reproduce, "launcher", lambda *_: [sys.executable, "-c", code])
+        machine = reproduce.Machine(2, gpus, out, lambda _: None)
+        for log in ("a", "b"):
+            machine.run([], 1, log)
+        assert {path.read_text().strip() for path in out.glob("*.txt")} == shares
+
+
+@dataclass
+class Endless:
+    """Stands for an experiment whose training does not end."""
+
+    path: Path
+
+    job = SimpleNamespace(plan=SimpleNamespace(batch=1))
+
+    @property
+    def trainings(self):
+        return (self,)
+
+    def result(self, _corrupted):
+        return {}
+
+    def is_finished(self):
+        return False
+
+    def command(self):
+        return [self.path.name]
+
+
+SLEEPS = """
+import sys, time
+print("here", flush=True)
+time.sleep(60 * (sys.argv[1] != "bad"))
+raise SystemExit(1)
+"""
+
+
+def test_sigterm_stops_everything(tmp_path, monkeypatch):
+    machine = _machine(tmp_path, monkeypatch, SLEEPS)
+    experiments = [Endless(tmp_path / name) for name in "abc"]
+
+    def interrupt():
+        while len([p for p in tmp_path.glob("*.txt") if p.read_text()]) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=interrupt).start()
+    started = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.run_all(experiments, machine, None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert time.monotonic() - started < 30
+    assert sorted(path.stem for path in tmp_path.glob("*.txt")) == ["a", "b"]  # c never began
+
+
+def test_the_error_that_stopped_the_others_is_the_one_reported(tmp_path, monkeypatch):
+    machine = _machine(tmp_path, monkeypatch, SLEEPS)
+    experiments = [Endless(tmp_path / name) for name in ("endless", "bad")]
+    with pytest.raises(reproduce.Failed, match=r"bad\.txt"):
+        reproduce.run_all(experiments, machine, None)
 
 
 class InThisThread:
@@ -292,95 +394,114 @@ class InThisThread:
         pass
 
 
-@pytest.fixture
-def reproduction(store_for, tmp_path, monkeypatch):
-    """``reproduce(...)`` on the tiny store with ``occfeat-train`` in this process; its commands."""
-    commands = []
+QUICK = [f"--set={text}" for text in (*SMALL, "pretrain.epochs=1", "finetune.epochs=1")]
+"""Three steps each, saved each time: a run can be taken back to the middle."""
+BOTH = ("--table", "3", "--rows", "simplebev-both", "--task", "vehicle")
+NONE = ("--table", "3", "--rows", "simplebev-none", "--task", "vehicle")
 
-    def call(self, command, where, log):
+
+class Reproduction:
+    """``reproduce`` on the tiny store with ``occfeat-train`` in this process."""
+
+    def __init__(self, store_for, out, monkeypatch):
+        self.store_for, self.out, self.commands = store_for, out, []
+        monkeypatch.setattr(reproduce.Machine, "_call", self._call)
+        monkeypatch.setattr(reproduce, "ThreadPoolExecutor", InThisThread)
+
+    def _call(self, command, _where, _log):
         assert "torch.distributed.run" not in command  # no GPU, one process
         arguments = command[command.index("occfeat_train") + 1 :]
-        commands.append(arguments)
+        self.commands.append(arguments[0])
         result = CliRunner().invoke(occfeat_train, arguments)
         if result.exit_code:
             raise reproduce.Stopped(result.output)
 
-    monkeypatch.setattr(reproduce.Machine, "_check_call", call)
-    monkeypatch.setattr(reproduce, "ThreadPoolExecutor", InThisThread)
-    settings = [text for setting in SMALL for text in ("--set", setting)]
-
-    def run(*arguments, code=0):
-        commands.clear()
-        store = store_for["miniature" if "miniature" in arguments else "paper"]
-        fixed = ["--store", str(store), "--out", str(tmp_path / "out"), *settings]
+    def __call__(self, *arguments, code=0):
+        """Output and kinds of commands run."""
+        self.commands.clear()
+        store = self.store_for["miniature" if "miniature" in arguments else "paper"]
+        fixed = ["--store", str(store), "--out", str(self.out), *QUICK]
         result = CliRunner().invoke(reproduce.main, [*fixed, *arguments])
         assert result.exit_code == code, result.output
-        return result.output, [c[0] for c in commands]
-
-    return run
+        return result.output, list(self.commands)
 
 
-def test_a_table_is_run_once_and_reported(reproduction, tmp_path):
-    options = ("--table", "3", "--rows", "simplebev-both", "--task", "vehicle")
-    output, commands = reproduction(*options, "--rows", "simplebev-none")
+@pytest.fixture(scope="module")
+def finished(store_for, tmp_path_factory):
+    """A folder with two rows of table 3, and what was said and run; read-only by agreement."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run = Reproduction(store_for, out, monkeypatch)
+        return out, *run(*BOTH, "--rows", "simplebev-none")
+
+
+@pytest.fixture
+def reproduction(store_for, tmp_path, monkeypatch):
+    """Runs in an empty folder."""
+    return Reproduction(store_for, tmp_path / "out", monkeypatch)
+
+
+@pytest.fixture
+def later(finished, reproduction):
+    """Runs in a copy of the finished folder, as moving it changes no name."""
+    shutil.copytree(finished[0], reproduction.out)
+    return reproduction
+
+
+def test_a_table_is_run_once_and_reported(finished):
+    out, output, commands = finished
     assert commands == ["finetune", "evaluate", "pretrain", "finetune", "evaluate"]
-    rows = list(csv.DictReader((tmp_path / "out/table-3-paper.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((out / "table-3-paper.csv").read_text().splitlines()))
     assert [row["paper"] for row in rows] == ["13.70", "24.30"]
     for row, line in zip(rows, output.splitlines()[-5:], strict=False):
         assert row["row"] in output and row["seeds"] == "1", line
     (none, both) = (float(row["mean"]) for row in rows)
     found = {
         json.loads(path.read_text())["init"]: json.loads(path.read_text())["rows"]
-        for path in (tmp_path / "out").glob("finetune-*/result.json")
+        for path in out.glob("finetune-*/result.json")
     }
     assert found.pop(None)["visible"]["iou"] == none
     (pretrained,) = found.values()
     assert pretrained["visible"]["iou"] == both
-    assert (tmp_path / "out/table-3-paper.png").exists()
+    assert (out / "table-3-paper.png").exists()
 
-    assert reproduction(*options)[1] == []
+
+def test_what_is_there_is_not_done_again(later):
+    assert later(*BOTH)[1] == []
     # A second seed, and another table that shares the pretraining.
-    assert reproduction(*options, "--seeds", "2")[1] == ["pretrain", "finetune", "evaluate"]
+    assert later(*BOTH, "--seeds", "2")[1] == ["pretrain", "finetune", "evaluate"]
     shared = ("--table", "1", "--rows", "simplebev-enb0-occfeat", "--fraction", "0.1")
-    assert reproduction(*shared, "--task", "vehicle")[1] == ["finetune", "evaluate"]
+    assert later(*shared, "--task", "vehicle")[1] == ["finetune", "evaluate"]
 
 
-def test_an_unfinished_run_goes_on(reproduction, tmp_path):
-    options = ("--table", "3", "--rows", "simplebev-both", "--task", "vehicle")
-    reproduction(*options)
-    out = tmp_path / "out"
-    (pretraining,) = out.glob("pretrain-*0")
+def test_an_unfinished_run_goes_on(later):
+    (pretraining,) = later.out.glob("pretrain-*0")
     whole = Run(pretraining).load()[1]
     last = max(pretraining.glob("checkpoint-*.json"))
     last.with_suffix(".pt").unlink()
     last.unlink()
-    for path in out.glob("finetune-*/*"):
+    for path in later.out.glob("finetune-*/*"):
         path.unlink()
     assert not Run(pretraining).is_finished()
-    assert reproduction(*options)[1] == ["pretrain", "finetune", "evaluate"]
+    assert later(*BOTH)[1] == ["pretrain", "finetune", "evaluate"]
     assert Run(pretraining).load()[1] == whole
 
 
 def test_a_failure_stops_with_its_message(reproduction):
-    options = ("--table", "3", "--rows", "simplebev-both", "--task", "vehicle")
-    output, commands = reproduction(*options, "--set", "pretrain.batch=1000", code=1)
+    output, commands = reproduction(*BOTH, "--set", "pretrain.batch=1000", code=1)
     assert "do not fill one step" in output or "1000" in output
     assert commands == ["pretrain"]
     assert "SimpleBEV, L_occ + L_feat" in output  # the table, as far as it is
 
 
-def test_the_result_of_half_a_training_is_not_taken(reproduction, tmp_path):
-    options = ("--table", "3", "--rows", "simplebev-none", "--task", "vehicle")
-    reproduction(*options)
-    (path,) = (tmp_path / "out").glob("finetune-*/result.json")
-    result = json.loads(path.read_text())
-    path.write_text(json.dumps(result | {"finished": False}))
-    assert (
-        reproduction(*options, "--report-only")[0]
-        .splitlines()[1]
-        .endswith("13.7     -           -")
-    )
-    assert reproduction(*options)[1] == ["evaluate"]
+def test_the_result_of_half_a_training_is_not_taken(later):
+    paths = later.out.glob("finetune-*/result.json")
+    results = {path: json.loads(path.read_text()) for path in paths}
+    (path,) = [path for path, result in results.items() if result["init"] is None]
+    path.write_text(json.dumps(results[path] | {"finished": False}))
+    line = later(*NONE, "--report-only")[0].splitlines()[1]
+    assert line.endswith("13.7     -           -")
+    assert later(*NONE)[1] == ["evaluate"]
 
 
 def test_corrupted_images_that_come_later_are_evaluated_too(reproduction, tmp_path):
@@ -413,7 +534,7 @@ def test_a_missing_weights_file_is_found_before_any_work(reproduction):
 
 
 def test_the_miniature_runs_on_a_single_gpu(reproduction, monkeypatch):
-    monkeypatch.setattr(reproduce.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(cluster, "visible_gpus", lambda: ["0"])
     options = ("--table", "3", "--preset", "miniature", "--rows", "simplebev-none", "--seeds", "1")
     assert reproduction(*options)[1] == ["finetune", "evaluate"]
     assert "--jobs 2 is more" in reproduction(*options, "--jobs", "2", code=1)[0]
@@ -433,23 +554,38 @@ def test_reporting_alone_runs_nothing(reproduction):
 
 
 def test_real_processes_two_at_a_time_under_slurm(store_for, tmp_path):
-    """The Slurm script's row of the table, with commands as they are, and a failure's log."""
-    settings = [text for setting in SMALL for text in ("--set", setting)]
+    """The Slurm script's row of the table, with commands as they are."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {"PATH": path, "SLURM_ARRAY_TASK_ID": "1", "SLURM_SUBMIT_DIR": str(HERE.parent)}
-
-    def run(*more):
-        command = ["bash", HERE / "slurm.sh", "--table", "3", *settings]
-        command += ["--store", store_for["paper"]]
-        command += ["--out", tmp_path, "--task", "vehicle", *more]
-        return subprocess.run(
-            command, env=os.environ | environment, capture_output=True, text=True, timeout=240
-        )
-
-    failed = run("--jobs", "2", "--set", "finetune.batch=1000")
-    assert failed.returncode == 1
-    (log,) = tmp_path.glob("finetune-*.txt")
-    assert str(log) in failed.stderr and "1000" in log.read_text()
-    done = run("--jobs", "2", "--seeds", "2")
+    environment = {"PATH": path, "SLURM_ARRAY_TASK_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    command = ["bash", HERE / "slurm.sh", "--table", "3", "--task", "vehicle", *QUICK]
+    command += ["--store", store_for["paper"], "--jobs", "2", "--seeds", "2"]
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     assert "SimpleBEV, no pretraining" in done.stdout and "(2)" in done.stdout
+    assert len(list((tmp_path / "reproduction").glob("finetune-*.txt"))) == 2
+
+
+def test_installed_anywhere_it_has_all_it_needs(store_for, tmp_path, pytestconfig):
+    """By pip, without the clone."""
+    root, source, site = pytestconfig.rootpath, tmp_path / "source", tmp_path / "site"
+    skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("occfeat_targets", "occfeat_train", "pipelines"):
+        shutil.copytree(root / name, source / name, ignore=skip)
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, source)
+    pip = ["pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    python, run = [sys.executable, "-m"], {"check": True, "text": True, "capture_output": True}
+    subprocess.run([*python, *pip, "--no-compile", "--target", site, source], **run)
+    run |= {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(site)}}
+    module = [*python, "occfeat_pipelines.reproduce"]
+    assert "--report-only" in subprocess.run([*module, "--help"], **run).stdout
+    options = ["--table", "4", "--report-only", "--store", store_for["paper"]]
+    done = subprocess.run([*module, *options], **run)
+    assert done.stdout.count("lambda = ") == 6
+    for name in ("occfeat_targets", "occfeat_train", "pipelines"):
+        wanted = {p.relative_to(source / name) for p in (source / name).rglob("*.*ml")}
+        installed = site / name.replace("pipelines", "occfeat_pipelines")
+        assert wanted <= {p.relative_to(installed) for p in installed.rglob("*")}
+    assert "occfeat-reproduce" in {path.name for path in (site / "bin").iterdir()}

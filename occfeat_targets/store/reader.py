@@ -85,6 +85,11 @@ class TargetStore:
         """Frame i for messages: number, scene, sample."""
         return f"frame {i} ({self.scene(i)}, sample {self.token(i)})"
 
+    def n_rows(self, i: int, name: str) -> int | None:
+        """Rows that frame i has of a ragged array; None for one that is not."""
+        counter = self.specs[name].rows
+        return int(np.ravel(self.per_frame[counter][i])[-1]) if counter else None
+
     def read(self, i: int, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Arrays of frame i, without frame axis, trimmed to the rows that it has. Raises
         StoreError, naming the frame, for an array that the store lacks, a frame that failed in the
@@ -111,9 +116,7 @@ class TargetStore:
             raise StoreError(f"the store has no {name!r}, it was built without")
         if name in self.per_frame:
             return self.per_frame[name][i]
-        counter = self.specs[name].rows
-        rows = int(np.ravel(self.per_frame[counter][i])[-1]) if counter else None
-        return self.sharded[name].read(i, rows)
+        return self.sharded[name].read(i, self.n_rows(i, name))
 
     def _whole(self, spec: ArraySpec) -> np.ndarray:
         try:

@@ -106,6 +106,11 @@ class ShardedArray:
                 raise StoreError(f"{self.url}/{key} is damaged: {error}") from error
         return out.reshape(-1, *self.shape[2:])[:rows]
 
+    def ranges(self, i: int, n: int) -> tuple[str, Ranges]:
+        """Where the first n rows of frame i are: a file below the store, and byte ranges in it."""
+        key = self._key(i)
+        return key, self._entries(key, i)[: -(-n // self._chunk_rows)].tolist()
+
     def _key(self, i: int) -> str:
         """The shard of frame i, as a path below the store."""
         shard = (int(i) // self._frames,) + (0,) * (len(self.shape) - 1)

@@ -44,6 +44,16 @@ class Task(Objective):
         raise NotImplementedError
 
 
+def as_columns(lines: list[list[str]], left: int = 1) -> str:
+    """Cells (the first line is the heading) as a table: the first ``left`` columns to the left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = [
+        [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(pairs)]
+        for pairs in (zip(line, widths, strict=True) for line in lines)
+    ]
+    return "\n".join("  ".join(row) for row in rows)
+
+
 def as_text(value: float | None) -> str:
     """A number in per cent for people."""
     return "-" if value is None else f"{value:.1f}"
