@@ -2,7 +2,7 @@
 # make targets NUSCENES=/data/sets/nuscenes [VERSION=v1.0-trainval] [STORE=/fast/targets.zarr]
 #              [TEACHER=DIR or hub id] [WORKERS=8] [SCHEDULER=tcp://host:8786]
 # make miniature                     the paper's Table 3 on a demo world
-# make test                          the tests
+# make test                          the tests; make quick: the pure parts, in a minute
 # make lint · make format
 # Each installs into .venv first if need be; PYTHON=python3.11 chooses the interpreter.
 
@@ -16,7 +16,7 @@ installed := $(VENV)/.installed
 options := $(if $(VERSION),--version $(VERSION)) $(if $(TEACHER),--teacher $(TEACHER)) \
 	$(if $(WORKERS),--workers $(WORKERS)) $(if $(SCHEDULER),--scheduler $(SCHEDULER))
 
-.PHONY: install targets miniature test lint format
+.PHONY: install targets miniature test quick lint format
 .DEFAULT_GOAL := targets
 
 install: $(installed)
@@ -43,8 +43,14 @@ miniature: $(installed)
 	$(bin)/python pipelines/reproduce.py --table 3 --preset miniature
 
 # One thread each: threads of one test would only get in the way of another's.
+pytest := OMP_NUM_THREADS=1 $(bin)/python -m pytest \
+	--numprocesses logical --maxprocesses 4 --dist worksteal
+
 test: $(installed)
-	OMP_NUM_THREADS=1 $(bin)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+	$(pytest)
+
+quick: $(installed)
+	$(pytest) -m 'not slow'
 
 lint: $(installed)
 	$(bin)/ruff check .

@@ -1,14 +1,12 @@
 """The build: dataroot to finished store, resumed wherever it was left."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from occfeat_targets import writer
 from occfeat_targets.cluster import Executor
@@ -19,7 +17,6 @@ from occfeat_targets.sources.base import Dataset, FrameRecord, SourceError
 from occfeat_targets.store.schema import MAX_CAMERAS
 from occfeat_targets.store.settings import differences
 from occfeat_targets.teachers.base import TeacherError
-from occfeat_targets.writer import BlockJob, BlockResult
 
 _MAX_FAULTS_SHOWN = 20
 
@@ -32,23 +29,17 @@ def prepare(
     dataroot: Path, url: str, version: str | None, config: TargetsConfig, overwrite: bool
 ) -> Dataset:
     """All that can go wrong before any work: read the tables, check the files, begin the store.
-
-    Raises:
-        SourceError: the dataset is unusable or has faults (all listed).
-        StoreError: the store's place can't be used.
-    """
+    Raises SourceError if the dataset is unusable or has faults (all listed), and StoreError if the
+    store's place can't be used."""
     dataset = read_dataset(dataroot, version, config)
     check_records(dataset, config)
-    begin(url, config, dataset, overwrite)
+    writer.begin(url, config, dataset, overwrite)
     return dataset
 
 
 def read_dataset(dataroot: Path, version: str | None, config: TargetsConfig) -> Dataset:
-    """Read the tables.
-
-    Raises:
-        SourceError: the dataset is unusable. ConfigError: there is no such source.
-    """
+    """Read the tables. Raises SourceError if the dataset is unusable, and ConfigError if there is
+    no such source."""
     name, source = source_of(config.source, Path(dataroot))
     mode, sweeps = config.map.mode, config.lidar.sweeps
     dataset = source.read(Path(dataroot), version, config.frames, sweeps, mode)
@@ -58,12 +49,9 @@ def read_dataset(dataroot: Path, version: str | None, config: TargetsConfig) -> 
 
 
 def check_records(dataset: Dataset, config: TargetsConfig) -> None:
-    """Before any work: files are there and sound by size or header, calibration is sane, maps
-    can be read, and nothing outgrows its room in the store.
-
-    Raises:
-        SourceError: listing all faults at once, each with scene, sample and file.
-    """
+    """Before any work: files are there and sound by size or header, calibration is sane, maps can
+    be read, and nothing outgrows its room in the store. Raises SourceError, listing all faults at
+    once, each with scene, sample and file."""
     outputs = make_outputs(config, layout_of(config, vars(dataset), 0))
 
     def faults_of(record: FrameRecord) -> list[str]:
@@ -73,12 +61,10 @@ def check_records(dataset: Dataset, config: TargetsConfig) -> None:
         return [f"{record}: {fault}" for fault in found]
 
     records = dataset.records
-    with ThreadPoolExecutor(16) as pool:  # waits for storage, not for the processor
-        results = pool.map(faults_of, records)
-        progress = tqdm(
-            results, total=len(records), desc="checking files", unit="frame", disable=None
-        )
-        faults = [fault for found in progress for fault in found]
+    found = thread_map(  # the threads wait for storage, not for the processor
+        faults_of, records, max_workers=16, desc="checking files", unit="frame", disable=None
+    )
+    faults = [fault for each in found for fault in each]
     for path, name in sorted({(r.map_path, r.source) for r in records if r.map_path}):
         try:
             SOURCES(name)().read_map(path)
@@ -93,34 +79,15 @@ def check_records(dataset: Dataset, config: TargetsConfig) -> None:
         )
 
 
-def begin(url: str, config: TargetsConfig, dataset: Dataset, overwrite: bool) -> None:
-    """Begin the store, or check that the one there is this very build's.
-
-    Raises:
-        StoreError: the store's place can't be used.
-    """
-    writer.begin(url, config, dataset, overwrite)
-    writer.sweep_litter(url)
-
-
 def build(
     url: str, config: TargetsConfig, dataset: Dataset, executor: Executor, skip_errors: bool = False
 ) -> dict[int, str]:
-    """Write all blocks that are not done yet and finish the store.
+    """Write all blocks that are not done yet and finish the store, after :func:`prepare`.
 
-    Args:
-        url: the store, after :func:`prepare`.
-        config: its settings.
-        dataset: from :func:`prepare`.
-        executor: where blocks are computed.
-        skip_errors: finish the other frames when one fails; else stop after the running blocks.
-
-    Returns:
-        Frames that failed (with ``skip_errors``): index to message.
-
-    Raises:
-        BuildStopped: a frame or block failed; run the same command again to continue.
-        TeacherError, ConfigError, StoreError: from the workers' side of the set-up.
+    With ``skip_errors`` the other frames are finished when one fails; else it stops after the
+    running blocks. Returns the frames that failed then, index to message. Raises BuildStopped if a
+    frame or block failed (run the same command again to continue), and TeacherError, ConfigError or
+    StoreError from the workers' side of the set-up.
     """
     # Loads the teacher on all workers at once, and finds out if they have different ones.
     teacher, *others = executor.everywhere(writer.describe_teacher, config)
@@ -131,13 +98,7 @@ def build(
     writer.set_teacher(url, config, teacher)
     jobs = writer.plan(url, config, dataset.records, teacher, skip_errors)
     problems: list[str] = []
-
-    def until_trouble() -> Iterator[BlockJob]:
-        for job in jobs:
-            if problems:
-                return
-            yield job
-
+    until_trouble = takewhile(lambda job: not problems, jobs)
     todo = sum(len(job.records) for job in jobs)
     with tqdm(
         total=len(dataset.records),
@@ -146,11 +107,10 @@ def build(
         unit="frame",
         mininterval=0.1 if sys.stderr.isatty() else 30,  # a line now and then in a log file
     ) as progress:
-        for job, result in executor.run(writer.write_block, until_trouble()):
-            if isinstance(result, BlockResult):
-                progress.update(result.n_frames)
-                if not skip_errors:
-                    problems += result.failed.values()
+        for job, result in executor.run(writer.write_block, until_trouble):
+            if isinstance(result, dict):
+                progress.update(len(job.records))
+                problems += [] if skip_errors else result.values()
             else:
                 problems.append(f"block {job.index} ({job.records[0]} …): {result}")
     if problems:

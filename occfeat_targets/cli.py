@@ -1,13 +1,7 @@
 """The ``occfeat-targets`` command: nuScenes dataroot to targets store.
 
-    occfeat-targets demo-data demo-world              # a synthetic drive, if you have no nuScenes
-    occfeat-targets build demo-world targets.zarr --teacher random:0
-    occfeat-targets info targets.zarr
-    occfeat-targets verify targets.zarr
-    occfeat-targets view targets.zarr --frame 0
-    occfeat-targets corrupt demo-world targets.zarr corrupted    # nuScenes-C, for evaluation
-
-Commands are thin: they parse, call one function and turn errors into one message.
+Commands are thin: they parse, call one function and turn errors into one message. What they need is
+imported where it is used: ``--help`` stays quick.
 """
 
 from __future__ import annotations
@@ -32,7 +26,8 @@ EXIT_INTERRUPTED = 130
 EXIT_SKIPPED = 3
 """The store is finished, but some frames were left out (``--on-error skip``)."""
 
-dataroot_argument = click.argument("dataroot", type=click.Path(path_type=Path))
+path_type = click.Path(path_type=Path)
+dataroot_argument = click.argument("dataroot", type=path_type)
 store_argument = click.argument("store")
 
 
@@ -50,7 +45,6 @@ settings_options = _together(
     click.option(
         "--config",
         default="nuscenes",
-        show_default=True,
         metavar="FILE.yaml|PRESET",
         help="Settings: a file, or a preset by name (nuscenes, demo, miniature). nuscenes lists "
         "all of them: occfeat-targets settings.",
@@ -76,7 +70,6 @@ on_error_option = click.option(
     "--on-error",
     type=click.Choice(["stop", "skip"]),
     default="stop",
-    show_default=True,
     help=f"A frame fails: stop after the running blocks, or leave it out (exit {EXIT_SKIPPED}).",
 )
 
@@ -99,23 +92,25 @@ def _one_message() -> Iterator[None]:
         sys.exit(EXIT_INTERRUPTED)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(context_settings=CONTEXT)
 @click.version_option(__version__, package_name="occfeat")
 def main() -> None:
     """Make OccFeat pretraining targets: lidar occupancy + image features per voxel, in Zarr."""
 
 
 @main.command("demo-data")
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--scenes", default=4, show_default=True, help="Number of scenes, 2 or more.")
-@click.option("--samples", default=10, show_default=True, help="Keyframes per scene.")
-@click.option("--seed", default=0, show_default=True, help="Same seed, same bytes.")
+@click.argument("out", type=path_type)
+@click.option("--scenes", default=4, help="Number of scenes, 2 or more.")
+@click.option("--samples", default=10, help="Keyframes per scene.")
+@click.option("--seed", default=0, help="Same seed, same bytes.")
 @click.option(
     "--version",
     "dataset_version",
     type=click.Choice(["v1.0-mini", "v1.0-trainval"]),
     default="v1.0-mini",
-    show_default=True,
     help="Whose scene names and splits to use; mini has room for 10 scenes.",
 )
 @click.option("--workers", type=int, help="Processes; default: one per core.")
@@ -156,27 +151,25 @@ def build(dataroot: Path, store: str, overwrite: bool, on_error: str, **options:
     STORE is a directory or a URL that fsspec opens (s3://…). Killed or failed builds continue
     where they were when the same command is run again (without --overwrite).
     """
-    from occfeat_targets import writer
-    from occfeat_targets.build import build as run_build
-    from occfeat_targets.build import prepare
+    from occfeat_targets import build as building
     from occfeat_targets.store.files import absolute
+    from occfeat_targets.writer import is_complete
 
     with _one_message():
-        settings = _settings(options)
-        store = absolute(store)
+        settings, store = _settings(options), absolute(store)
         if settings.teacher.name.startswith("random:"):
             click.echo(
                 f"note: teacher {settings.teacher.name} has random weights; these are not DINOv2 "
                 "features (fine for trying things out, useless for results)"
             )
-        dataset = prepare(dataroot, store, options["dataset_version"], settings, overwrite)
+        dataset = building.prepare(dataroot, store, options["dataset_version"], settings, overwrite)
         if not dataset.map_classes and settings.map.mode == "auto":
             click.echo("note: no map expansion in this dataroot, so no map labels are stored")
-        if writer.is_complete(store):
+        if is_complete(store):
             click.echo(f"{store} is complete: {len(dataset.records)} frames, nothing to do")
             return
         with _executor(options) as where:
-            failed = run_build(store, settings, dataset, where, on_error == "skip")
+            failed = building.build(store, settings, dataset, where, on_error == "skip")
     click.echo(f"{store}: {len(dataset.records)} frames, {len(failed)} failed")
     _leave_out(failed.values())
 
@@ -186,13 +179,12 @@ def _settings(options: dict[str, Any]) -> TargetsConfig:
     from occfeat_targets.config import TargetsConfig
     from occfeat_targets.store.settings import settings_file
 
-    flags = {
-        "teacher.name": options.get("teacher"),
-        "teacher.precision": options.get("precision"),
-        "frames.limit": options.get("limit"),
-        "frames.scenes": list(options.get("scenes", ())) or None,
+    keys = {"teacher": "teacher.name", "precision": "teacher.precision"}
+    keys |= {"limit": "frames.limit", "scenes": "frames.scenes"}
+    given = {
+        key: options[flag] for flag, key in keys.items() if options.get(flag) not in (None, ())
     }
-    chosen = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+    chosen = [f"{key}={json.dumps(value)}" for key, value in given.items()]
     path = settings_file(options["config"], "occfeat_targets")
     return TargetsConfig.load(path, [*options["overrides"], *chosen])
 
@@ -242,14 +234,13 @@ def corrupt(dataroot: Path, store: str, out: str, on_error: str, **options: Any)
     from occfeat_targets.corruptions import CORRUPTED
     from occfeat_targets.store.files import absolute
 
+    names = options["only"] or CORRUPTED
     with _one_message():
-        for name in options["only"]:
-            if name not in CORRUPTED:
-                raise ValueError(f"no corruption {name}; there are {', '.join(CORRUPTED)}")
+        if unknown := [name for name in names if name not in CORRUPTED]:
+            raise ValueError(f"no corruption {unknown[0]}; there are {', '.join(CORRUPTED)}")
         config, dataset = read_split(dataroot, store, options["split"])
         out, skip = absolute(out), on_error == "skip"
         with _executor(options) as where:
-            names = options["only"] or CORRUPTED
             failed = build_corrupted(config, dataset, out, names, where, skip, click.echo)
     _leave_out([f"{place}: {message}" for place, message in failed.items()])
 
@@ -266,8 +257,8 @@ def settings(config: str) -> None:
     from occfeat_targets.store.settings import settings_file
 
     with _one_message():
-        path = settings_file(config, "occfeat_targets")
-        click.echo(path.read_text(encoding="utf-8"), nl=False)
+        text = settings_file(config, "occfeat_targets").read_text(encoding="utf-8")
+    click.echo(text, nl=False)
 
 
 @main.command()
@@ -284,9 +275,8 @@ def check(dataroot: Path, **options: Any) -> None:
         settings = _settings(options)
         dataset = read_dataset(dataroot, options["dataset_version"], settings)
         check_records(dataset, settings)
-    scenes = len({record.scene for record in dataset.records})
-    frames = f"{scenes} scenes, {len(dataset.records)} keyframes"
-    click.echo(f"{dataroot}: {dataset.version}, {frames}: ok")
+    n_scenes, n = len({record.scene for record in dataset.records}), len(dataset.records)
+    click.echo(f"{dataroot}: {dataset.version}, {n_scenes} scenes, {n} keyframes: ok")
 
 
 @main.command()
@@ -304,10 +294,8 @@ def info(store: str, as_json: bool) -> None:
 @main.command()
 @store_argument
 @click.option("--recompute", default=0, metavar="K", help="Also recompute K random frames.")
-@click.option(
-    "--dataroot", type=click.Path(path_type=Path), help="Where from; needed for --recompute."
-)
-@click.option("--seed", default=0, show_default=True, help="Which random frames.")
+@click.option("--dataroot", type=path_type, help="Where from; needed for --recompute.")
+@click.option("--seed", default=0, help="Which random frames.")
 def verify(store: str, recompute: int, dataroot: Path | None, seed: int) -> None:
     """Re-read every frame of STORE and check that it is sound and consistent."""
     from occfeat_targets.verify import recompute_frames, verify_store
@@ -327,8 +315,8 @@ def verify(store: str, recompute: int, dataroot: Path | None, seed: int) -> None
 
 @main.command()
 @store_argument
-@click.option("--frame", default=0, show_default=True, help="Index of the frame.")
-@click.option("--out", type=click.Path(path_type=Path), help="Default: view-FRAME.png.")
+@click.option("--frame", default=0, help="Index of the frame.")
+@click.option("--out", type=path_type, help="Default: view-FRAME.png.")
 def view(store: str, frame: int, out: Path | None) -> None:
     """Draw one frame of STORE to a PNG: six cameras with the voxels, and the BEV."""
     from occfeat_targets.view import draw_frame

@@ -3,8 +3,6 @@
 The only module that imports dask.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import pickle
@@ -12,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -36,31 +34,19 @@ class ClusterError(RuntimeError):
     """The cluster can't be reached, or a task kills its worker every time."""
 
 
-class Executor(Protocol):
-    """Runs functions of one argument on one or many workers."""
-
-    def everywhere(self, function: Callable, argument: Any) -> list:
-        """``function(argument)`` as often as there are workers, spread over them: the results."""
-        ...
-
-    def run(self, function: Callable, jobs: Iterable) -> Iterator[tuple[Any, Any]]:
-        """``(job, result)`` or ``(job, exception)`` as jobs end.
-
-        ``jobs`` is drawn from as workers come free, so it may end early: what is running then
-        is still finished and yielded.
-        """
-        ...
-
-
 class InProcess:
     """Everything in this process, one after another: breakpoints work."""
 
     def everywhere(self, function: Callable, argument: Any) -> list:
-        """See :class:`Executor`."""
+        """``function(argument)`` as often as there are workers, spread over them: the results."""
         return [function(argument)]
 
     def run(self, function: Callable, jobs: Iterable) -> Iterator[tuple[Any, Any]]:
-        """See :class:`Executor`."""
+        """``(job, result)`` or ``(job, exception)`` as jobs end.
+
+        ``jobs`` is drawn from as workers come free, so it may end early: what is running then is
+        still finished and yielded.
+        """
         for job in jobs:
             try:
                 result = function(job)
@@ -84,20 +70,19 @@ class DaskExecutor:
         return self._n_threads
 
     def everywhere(self, function: Callable, argument: Any) -> list:
-        """See :class:`Executor`."""
+        """See :class:`InProcess`."""
         from distributed import KilledWorker
 
-        client = self._client
         # Not pinned to addresses: a worker that dies comes back under another one.
-        n = max(1, len(client.nthreads()))  # if all are being started again: waits for one
-        futures = [client.submit(function, argument, pure=False) for _ in range(n)]
+        n = max(1, len(self._client.nthreads()))  # if all are being started again: waits for one
+        futures = [self._client.submit(function, argument, pure=False) for _ in range(n)]
         try:
-            return client.gather(futures)
+            return self._client.gather(futures)
         except (KilledWorker, ImportError) as error:
             raise _readable(error) from error
 
     def run(self, function: Callable, jobs: Iterable) -> Iterator[tuple[Any, Any]]:
-        """See :class:`Executor`. A task whose worker dies is run again elsewhere."""
+        """See :class:`InProcess`. A task whose worker dies is run again elsewhere."""
         from distributed import as_completed
 
         jobs = iter(jobs)
@@ -108,10 +93,8 @@ class DaskExecutor:
             # One waiting task per thread hides the round trip; more would only hold memory.
             for job in islice(jobs, max(0, 2 * self._threads() - len(running))):
                 # One buffer instead of hundreds of small arrays: half the scheduler's time.
-                packed = pickle.dumps(job)
-                future = self._client.submit(
-                    _unpack_and_run, function, packed, retries=_RETRIES, pure=False
-                )
+                call = (_unpack_and_run, function, pickle.dumps(job))
+                future = self._client.submit(*call, retries=_RETRIES, pure=False)
                 running[future] = job
                 finished.add(future)
 
@@ -121,6 +104,10 @@ class DaskExecutor:
             error = future.exception()
             yield job, future.result() if error is None else _readable(error)
             top_up()
+
+
+Executor = InProcess | DaskExecutor
+"""Runs functions of one argument on one or many workers."""
 
 
 def _unpack_and_run(function: Callable, packed: bytes) -> Any:
@@ -144,28 +131,22 @@ def _readable(error: BaseException) -> BaseException:
 def executor(
     workers: int | None = None, threads: int | None = None, scheduler: str | None = None
 ) -> Iterator[Executor]:
-    """Executor for the ``with`` block.
+    """Executor for the ``with`` block: at ``scheduler``, a running Dask scheduler's address such as
+    ``tcp://host:8786``; or as many ``workers`` here, 0 for none but this process, each with so many
+    ``threads`` (tasks at a time). None chooses by cores, memory and GPUs (one worker per GPU).
 
-    Args:
-        workers: local worker processes; 0 runs in this process; None chooses from cores,
-            memory and GPUs (one worker per GPU).
-        threads: tasks at a time in each worker; None chooses.
-        scheduler: address of a running Dask scheduler, such as ``tcp://host:8786``.
-
-    Raises:
-        ClusterError: the scheduler can't be reached or has no workers.
+    Raises ClusterError if the scheduler can't be reached or has no workers.
     """
-    if scheduler is None and workers == 0:
-        yield InProcess()
-        return
-    from distributed import Client
-
     if scheduler is not None:
         with _connect(scheduler) as client:
             yield DaskExecutor(client)
-        return
-    with _local_cluster(workers, threads) as cluster, Client(cluster) as client:
-        yield DaskExecutor(client)
+    elif workers == 0:
+        yield InProcess()
+    else:
+        from distributed import Client
+
+        with _local_cluster(workers, threads) as cluster, Client(cluster) as client:
+            yield DaskExecutor(client)
 
 
 def _connect(scheduler: str) -> Any:
@@ -190,23 +171,13 @@ def _local_cluster(workers: int | None, threads: int | None) -> Any:
     from distributed.system import MEMORY_LIMIT
 
     gpus = visible_gpus()
-    chosen_workers, chosen_threads = choose(
-        cores=CPU_COUNT,
-        memory=MEMORY_LIMIT,
-        gpus=len(gpus),
-    )
+    chosen_workers, chosen_threads = choose(CPU_COUNT, MEMORY_LIMIT, len(gpus))
     workers, threads = workers or chosen_workers, threads or chosen_threads
     options = {"nthreads": threads, "silence_logs": logging.CRITICAL, "dashboard_address": None}
     options["memory_limit"] = MEMORY_LIMIT / workers
-    specs = {
-        # A GPU worker sees one GPU, set before its process imports torch.
-        i: {
-            "cls": Nanny,
-            "options": options
-            | ({"env": {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]}} if gpus else {}),
-        }
-        for i in range(workers)
-    }
+    specs = {i: {"cls": Nanny, "options": dict(options)} for i in range(workers)}
+    for i in specs if gpus else ():  # each sees one GPU, set before its process imports torch
+        specs[i]["options"]["env"] = {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]}
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     # No dashboard; its server takes any free port, else it warns of other clusters on the machine.
     http = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}

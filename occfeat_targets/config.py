@@ -4,8 +4,6 @@ Everything here changes the stored bytes and is recorded in the store; how a bui
 (workers, scheduler, where dataroot and store lie) is not, so a build may be continued elsewhere.
 """
 
-from __future__ import annotations
-
 from typing import Any, Self
 
 from pydantic import Field, model_validator

@@ -1,33 +1,40 @@
 """A store's evaluation split with corrupted images: one store for each corruption and severity."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from occfeat_targets.build import begin, build, check_records, read_dataset
+from occfeat_targets.build import build, check_records, read_dataset
 from occfeat_targets.cluster import Executor
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.sources.base import Dataset, SourceError
-from occfeat_targets.store.reader import TargetStore, open_store
+from occfeat_targets.store.reader import open_store
 from occfeat_targets.teachers.base import NoTeacher
-from occfeat_targets.writer import is_complete
+from occfeat_targets.writer import begin, is_complete
 
 
 def read_split(dataroot: Path, url: str, split: str | None) -> tuple[TargetsConfig, Dataset]:
-    """Settings and frames of a split of a store, to build it again without features.
+    """Settings and frames of a split of a store (by default its ``val`` or ``mini_val``), to build
+    it again without features from the dataroot it was built from.
 
-    Args:
-        dataroot: what the store was built from.
-        url: the store.
-        split: default: the store's ``val`` or ``mini_val``.
-
-    Raises:
-        StoreError: the store can't be read. ValueError: it has no such split.
-        SourceError: the dataroot does not have its frames, or has faults.
+    Raises StoreError if the store can't be read, ValueError if it has no such split, and
+    SourceError if the dataroot does not have its frames, or has faults.
     """
     store = open_store(url)
-    config, tokens = _settings(store, split)
+    splits = [store.split(i) for i in range(len(store))]
+    if split is None:
+        split = next((name for name in ("val", "mini_val") if name in splits), "val or mini_val")
+    if split not in splits:
+        there = ", ".join(sorted(set(splits)))
+        raise ValueError(f"{url} has no frames of {split}; choose with --split: {there}")
+    config = TargetsConfig.of(store.attrs["config"])
+    tokens = [store.token(i) for i, name in enumerate(splits) if name == split]
+    # Frames are in table order: the first so many of all are the first so many of a split.
+    limit = None if config.frames.limit is None else len(tokens)
+    config = config.with_(
+        teacher=config.teacher.with_(name=NoTeacher.name),
+        map=config.map.with_(mode="required" if store.attrs["map_classes"] else "never"),
+        frames=config.frames.with_(splits=(split,), limit=limit),
+    )
     dataset = read_dataset(dataroot, store.attrs["source"]["version"], config)
     check_records(dataset, config)
     found = [record.token for record in dataset.records]
@@ -48,21 +55,11 @@ def build_corrupted(
     skip_errors: bool,
     say: Callable[[str], None],
 ) -> dict[str, str]:
-    """Build a store ``OUT/<name>.zarr`` for each name; those that are complete are left alone.
+    """Build a store ``OUT/<name>.zarr`` for each of ``corruptions.CORRUPTED`` in ``names``; those
+    that are complete are left alone. ``say`` gets a line for each; the other arguments are what
+    :func:`read_split` gives and ``build.build`` takes, whose StoreError and BuildStopped it raises.
 
-    Args:
-        config, dataset: from :func:`read_split`.
-        out: directory or URL for the stores.
-        names: of ``corruptions.CORRUPTED``.
-        executor: where blocks are computed.
-        skip_errors: leave failing frames out.
-        say: gets a line for each store.
-
-    Returns:
-        Frames left out (with ``skip_errors``): store and frame to message.
-
-    Raises:
-        StoreError, BuildStopped: as when building.
+    Returns frames left out (with ``skip_errors``): store and frame to message.
     """
     failed = {}
     for name in names:
@@ -76,24 +73,3 @@ def build_corrupted(
         failed |= {f"{url}, frame {i}": message for i, message in messages.items()}
         say(f"{url}: {len(dataset.records)} frames, {len(messages)} failed")
     return failed
-
-
-def _settings(store: TargetStore, split: str | None) -> tuple[TargetsConfig, list[str]]:
-    """The store's settings for the frames of one split, no teacher; and those frames' tokens."""
-    splits = [store.split(i) for i in range(len(store))]
-    if split is None:
-        split = next((name for name in ("val", "mini_val") if name in splits), "val or mini_val")
-    if split not in splits:
-        there = ", ".join(sorted(set(splits)))
-        raise ValueError(f"{store.url} has no frames of {split}; choose with --split: {there}")
-    config = TargetsConfig.of(store.attrs["config"])
-    tokens = [store.token(i) for i, name in enumerate(splits) if name == split]
-    # Frames are in table order: the first so many of all are the first so many of a split.
-    limit = None if config.frames.limit is None else len(tokens)
-    has_map = store.attrs["map_classes"] != []
-    config = config.with_(
-        teacher=config.teacher.with_(name=NoTeacher.name),
-        map=config.map.with_(mode="required" if has_map else "never"),
-        frames=config.frames.with_(splits=(split,), limit=limit),
-    )
-    return config, tokens

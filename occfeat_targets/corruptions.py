@@ -13,8 +13,6 @@ blur, brightness, fog and snow are ImageNet-C's (Hendrycks & Dietterich 2019, in
   becomes a JPEG only in the store.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 
@@ -33,19 +31,15 @@ to a function for RGB ones, and the published set was made so."""
 def corrupt(
     image: np.ndarray, name: str, token: str, camera: str, cameras: tuple[str, ...], seed: int
 ) -> np.ndarray:
-    """One camera's image, corrupted.
+    """One camera's image, corrupted: uint8 (H, W, 3), RGB.
 
     Args:
-        image: uint8 (H, W, 3), RGB, as the camera took it (1600x900): the sizes of blur and
-            snowflakes are in its pixels.
+        image: the same, as the camera took it (1600x900): the sizes of blur and snowflakes are in
+            its pixels.
         name: corruption and severity, one of :data:`CORRUPTED`, such as ``fog-easy``.
         token: of the keyframe's sample.
-        camera: its channel.
-        cameras: channels of the whole rig.
+        camera, cameras: its channel, and those of the whole rig.
         seed: of the whole set.
-
-    Returns:
-        uint8 (H, W, 3), RGB.
 
     Raises:
         KeyError, ValueError: there is no such corruption or severity.
@@ -89,15 +83,11 @@ def _motion_blur(
 
 
 def _smear(values: np.ndarray, radius: int, sigma: float, degrees: float) -> np.ndarray:
-    """Mean of copies moved along a line, the i-th by i pixels with weight exp(-i² / 2 sigma²).
+    """Mean of ``2 radius + 1`` copies of an image, float32 (H, W, C), moved along a line, the i-th
+    by i pixels with weight exp(-i² / 2 sigma²).
 
-    One-sided: nothing moves the other way. What comes in over an edge is the edge's pixel.
-
-    Args:
-        values: float32 (H, W, C).
-        radius: the line has 2 radius + 1 copies.
-        sigma: pixels.
-        degrees: of the line's direction, from image right (0) to image down (90).
+    One-sided: nothing moves the other way. What comes in over an edge is the edge's pixel. The
+    line's direction is in degrees from image right (0) to image down (90).
     """
     height, width, channels = values.shape
     steps = np.arange(2 * radius + 1)
@@ -141,25 +131,15 @@ def _brightness(image: np.ndarray, rng: np.random.Generator, added: float) -> np
 def _low_light(
     image: np.ndarray, rng: np.random.Generator, scale: float, photons: float, sigma: float
 ) -> np.ndarray:
-    """Range stretched to 0..1, squared, darkened; then photon noise, then sensor noise.
-
-    Args:
-        image: uint8 (H, W, 3).
-        rng: gives the sensor noise first, which the severities share; photon counts they can't.
-        scale: brightest value after darkening.
-        photons: expected photons of a value of 1.
-        sigma: of the sensor noise.
-    """
+    """Range stretched to 0..1, squared, darkened to at most ``scale``; then photon noise (a value
+    of 1 expects ``photons``), then sensor noise, drawn first: the severities share it, as they
+    can't share photon counts."""
     low, high = int(image.min()), int(image.max())
     stretched = (np.arange(256) - low) / max(high - low, 1)
     sensor = rng.standard_normal(image.shape, dtype=np.float32)
-    light = _photon_counts(image, stretched**2 * scale * photons, rng) / np.float32(photons)
+    expected = stretched**2 * scale * photons
+    light = rng.poisson(expected[image]).astype(np.float32) / np.float32(photons)
     return _levels(255 * np.clip(np.minimum(light, 1) + np.float32(sigma) * sensor, 0, 1))
-
-
-def _photon_counts(image: np.ndarray, expected: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Poisson counts float32 (H, W, 3) where an image's level l expects ``expected[l]``."""
-    return rng.poisson(expected[image]).astype(np.float32)
 
 
 def _fog(image: np.ndarray, rng: np.random.Generator, amount: float, decay: float) -> np.ndarray:
@@ -172,20 +152,14 @@ def _fog(image: np.ndarray, rng: np.random.Generator, amount: float, decay: floa
 
 
 def plasma(size: int, decay: float, rng: np.random.Generator) -> np.ndarray:
-    """Plasma fractal by diamond-square on a torus, as ImageNet-C's fog has it.
+    """Plasma fractal by diamond-square on a torus, as ImageNet-C's fog has it: float32 (size, size)
+    from 0 to 1, for a power of two.
 
     From one point on, each round halves the spacing: first the centres of the squares, the mean of
     their four corners plus noise, then the middles of the sides, the mean of two corners and two
     centres plus noise. ImageNet-C multiplies its ``wibble`` with noise of the same range, so the
-    noise gets smaller by the decay's square.
-
-    Args:
-        size: a power of two.
-        decay: above 1; small is rough.
-        rng: its draws do not depend on ``decay``.
-
-    Returns:
-        float32 (size, size) from 0 to 1.
+    noise gets smaller by the square of ``decay`` (above 1; small is rough). Draws do not depend on
+    it.
     """
     corners, range_ = np.zeros((1, 1), dtype=np.float32), 1.0
     while len(corners) < size:
@@ -208,32 +182,24 @@ def plasma(size: int, decay: float, rng: np.random.Generator) -> np.ndarray:
 def _snow(
     image: np.ndarray,
     rng: np.random.Generator,
-    mean: float,
-    spread: float,
+    noise: tuple[float, float],
     zoom: float,
     threshold: float,
-    radius: int,
-    sigma: float,
+    blur: tuple[int, float],
     keep: float,
 ) -> np.ndarray:
     """ImageNet-C's snow: a whitened image, and blurred flakes on it, twice.
 
-    Args:
-        image: uint8 (H, W, 3).
-        rng: gives noise for the flakes, then the direction they fall in.
-        mean, spread: of the noise.
-        zoom: of the middle of the noise.
-        threshold: noise below it is no snow.
-        radius, sigma: of the flakes' motion blur.
-        keep: share of the image; the rest is at least 1.5 times its grey plus a half.
+    Noise (of a mean and spread), its middle enlarged by ``zoom``, is snow where it reaches
+    ``threshold``, smeared (``blur``: radius, sigma) in a direction drawn last. ``keep`` of the
+    image stays; the rest is at least 1.5 times its grey plus a half.
     """
     height, width, _ = image.shape
-    noise = np.float32(mean) + np.float32(spread) * rng.standard_normal(
-        (height, width), dtype=np.float32
-    )
-    flakes = _zoom_middle(noise, zoom)
+    mean, spread = map(np.float32, noise)
+    flakes = mean + spread * rng.standard_normal((height, width), dtype=np.float32)
+    flakes = _zoom_middle(flakes, zoom)
     flakes = np.where(flakes < threshold, 0, np.minimum(flakes, 1))
-    flakes = _smear(flakes[:, :, None], radius, sigma, rng.uniform(-135, -45))[:height, :width]
+    flakes = _smear(flakes[:, :, None], *blur, rng.uniform(-135, -45))[:height, :width]
     flakes = np.rint(255 * flakes)
     kept, levels = np.float32(keep), image.astype(np.float32)
     whitened = levels @ np.array(BGR_GREY, dtype=np.float32)[:, None] * 1.5 + 127.5
@@ -263,6 +229,11 @@ def _levels(values: np.ndarray) -> np.ndarray:
     return np.rint(np.clip(values, 0, 255)).astype(np.uint8)
 
 
+_SNOW = (
+    ((0.1, 0.3), 3, 0.5, (10, 4), 0.8),
+    ((0.2, 0.3), 2, 0.5, (12, 4), 0.7),
+    ((0.55, 0.3), 4, 0.9, (12, 8), 0.7),
+)
 _TABLE = {
     "frame_lost": (_frame_lost, ((2 / 6,), (4 / 6,), (5 / 6,))),
     "motion_blur": (_motion_blur, ((15, 5), (15, 12), (20, 15))),
@@ -271,13 +242,6 @@ _TABLE = {
     # RoboBEV looks up its severities 2, 3, 4 from 0, not from 1: one row harder than meant.
     "low_light": (_low_light, ((0.4, 120, 0.018), (0.3, 50, 0.026), (0.2, 30, 0.038))),
     "fog": (_fog, ((2.0, 2), (2.5, 1.5), (3.0, 1.4))),
-    "snow": (
-        _snow,
-        (
-            (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
-            (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
-            (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
-        ),
-    ),
+    "snow": (_snow, _SNOW),
 }
 """Function and settings by severity; CameraCrash is a matter of the set, not of an image."""

@@ -8,8 +8,6 @@ In a notebook::
     frame_targets(dataset.records[0], config, outputs, teacher)
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,18 +25,14 @@ SHARED = ("cameras", "box_classes", "vehicle_classes", "map_classes")
 
 
 def layout_of(config: TargetsConfig, shared: Mapping[str, Any], feature_dim: int) -> Layout:
-    """What the outputs of a store have in common.
-
-    Args:
-        config: its settings.
-        shared: has the keys :data:`SHARED`: ``vars(dataset)``, or a store's attributes.
-        feature_dim: channels of the teacher.
-    """
+    """What the outputs of a store have in common, by its settings, the teacher's channels, and
+    ``shared``, which has the keys :data:`SHARED`: ``vars(dataset)``, or a store's attributes."""
+    sweeps = config.lidar.sweeps
     return Layout(
         grid=config.grid,
         image_size=config.images.size,
-        max_points=config.lidar.max_points * config.lidar.sweeps,
-        sweeps=config.lidar.sweeps,
+        max_points=config.lidar.max_points * sweeps,
+        sweeps=sweeps,
         feature_dim=feature_dim,
         **{key: tuple(shared[key]) for key in SHARED},
     )
@@ -63,24 +57,14 @@ def stored_outputs(attrs: dict[str, Any]) -> tuple[TargetsConfig, list[Output]]:
 def frame_targets(
     record: FrameRecord, config: TargetsConfig, outputs: Sequence[Output], teacher: Teacher
 ) -> dict[str, np.ndarray]:
-    """What the store holds of one frame that is not in the dataset's tables.
-
-    Returns:
-        Arrays by the names, dtypes and axes of the outputs' specs, trimmed to what is valid.
-
-    Raises:
-        FrameError: naming scene, sample and file, when the frame can't be processed; or the
-            array, when an output does not give what its specs say.
-    """
-    layout, arrays = outputs[0].layout, {}
-    inputs = FrameInputs(
-        record,
-        layout,
-        config.lidar.near_m,
-        teacher,
-        config.teacher.input_size,
-        full_size=config.images.corruption != "none",  # which works on the original's pixels
-    )
+    """What the store holds of one frame that is not in the dataset's tables: arrays by the names,
+    dtypes and axes of the outputs' specs, trimmed to what is valid. Raises FrameError, naming
+    scene, sample and file, if the frame can't be processed; or the array, if an output does not
+    give what its specs say."""
+    full_size = config.images.corruption != "none"  # it works on the original's pixels
+    layout, near_m, size = outputs[0].layout, config.lidar.near_m, config.teacher.input_size
+    inputs = FrameInputs(record, layout, near_m, teacher, size, full_size)
+    arrays: dict[str, np.ndarray] = {}
     try:
         for output in outputs:
             given = output.compute(inputs)
@@ -99,25 +83,23 @@ def _require_specs(output: Output, arrays: Mapping[str, np.ndarray]) -> None:
     if missing or arrays.keys() - specs.keys():
         raise ValueError(f"{name} gives {[*arrays]}, its specs are of {[*specs]}")
     for key, values in arrays.items():
-        spec, values = specs[key], np.asarray(values)
-        found, wanted = (values.dtype, values.shape), (np.dtype(spec.dtype), spec.shape)
-        if spec.rows and len(values) <= spec.shape[0]:
-            wanted = (wanted[0], (len(values), *spec.shape[1:]))
-        if found != wanted:
-            given = f"{found[0]} {found[1]}"
-            raise ValueError(
-                f"{name} gives {key} as {given}, its spec says {spec.dtype} {spec.axes}"
-            )
+        spec, values, shape = specs[key], np.asarray(values), specs[key].shape
+        if spec.rows and len(values) <= shape[0]:
+            shape = (len(values), *shape[1:])
+        if (values.dtype, values.shape) != (np.dtype(spec.dtype), shape):
+            given = f"{values.dtype} {values.shape}, its spec says {spec.dtype} {spec.axes}"
+            raise ValueError(f"{name} gives {key} as {given}")
 
 
 def _require_same_rows(outputs: Sequence[Output], arrays: Mapping[str, np.ndarray]) -> None:
     """Raise ValueError if arrays with the same count of rows differ in length."""
     rows: dict[str, dict[str, int]] = {}
-    for spec in (spec for output in outputs for spec in output.specs()):
-        if spec.rows in arrays:
-            rows.setdefault(spec.rows, {})[spec.rows] = int(np.ravel(arrays[spec.rows])[-1])
-        if spec.rows:
-            rows.setdefault(spec.rows, {})[spec.name] = len(arrays[spec.name])
+    for spec in (spec for output in outputs for spec in output.specs() if spec.rows):
+        counter = str(spec.rows)
+        lengths = rows.setdefault(counter, {})
+        if counter in arrays:
+            lengths[counter] = int(np.ravel(arrays[counter])[-1])
+        lengths[spec.name] = len(arrays[spec.name])
     for counter, lengths in rows.items():
         if len(set(lengths.values())) > 1:
             raise ValueError(f"arrays counted by {counter} differ in their rows: {lengths}")

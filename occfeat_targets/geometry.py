@@ -5,8 +5,6 @@
 Pixels are continuous: the image covers [0, W) x [0, H) in (u, v).
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 
@@ -67,16 +65,11 @@ def scale_intrinsics(K: np.ndarray, from_hw: tuple[int, int], to_hw: tuple[int, 
 def project(
     K: np.ndarray, cam_T_ego: np.ndarray, xyz_ego: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Project ego points into every camera.
+    """Ego points (M, 3), metres, in every camera: ``(uv, depth)``, float64 (N, M, 2) continuous
+    pixels and (N, M) metres along the optical axis.
 
-    Args:
-        K: float64 (N, 3, 3), intrinsics in continuous pixels.
-        cam_T_ego: float64 (N, 4, 4), each at its camera's own exposure time.
-        xyz_ego: (M, 3), metres, ego frame.
-
-    Returns:
-        ``(uv, depth)``: float64 (N, M, 2) continuous pixels and (N, M) metres along the optical
-        axis. ``uv`` of points with depth <= 0 is meaningless; see :func:`in_image`.
+    ``K`` is float64 (N, 3, 3), ``cam_T_ego`` (N, 4, 4), each at its camera's own exposure time.
+    ``uv`` of points with depth <= 0 is meaningless; see :func:`in_image`.
     """
     xyz_cam = transform(cam_T_ego, xyz_ego[None])
     depth = xyz_cam[..., 2]
@@ -87,6 +80,4 @@ def project(
 
 def in_image(uv: np.ndarray, depth: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
     """Valid projections, bool (N, M): depth > 0 and inside [0, W) x [0, H)."""
-    height, width = hw
-    u, v = uv[..., 0], uv[..., 1]
-    return (depth > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
+    return (depth > 0) & ((uv >= 0) & (uv < hw[::-1])).all(axis=-1)

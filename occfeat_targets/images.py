@@ -1,7 +1,5 @@
 """JPEG in, resized RGB out, JPEG again: every file is decoded exactly once."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 
@@ -30,15 +28,10 @@ def check_jpeg(path: Path, hw: tuple[int, int]) -> str | None:
 
 
 def decode_jpeg(path: Path, at_least_hw: tuple[int, int]) -> Image.Image:
-    """Decode at the smallest DCT scale (1, 1/2, 1/4, 1/8) that covers ``at_least_hw``.
-
-    Returns:
-        RGB image, whose size may be a fraction of the file's.
-
-    Raises:
-        ImageError: naming the file, when it is missing, truncated, has a hole, or breaks the
-            decoder. Flipped bits in the middle can't be told from image content.
-    """
+    """Decode at the smallest DCT scale (1, 1/2, 1/4, 1/8) that covers ``at_least_hw``: an RGB
+    image, whose size may be a fraction of the file's. Raises ImageError, naming the file, if it is
+    missing, truncated, has a hole, or breaks the decoder. Flipped bits in the middle can't be told
+    from image content."""
     try:
         content = path.read_bytes()
         if JPEG_HOLE in content:  # decoders paint such damage grey and say nothing

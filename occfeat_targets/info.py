@@ -1,7 +1,5 @@
 """What a store holds, as a plain dict and as text."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -12,14 +10,10 @@ from occfeat_targets.store.schema import FAILED, MARKERS
 
 
 def summarise(url: str) -> dict[str, Any]:
-    """Frames, splits, voxel counts, bytes, teacher and config of a store, finished or not.
-
-    Raises:
-        StoreError: there is no readable store.
-    """
+    """Frames, splits, voxel counts, bytes, teacher and config of a store, finished or not. Raises
+    StoreError if there is no readable store."""
     store = open_store(url, allow_incomplete=True)
-    attrs = store.attrs
-    sizes = find(url)
+    attrs, sizes = store.attrs, find(url)
     keys = ("teacher", "source", "cameras", "config", "software")
     summary = {
         "store": str(url),
@@ -45,10 +39,7 @@ def _splits(store: TargetStore) -> dict[str, dict[str, int]]:
     found: dict[str, list[str]] = {}
     for i in range(len(store)):
         found.setdefault(store.split(i), []).append(store.scene(i))
-    return {
-        name: {"frames": len(scenes), "scenes": len(set(scenes))}
-        for name, scenes in sorted(found.items())
-    }
+    return {name: {"frames": len(s), "scenes": len({*s})} for name, s in sorted(found.items())}
 
 
 def _voxels(store: TargetStore) -> dict[str, Any]:
@@ -68,17 +59,15 @@ def _voxels(store: TargetStore) -> dict[str, Any]:
 
 def as_text(summary: dict[str, Any]) -> str:
     """The summary as lines to read."""
-    state = "complete" if summary["complete"] else "unfinished: run its build again"
-    source = " ".join(str(v) for k, v in summary["source"].items() if k != "reader")
+    images, source = summary["config"]["images"], summary["source"]
     rows: list[tuple[str, object]] = [
         ("store", summary["store"]),
-        ("state", state),
+        ("state", "complete" if summary["complete"] else "unfinished: run its build again"),
         ("frames", summary["frames"]),
         ("size", f"{summary['bytes'] / 1e6:.1f} MB in {summary['files']} files"),
-        ("source", source),
+        ("source", f"{source['dataset']} {source['version']}"),
         *_teacher_rows(summary["teacher"]),
     ]
-    images = summary["config"]["images"]
     if images["corruption"] != "none":
         seed = images["corruption_seed"]
         rows.append(("images", f"CORRUPTED: {images['corruption']}, seed {seed}"))
@@ -86,8 +75,7 @@ def as_text(summary: dict[str, Any]) -> str:
         rows.append(("blocks", f"{summary['blocks_done']} of {summary['blocks']} done"))
     for name, split in summary.get("splits", {}).items():
         rows.append((name, f"{split['frames']} frames of {split['scenes']} scene(s)"))
-    if "voxels_per_frame" in summary:
-        voxels = summary["voxels_per_frame"]
+    if voxels := summary.get("voxels_per_frame"):
         text = "min {min}, median {median:g}, max {max}".format_map(voxels)
         rows.append(("voxels/frame", text))
         most = max(voxels["histogram"].values(), default=1)
@@ -104,9 +92,8 @@ def _teacher_rows(teacher: dict[str, Any] | None) -> list[tuple[str, object]]:
         return [("teacher", "not yet known")]
     if teacher["dim"] == 0:
         return [("teacher", "none: the store has no features")]
-    weights = teacher["weights"]
-    rows: list[tuple[str, object]] = [("teacher", f"{teacher['name']}  weights {weights}")]
-    if weights.startswith("random"):
+    rows = [("teacher", f"{teacher['name']}  weights {teacher['weights']}")]
+    if teacher["weights"].startswith("random"):
         rows.append(("", "RANDOM WEIGHTS: these are not DINOv2 features"))
     details = ", ".join(f"{key}={teacher[key]}" for key in ("layer", "input_size", "precision"))
     return [*rows, ("", details)]

@@ -1,7 +1,5 @@
 """Voxel centres into cameras, bilinear mean of the teacher's features, int8 quantisation."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -14,15 +12,10 @@ def see(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where each camera sees each voxel centre (paper §3.3; occlusion is ignored).
 
-    Args:
-        centres: float64 (V, 3), metres, ego frame.
-        K: float64 (N, 3, 3), continuous pixels.
-        cam_T_ego: float64 (N, 4, 4).
-        hw: int (N, 2), height and width of each image.
-
-    Returns:
-        ``(position, valid)``: float64 (N, V, 2) positions (u / W, v / H) in the image, in
-        [0, 1) where bool (N, V) ``valid``.
+    ``centres`` are float64 (V, 3), metres, ego frame, ``K`` (N, 3, 3), continuous pixels,
+    ``cam_T_ego`` (N, 4, 4), and ``hw`` int (N, 2), height and width of each image. Returns
+    ``(position, valid)``: float64 (N, V, 2) positions (u / W, v / H) in the image, in [0, 1) where
+    bool (N, V) ``valid``.
     """
     uv, depth = project(K, cam_T_ego, centres)
     valid = np.stack([in_image(uv[c], depth[c], tuple(hw[c])) for c in range(len(K))])
@@ -35,18 +28,13 @@ def camera_bits(valid: np.ndarray) -> np.ndarray:
 
 
 def sample_mean(features: torch.Tensor, position: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Mean over the seeing cameras of bilinearly sampled features (paper §3.3).
+    """Mean over the seeing cameras of bilinearly sampled features (paper §3.3): float32 (V, C),
+    zeros where no camera sees the voxel.
 
     A feature map's cell (i, j) covers [j/w, (j+1)/w) x [i/h, (i+1)/h) of the image: the same as
     ``grid_sample(align_corners=False, padding_mode="border")``, but only seen pairs are touched.
-
-    Args:
-        features: float32 CPU tensor (N, C, h, w).
-        position: float64 (N, V, 2) from :func:`see`.
-        valid: bool (N, V) from :func:`see`.
-
-    Returns:
-        float32 (V, C); zeros where no camera sees the voxel.
+    ``features`` is a float32 CPU tensor (N, C, h, w), ``position`` and ``valid`` are from
+    :func:`see`.
     """
     _, channels, h, w = features.shape
     voxel, camera = np.nonzero(valid.T)  # ascending voxel: one bag per voxel
@@ -77,19 +65,12 @@ def _taps(position: np.ndarray, cells: int) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def quantise(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors as int8 codes and one float16 step each, so that codes * step is the vector.
+    """Vectors float32 (V, C) as ``(codes, scale)``, int8 (V, C) in [-127, 127] and one float16 step
+    each (V,), so that codes * step is the vector.
 
-    The step is max abs / 127, rounded up to float16 before use: the error of a component is
-    then at most half a step, with nothing added by the step's own rounding.
-
-    Args:
-        features: float32 (V, C).
-
-    Returns:
-        ``(codes, scale)``: int8 (V, C) in [-127, 127] and float16 (V,).
-
-    Raises:
-        ValueError: when a feature is not finite or too large for a float16 step.
+    The step is max abs / 127, rounded up to float16 before use: the error of a component is then at
+    most half a step, with nothing added by the step's own rounding. Raises ValueError if a feature
+    is not finite or too large for a float16 step.
     """
     peak = np.abs(features).max(axis=1, initial=0.0)
     if not np.isfinite(peak).all():

@@ -1,14 +1,12 @@
 """Re-read a store and say everything that is wrong with it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from occfeat_targets.build import read_dataset
 from occfeat_targets.frame import frame_targets, stored_outputs
@@ -27,11 +25,8 @@ def verify_store(url: str) -> tuple[int, list[str]]:
     """Check every object against its checksum, then every frame: shapes, ranges, order, images,
     scales, and whether what is stored fits together.
 
-    Returns:
-        Number of frames, and one line per problem, naming the object, or frame, scene and sample.
-
-    Raises:
-        StoreError: the store can't be opened at all.
+    Returns the number of frames, and one line per problem, naming the object, or frame, scene and
+    sample. Raises StoreError if the store can't be opened at all.
     """
     store = open_store(url)
     problems = list(check_objects(url))
@@ -45,21 +40,17 @@ def verify_store(url: str) -> tuple[int, list[str]]:
         return len(store), [f"the arrays cannot be read: {error!r}"]
     if problems:
         return len(store), problems
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda i: _check_frame(store, outputs, i), range(len(store)))
-        for found in tqdm(results, total=len(store), desc="verifying", unit="frame", disable=None):
-            problems += found
-    return len(store), problems
+    shown = {"desc": "verifying", "unit": "frame", "disable": None, "max_workers": os.cpu_count()}
+    found = thread_map(lambda i: _check_frame(store, outputs, i), range(len(store)), **shown)
+    return len(store), [problem for each in found for problem in each]
 
 
 def recompute_frames(url: str, dataroot: Path, count: int, seed: int) -> list[str]:
     """Compute random frames again from the dataroot and compare with what is stored.
 
     Each output says what must be equal and what may differ by rounding, since processors and
-    library versions differ.
-
-    Raises:
-        StoreError, SourceError, TeacherError: store, dataroot or teacher can't be used.
+    library versions differ. Raises StoreError, SourceError or TeacherError if store, dataroot or
+    teacher can't be used.
     """
     store = open_store(url)
     config, outputs = stored_outputs(store.attrs)
@@ -79,18 +70,16 @@ def recompute_frames(url: str, dataroot: Path, count: int, seed: int) -> list[st
     records = {record.token: record for record in dataset.records}
     problems = []
     for i in tqdm(chosen, desc="recomputing", unit="frame", disable=None):
-        record = records.get(store.token(i))
+        record, where = records.get(store.token(i)), store.describe(i)
         if record is None:
-            problems.append(f"{store.describe(i)}: not in {dataroot}")
+            problems.append(f"{where}: not in {dataroot}")
             continue
         try:
-            again = frame_targets(record, config, outputs, teacher)
+            again, stored = frame_targets(record, config, outputs, teacher), store.frame(i)
+            found = (problem for output in outputs for problem in output.compare(stored, again))
+            problems += [f"{where}: {problem}" for problem in found]
         except FrameError as error:
             problems.append(str(error))
-            continue
-        stored = store.frame(i)
-        found = (problem for output in outputs for problem in output.compare(stored, again))
-        problems += [f"{store.describe(i)}: {problem}" for problem in found]
     return problems
 
 

@@ -1,23 +1,17 @@
 """One frame of a store as a picture: does the lidar sit on the images, and the labels under it?"""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
 
 from occfeat_targets.frame import stored_outputs
-from occfeat_targets.outputs.base import Output
-from occfeat_targets.store.reader import TargetStore, open_store
+from occfeat_targets.store.reader import open_store
 
 
 def draw_frame(url: str, i: int, out: Path) -> None:
     """The cameras with the projected occupied voxels, coloured by their feature, and the BEV.
-
-    Raises:
-        StoreError: the store or the frame can't be read.
-        ValueError: there is no such frame.
-    """
+    Raises StoreError if the store or the frame can't be read, and ValueError if there is no such
+    frame."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -37,16 +31,7 @@ def draw_frame(url: str, i: int, out: Path) -> None:
             output.draw_camera(axis, store, frame, c)
     for axis in axes[n:]:
         axis.axis("off")
-    _draw_bev(bev.subplots(), store, frame, outputs)
-    teacher = store.attrs["teacher"]
-    figure.suptitle(
-        f"{store.scene(i)} ({store.split(i)})  sample {store.token(i)}  {frame['n_voxels']} voxels "
-        f"coloured by feature (PCA)  teacher {teacher['name']}, weights {teacher['weights'][:16]}"
-    )
-    figure.savefig(out, dpi=75)
-
-
-def _draw_bev(axis: Any, store: TargetStore, frame: dict, outputs: list[Output]) -> None:
+    axis = bev.subplots()
     for output in outputs:
         output.draw_bev(axis, store, frame)
     (x_lo, x_hi, _), (y_lo, y_hi, _) = store.grid.x, store.grid.y
@@ -55,3 +40,9 @@ def _draw_bev(axis: Any, store: TargetStore, frame: dict, outputs: list[Output])
     axis.set_aspect("equal")
     axis.legend(loc="upper right", fontsize=8)
     axis.set_title("BEV: lidar by height, labels, map", fontsize=10)
+    teacher = store.attrs["teacher"]
+    figure.suptitle(
+        f"{store.scene(i)} ({store.split(i)})  sample {store.token(i)}  {frame['n_voxels']} voxels "
+        f"coloured by feature (PCA)  teacher {teacher['name']}, weights {teacher['weights'][:16]}"
+    )
+    figure.savefig(out, dpi=75)

@@ -6,8 +6,6 @@ client alone writes the small per-frame arrays, sets ``complete``, and last of a
 checksums of all objects.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -42,36 +40,25 @@ class BlockJob:
 
     url: str
     index: int
-    start: int
-    """First frame of the block."""
     records: tuple[FrameRecord, ...]
     config: TargetsConfig
     teacher: dict
     """The store's ``teacher`` attribute; a worker with other weights refuses."""
     skip_errors: bool
 
-
-@dataclass(frozen=True)
-class BlockResult:
-    """What a worker reports: never arrays."""
-
-    index: int
-    n_frames: int
-    failed: dict[int, str]
-    """Frame index to message; without ``skip_errors`` the block was not written then."""
+    @property
+    def start(self) -> int:
+        """First frame of the block."""
+        return self.index * self.config.block_frames
 
 
 def begin(url: str, config: TargetsConfig, dataset: Dataset, overwrite: bool) -> None:
-    """Create the root group, or check that the one there is this very build's.
-
-    Raises:
-        StoreError: the place is not writable, holds something else, or was begun with other
-            settings (all differences listed).
-    """
+    """Create the root group, or check that the one there is this very build's. Raises StoreError
+    if the place is not writable, holds something else, or was begun with other settings (all
+    differences listed)."""
     fs, path = files.filesystem(url)
     trash = f"{path}.deleting"
     wanted = _root_attributes(config, dataset)
-    _require_hex_tokens(dataset)
     try:
         if fs.exists(trash):  # an earlier --overwrite was killed half-way
             fs.rm(trash, recursive=True)
@@ -83,33 +70,23 @@ def begin(url: str, config: TargetsConfig, dataset: Dataset, overwrite: bool) ->
             existing = None
         if existing is None:
             zarr.create_group(files.zarr_store(url, read_only=False), attributes=wanted)
-            return
+        else:
+            _refuse_other(url, existing, wanted)
     except OSError as error:
         raise StoreError(f"cannot write {url}: {error.strerror or error}") from error
-    _refuse_other(url, existing, wanted)
-
-
-def _require_hex_tokens(dataset: Dataset) -> None:
-    for record in dataset.records:
-        try:
-            complete = len(bytes.fromhex(record.token)) == 16
-        except ValueError:
-            complete = False
-        if not complete:
-            raise StoreError(f"{record}: a sample token must be 32 hex digits")
+    sweep_litter(url)
 
 
 def _refuse_other(url: str, existing: dict, wanted: dict) -> None:
-    if existing.get("format_version") != schema.FORMAT_VERSION:
+    version = existing.get("format_version")
+    if version != schema.FORMAT_VERSION:
         raise StoreError(
-            f"{url} has format version {existing.get('format_version')}, this program writes "
-            f"{schema.FORMAT_VERSION}: choose another store or --overwrite"
+            f"{url} has format version {version}, this program writes {schema.FORMAT_VERSION}: "
+            "choose another store or --overwrite"
         )
-    identity = ("config", "source", "teacher", "scenes", "splits", *SHARED, "records_sha256")
-    changed = differences(
-        {key: existing[key] for key in identity if key in existing and key in wanted},
-        {key: wanted[key] for key in identity if key in existing and key in wanted},
-    )
+    identity = {"config", "source", "teacher", "scenes", "splits", *SHARED, "records_sha256"}
+    both = identity & existing.keys() & wanted.keys()
+    changed = differences({k: existing[k] for k in both}, {k: wanted[k] for k in both})
     if changed:
         lines = "\n  ".join(changed)
         raise StoreError(
@@ -119,11 +96,8 @@ def _refuse_other(url: str, existing: dict, wanted: dict) -> None:
 
 
 def set_teacher(url: str, config: TargetsConfig, teacher: dict) -> None:
-    """Record which teacher makes the features and create the arrays; idempotent.
-
-    Raises:
-        StoreError: the store was begun with another teacher.
-    """
+    """Record which teacher makes the features and create the arrays; idempotent. Raises StoreError
+    if the store was begun with another teacher."""
     group = files.open_group(url, "r+")
     attrs: dict[str, Any] = dict(group.attrs)
     if "teacher" in attrs:
@@ -165,26 +139,18 @@ def plan(
     markers = _read_markers(url)
     size = config.block_frames
     return [
-        BlockJob(
-            url=str(url),
-            index=index,
-            start=index * size,
-            records=tuple(records[index * size : (index + 1) * size]),
-            config=config,
-            teacher=teacher,
-            skip_errors=skip,
-        )
-        for index in range(math.ceil(len(records) / size))
-        if index not in markers or markers[index]["failed"]
+        BlockJob(url, start // size, tuple(records[start : start + size]), config, teacher, skip)
+        for start in range(0, len(records), size)
+        if start // size not in markers or markers[start // size]["failed"]
     ]
 
 
-def write_block(job: BlockJob) -> BlockResult:
+def write_block(job: BlockJob) -> dict[int, str]:
     """Compute one block, write its part of every array, then its marker.
 
-    Raises:
-        TeacherError: this worker's teacher is not the one the store was begun with.
-        StoreError: the block can't be written (disk full, no permission).
+    Returns the frames that failed, index to message; without ``skip_errors`` the block was not
+    written then. Raises TeacherError if this worker's teacher is not the one the store was begun
+    with, and StoreError if the block can't be written (disk full, no permission).
     """
     teacher = shared_teacher(job.config.teacher)
     mine = differences(job.teacher, describe(teacher, job.config.teacher))
@@ -193,7 +159,7 @@ def write_block(job: BlockJob) -> BlockResult:
     outputs = stored_outputs(dict(_open(job)[0].attrs))[1]
     frames, failed = _compute(job, outputs, teacher)
     if failed and not job.skip_errors:
-        return BlockResult(job.index, len(job.records), failed)
+        return failed
     try:
         write_frames(job, outputs, frames, failed)
     except OSError as error:
@@ -201,7 +167,7 @@ def write_block(job: BlockJob) -> BlockResult:
             f"cannot write {job.url}: {error.strerror or error}; what is finished is kept, run the "
             "same command again"
         ) from error
-    return BlockResult(job.index, len(job.records), failed)
+    return failed
 
 
 def write_frames(
@@ -286,12 +252,8 @@ def _write_marker(
 def finalise(url: str, config: TargetsConfig, dataset: Dataset) -> dict[int, str]:
     """All blocks are there: write the per-frame arrays, mark the store complete, tidy up.
 
-    Returns:
-        Failed frames: index to message. Their blocks' markers stay, so that the same command
-        can try them again.
-
-    Raises:
-        StoreError: blocks are missing.
+    Returns failed frames, index to message: their blocks' markers stay, so that the same command
+    can try them again. Raises StoreError if blocks are missing.
     """
     markers = _read_markers(url)
     n_blocks = math.ceil(len(dataset.records) / config.block_frames)
@@ -347,11 +309,7 @@ def _root_attributes(config: TargetsConfig, dataset: Dataset) -> dict:
         "config": config.plain(),
         **{key: list(getattr(dataset, key)) for key in ("scenes", "splits", *SHARED)},
         "point_step_m": point_step_m(config.grid),
-        "source": {
-            "dataset": dataset.name,
-            "version": dataset.version,
-            "reader": dataset.reader,
-        },
+        "source": {"dataset": dataset.name, "version": dataset.version, "reader": dataset.reader},
         "software": {"occfeat": __version__} | {p: metadata.version(p) for p in packages},
     }
 
@@ -368,11 +326,8 @@ def _records_sha256(dataset: Dataset) -> str:
 
 
 def _existing_attributes(url: str) -> dict | None:
-    """Root attributes of the store at ``url``, or None where there is nothing.
-
-    Raises:
-        StoreError: something else is there; it is left alone.
-    """
+    """Root attributes of the store at ``url``, or None where there is nothing. Raises StoreError
+    if something else is there; it is left alone."""
     fs, path = files.filesystem(url)
     found = fs.ls(path, detail=False) if fs.exists(path) else []
     if all(name.endswith(".partial") for name in found):  # nothing, or a begin that was killed

@@ -4,8 +4,6 @@ What is random is drawn per frame from (seed, epoch, frame), so it depends neith
 of processes nor on where a run was resumed.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +11,7 @@ import torch
 from pydantic import Field, field_validator
 from torch.nn import functional as F
 
-from occfeat_targets.store.settings import Settings
+from occfeat_targets.store.settings import Settings, Size
 from occfeat_train.geometry import resize_and_crop, rotation_z
 
 
@@ -85,17 +83,14 @@ def draw(
 
 
 def network_inputs(
-    batch: dict[str, torch.Tensor],
-    draws: Draws,
-    image_size: tuple[int, int],
-    max_shift: float,
+    batch: dict[str, torch.Tensor], draws: Draws, image_size: Size, max_shift: float
 ) -> dict[str, torch.Tensor]:
     """The arguments of ``BEVNet.forward``.
 
     Args:
         batch: ``images`` uint8 (B, N, H0, W0, 3), ``K`` and ``cam_T_ego``, on the device.
         draws: of the same samples.
-        image_size: (H, W) for the network.
+        image_size: for the network.
         max_shift: ``augment.shift``.
 
     Returns:
@@ -107,7 +102,7 @@ def network_inputs(
     size = torch.tensor(image_size[::-1])
     resized = size * draws.resize[..., None]  # (B, N, 2)
     crop = (resized - size) / 2 + draws.shift * (max_shift * image_size[0])
-    images = _crop(batch["images"], resized, crop, image_size, draws.image_flip)
+    images = _crop(batch["images"], resized, crop, image_size, draws)
     K = resize_and_crop(batch["K"], (resized / stored).to(device), crop.to(device))
     ego_T_bev = rotation_z(-draws.angle).to(device)
     return {
@@ -120,11 +115,7 @@ def network_inputs(
 
 
 def _crop(
-    images: torch.Tensor,
-    resized: torch.Tensor,
-    crop: torch.Tensor,
-    image_size: tuple[int, int],
-    flip: torch.Tensor,
+    images: torch.Tensor, resized: torch.Tensor, crop: torch.Tensor, image_size: Size, draws: Draws
 ) -> torch.Tensor:
     """Resize, crop and mirror in one bilinear sampling: float32 (B, N, 3, H, W) in 0..1.
 
@@ -134,11 +125,10 @@ def _crop(
     B, N = images.shape[:2]
     size = torch.tensor(image_size[::-1])
     scale = size / resized
-    offset = (size + 2 * crop) / resized - 1
     theta = torch.zeros(B, N, 2, 3)
-    theta[..., 0, 0] = torch.where(flip, -scale[..., 0], scale[..., 0])
+    theta[..., 0, 0] = torch.where(draws.image_flip, -scale[..., 0], scale[..., 0])
     theta[..., 1, 1] = scale[..., 1]
-    theta[..., 2] = offset
+    theta[..., 2] = (size + 2 * crop) / resized - 1
     grid = F.affine_grid(
         theta.flatten(0, 1).to(images.device), [B * N, 3, *image_size], align_corners=False
     )

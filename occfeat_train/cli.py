@@ -1,7 +1,5 @@
 """The ``occfeat-train`` command: thin shells over ``train``, ``evaluate``, ``export``, ``view``."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os
@@ -34,6 +32,10 @@ def _run_option(help: str) -> Callable:
     return click.option("--run-dir", "run", type=click.Path(path_type=Path), help=help)
 
 
+def _training_options(command: Callable) -> Callable:
+    return functools.reduce(lambda f, option: option(f), reversed(TRAINING_OPTIONS), command)
+
+
 store_option = click.option(
     "--store",
     metavar="PATH|URL",
@@ -46,26 +48,22 @@ set_option = click.option(
     metavar="SECTION.KEY=VALUE",
     help="One setting, over --config; repeatable. occfeat_train/presets/paper.yaml lists all.",
 )
-
-
-def _training_options(command: Callable) -> Callable:
-    options = (
-        store_option,
-        click.option(
-            "--config",
-            metavar="FILE.yaml|PRESET",
-            help="Settings: a file, or a preset by name (paper, demo, miniature).  [default: what "
-            "the store or the pretraining run asks for, else paper]",
-        ),
-        set_option,
-        _run_option("Run directory.  [default: a new one in runs/, named by the time]"),
-        click.option(
-            "--resume",
-            is_flag=True,
-            help="Go on with --run-dir, or with the newest unfinished run of this kind in runs/.",
-        ),
-    )
-    return functools.reduce(lambda f, option: option(f), reversed(options), command)
+TRAINING_OPTIONS = (
+    store_option,
+    click.option(
+        "--config",
+        metavar="FILE.yaml|PRESET",
+        help="Settings: a file, or a preset by name (paper, demo, miniature).  [default: what the "
+        "store or the pretraining run asks for, else paper]",
+    ),
+    set_option,
+    _run_option("Run directory.  [default: a new one in runs/, named by the time]"),
+    click.option(
+        "--resume",
+        is_flag=True,
+        help="Go on with --run-dir, or with the newest unfinished run of this kind in runs/.",
+    ),
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -141,13 +139,7 @@ def finetune(**asked: Any) -> None:
     help="Also on the stores of corrupted images in there (occfeat-targets corrupt).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def evaluate(
-    store: str | None,
-    overrides: tuple[str, ...],
-    run: Path | None,
-    corrupted: str | None,
-    as_json: bool,
-) -> None:
+def evaluate(run: Path | None, store: str | None, corrupted: str | None, **asked: Any) -> None:
     """IoU of a finetuned network on the validation split.
 
     At probability 0.5, by distance, and at the best of seven thresholds. Written to result.json
@@ -163,8 +155,8 @@ def evaluate(
         from occfeat_train.runs.run import write_json
 
         finetuned = resolve.finished(run, "finetune")
-        job = resolve.changed(Job.of_run(finetuned, store), overrides)
-        tell = (lambda _: None) if as_json else say
+        job = resolve.changed(Job.of_run(finetuned, store), asked["overrides"])
+        tell = (lambda _: None) if asked["as_json"] else say
         if corrupted:
             result = robustness.evaluate_corrupted(job, finetuned, process, corrupted, tell)
             text, name = robustness.table(result), "corrupted.json"
@@ -172,8 +164,8 @@ def evaluate(
             tell(f"Store: {job.store}")
             result = evaluate.evaluate(job, finetuned, process)
             text, name = evaluate.table(result), "result.json"
-        result["set"] = list(overrides)
-        say(json.dumps(result, indent=1) if as_json else text)
+        result["set"] = list(asked["overrides"])
+        say(json.dumps(result, indent=1) if asked["as_json"] else text)
         if process.is_main:
             write_json(finetuned.path / name, result)
 
@@ -235,14 +227,11 @@ def _train(kind: str, asked: dict[str, Any], then: str) -> None:
     with _session() as (process, say):
         from occfeat_train.runs import resolve
 
-        resume, path = asked.pop("resume"), asked.pop("run")
-        if resume:
-            store, overrides = asked["store"], asked["overrides"]
-            job, path = resolve.resumed(kind, path, store, overrides, _given())
+        if asked["resume"]:
+            job, path = resolve.resumed(kind, asked, _given())
         else:
-            job = resolve.new_job(kind, asked, say)
-            path = path or resolve.new_run(kind)
-        finished, run = _train_job(job, path, resume, process, say)
+            job, path = resolve.new_job(kind, asked, say)
+        finished, run = _train_job(job, path, asked["resume"], process, say)
         say(f"{run}: {'finished' if finished else 'stopped'}")
         if not finished:
             say(f"Go on with: occfeat-train {kind} --resume --run-dir {run}")
@@ -250,7 +239,9 @@ def _train(kind: str, asked: dict[str, Any], then: str) -> None:
         say(f"Next: occfeat-train {then.format(run)}")
 
 
-def _train_job(job: Job, path: Path, resume: bool, process: Process, say: Say) -> tuple[bool, Path]:
+def _train_job(
+    job: "Job", path: Path, resume: bool, process: "Process", say: Say
+) -> tuple[bool, Path]:
     """Whether a training came to its end, and its directory in all processes."""
     from occfeat_targets.store.reader import open_store
     from occfeat_train.distributed import from_main
@@ -280,7 +271,7 @@ def _given() -> set[str]:
 
 
 @contextmanager
-def _session() -> Iterator[tuple[Process, Say]]:
+def _session() -> Iterator[tuple["Process", Say]]:
     """Join the process group; the main process speaks; known errors become one clear sentence."""
     from occfeat_targets.store.files import StoreError
     from occfeat_targets.store.settings import ConfigError

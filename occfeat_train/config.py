@@ -5,15 +5,10 @@ defaults are the paper's SimpleBEV with EfficientNet-B0 at 224x400 (PAPER = OccF
 where it is silent, those of Simple-BEV's code.
 """
 
-from __future__ import annotations
+from typing import Literal, Self
 
-import importlib.resources
-from pathlib import Path
-from typing import Literal
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 
-from pydantic import Field, SerializeAsAny, field_validator
-
-from occfeat_targets.store.registry import Registry
 from occfeat_targets.store.settings import ConfigError, Settings
 from occfeat_train.augment import AugmentSettings
 from occfeat_train.models.bev_net import ModelSettings
@@ -108,44 +103,21 @@ class TrainConfig(Settings):
     """Likewise of tasks."""
     run: RunSettings = RunSettings()
 
-    @field_validator("objectives", mode="plain")
+    @field_validator("objectives", "tasks", mode="plain")
     @classmethod
-    def _of_objectives(cls, values: object) -> dict[str, Settings]:
-        return _by_name(OBJECTIVES, "objectives", values)
+    def _by_name(cls, values: object, info: ValidationInfo) -> dict[str, Settings]:
+        """Each by its thing's own settings class; imports only what is named."""
+        section, registry = info.field_name, TASKS if info.field_name == "tasks" else OBJECTIVES
+        if not isinstance(values, dict):
+            raise ConfigError(f"{section} must be a mapping, got {values!r}")
+        sections = dict(values)
+        for name, given in values.items():
+            if not isinstance(given, Settings):
+                sections[name] = registry(name).Settings.of(given, f"{section}.{name}")
+        return sections
 
-    @field_validator("tasks", mode="plain")
-    @classmethod
-    def _of_tasks(cls, values: object) -> dict[str, Settings]:
-        return _by_name(TASKS, "tasks", values)
-
-    def for_fraction(self, fraction: float) -> TrainConfig:
+    def for_fraction(self, fraction: float) -> Self:
         """With finetuning's open settings filled in by the paper's for this label fraction."""
         paper = next(values for limit, values in PAPER_SCHEDULES if fraction <= limit)
         open_ones = {k: v for k, v in paper.items() if getattr(self.finetune, k) is None}
         return self.with_(finetune=self.finetune.with_(**open_ones))
-
-
-def preset_path(name: str) -> Path:
-    """The file of a preset that comes with the package.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    presets = Path(str(importlib.resources.files("occfeat_train") / "presets"))
-    path = presets / f"{name}.yaml"
-    if not path.exists():
-        found = ", ".join(sorted(p.stem for p in presets.glob("*.yaml")))
-        raise ConfigError(f"there is no preset {name!r}; there are {found}, or give a .yaml file")
-    return path
-
-
-def _by_name(registry: Registry, section: str, values: object) -> dict[str, Settings]:
-    """Sections of things by the things' own settings classes; imports only what is named."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{section} must be a mapping, got {values!r}")
-    return {
-        name: given
-        if isinstance(given, Settings)
-        else registry(name).Settings.of(given, f"{section}.{name}")
-        for name, given in values.items()
-    }

@@ -1,7 +1,5 @@
 """Processes and devices: from torchrun's environment, or one plain process without it."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket
@@ -38,21 +36,18 @@ class Process:
 def process_group() -> Iterator[Process]:
     """Join the other processes torchrun started, if any, and leave them at the end.
 
-    NCCL with one GPU a process if there are GPUs, else gloo on the CPU.
-
-    Raises:
-        ConfigError: fewer GPUs than processes on this machine.
+    NCCL with one GPU a process if there are GPUs, else gloo on the CPU. ConfigError: fewer GPUs
+    than processes on this machine.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    has_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
-    if has_gpu:
+    backend, device_id, device = "gloo", None, torch.device("cpu")
+    if torch.cuda.is_available():
+        backend, device_id = "nccl", (device := torch.device("cuda", local_rank))
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(f"{local_rank + 1} processes, but {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
     if world > 1:
-        backend, device_id = ("nccl", device) if has_gpu else ("gloo", None)
         dist.init_process_group(backend, device_id=device_id)
     stopped = None
     try:

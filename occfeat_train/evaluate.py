@@ -1,9 +1,7 @@
 """Evaluation of a finetuned network over a whole split, by its task's own meter."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -11,7 +9,7 @@ from tqdm import tqdm
 from occfeat_targets.store.reader import open_store
 from occfeat_train.augment import NO_AUGMENT, draw, network_inputs
 from occfeat_train.data.dataset import FrameDataset
-from occfeat_train.data.order import EvalSampler, select_frames, split_names
+from occfeat_train.data.order import eval_batches, select_frames, split_names
 from occfeat_train.data.workers import make_loader
 from occfeat_train.distributed import Process, pick_precision
 from occfeat_train.network import Network
@@ -23,7 +21,6 @@ from occfeat_train.tasks import TASKS
 from occfeat_train.tasks.base import Task, as_columns
 
 _BATCH = 4
-_T = TypeVar("_T")
 
 
 def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
@@ -47,7 +44,7 @@ def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
     task = cast(Task, network.objective)
     loader = make_loader(
         FrameDataset(job.store, frames, ("images", *task.eval_arrays)),
-        EvalSampler(len(frames), _BATCH, process.rank, process.world),
+        eval_batches(len(frames), _BATCH, process.rank, process.world),
         data.workers,
         data.start_method,
         pin_memory=process.device.type == "cuda",
@@ -58,19 +55,16 @@ def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
         meter.add(batch, predict(network, batch, job, task.predict))
     return {
         "run": str(run.path),
-        "step": position["step"],
-        "finished": position["finished"],
+        **{name: position[name] for name in ("step", "finished")},
         "store": job.store,
         "splits": sorted({store.split(i) for i in frames}),
         "frames": len(frames),
-        "fraction": job.fraction,
-        "init": job.init,
-        "task": job.task,
+        **{name: getattr(job, name) for name in ("fraction", "init", "task")},
         **meter.result(),
     }
 
 
-def predict(network: Network, batch: Batch, job: Job, head: Callable[[torch.Tensor], _T]) -> _T:
+def predict(network: Network, batch: Batch, job: Job, head: Callable[[torch.Tensor], Any]) -> Any:
     """What ``head`` makes of the BEV features (B, C, X, Y) of a collated batch on the network's
     device, nothing augmented."""
     network.eval()

@@ -1,7 +1,5 @@
 """A trained BEV network as two files that anyone can load: safetensors and JSON."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -11,17 +9,14 @@ from safetensors.torch import load_file, save_file
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_train.models.bev_net import BEVNet, ModelSettings
 from occfeat_train.runs.run import Run, RunError, write_json
-from occfeat_train.runs.weights import bev_net_state, require_same_tensors
+from occfeat_train.runs.weights import bev_net_state, load_same_tensors
 
 FORMAT = "occfeat-bev-net"
 
 
 def export(run: Run, out: Path) -> None:
-    """Write ``model.safetensors`` and ``model.json`` of a run's BEV network, without its head.
-
-    Raises:
-        RunError: the run has no checkpoint, or ``out`` exists.
-    """
+    """Write ``model.safetensors`` and ``model.json`` of a run's BEV network, without its head, or
+    RunError: the run has no checkpoint, or ``out`` exists."""
     if out.exists():
         raise RunError(f"{out} exists already: choose another --out")
     state, position = run.load()
@@ -29,26 +24,15 @@ def export(run: Run, out: Path) -> None:
     weights = {k: v.contiguous() for k, v in bev_net_state(state["network"]).items()}
     out.mkdir(parents=True)
     save_file(weights, out / "model.safetensors")
-    write_json(
-        out / "model.json",
-        {
-            "format": FORMAT,
-            "model": description["config"]["model"],
-            "grid": description["store_identity"]["grid"],
-            "teacher": description["store_identity"]["teacher"],
-            "kind": description["kind"],
-            "position": position,
-            "versions": description["versions"],
-        },
-    )
+    said = {name: description["store_identity"][name] for name in ("grid", "teacher")}
+    said |= {name: description[name] for name in ("kind", "versions")}
+    said |= {"format": FORMAT, "model": description["config"]["model"], "position": position}
+    write_json(out / "model.json", said)
 
 
 def load_bev_net(directory: str | Path) -> BEVNet:
-    """The exported network, in evaluation mode.
-
-    Raises:
-        RunError: there is no exported network, or its files don't fit together.
-    """
+    """The exported network, in evaluation mode, or RunError: there is none, or its files don't fit
+    together."""
     directory = Path(directory)
     try:
         description = json.loads((directory / "model.json").read_text())
@@ -59,6 +43,5 @@ def load_bev_net(directory: str | Path) -> BEVNet:
         raise RunError(f"{directory}/model.json was not written by occfeat-train export")
     model = ModelSettings.of(description["model"], "model")
     network = BEVNet(model, VoxelGrid.from_dict(description["grid"]))
-    require_same_tensors(network.state_dict(), weights, str(directory))
-    network.load_state_dict(weights)
+    load_same_tensors(network, weights, directory)
     return network.eval()

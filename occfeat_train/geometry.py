@@ -4,8 +4,6 @@ Pixels are continuous: an image covers [0, W) x [0, H) in (u, v). ``a_T_b`` take
 frame b to frame a. The *BEV frame* is ego turned by an angle about z (augmentation), else ego.
 """
 
-from __future__ import annotations
-
 import torch
 
 from occfeat_targets.store.grid import VoxelGrid
@@ -45,13 +43,9 @@ def volume_centres(grid: VoxelGrid, device: torch.device) -> torch.Tensor:
 
 
 def flat_index(xyz: torch.Tensor, grid: VoxelGrid) -> tuple[torch.Tensor, torch.Tensor]:
-    """Voxel of each point, as :meth:`VoxelGrid.flat_index` but keeping the points' places.
+    """As :meth:`VoxelGrid.flat_index` of points float (M, 3), metres, but keeping their places.
 
-    Args:
-        xyz: float (M, 3), metres, the grid's frame.
-
-    Returns:
-        ``(index, inside)``: int64 (M,), meaningless where ``inside`` (M,) is False.
+    Returns ``(index, inside)``: int64 (M,), meaningless where ``inside``, bool (M,), is False.
     """
     lower, size = (xyz.new_tensor(a) for a in (grid.lower, grid.cell_size))
     cell = ((xyz - lower) / size).floor()

@@ -1,21 +1,17 @@
 """What is trained: a BEV network with an objective on top, as one module."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import nn
 
 from occfeat_train.models.bev_net import BEVNet, ModelSettings
-from occfeat_train.objectives.base import Objective, Targets
+from occfeat_train.objectives.base import Batch, Objective, Targets
 
 
 class Network(nn.Module):
     """One module for DDP; its submodules are ``bev_net`` and ``objective``."""
-
-    bev_net: BEVNet
-    objective: Objective
 
     def __init__(self, model: ModelSettings, objective: Objective):
         super().__init__()
@@ -25,16 +21,12 @@ class Network(nn.Module):
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def forward(
-        self,
-        inputs: dict[str, torch.Tensor],
-        targets: Targets,
-        counts: Sequence[float],
-        share: float,
+        self, inputs: Batch, targets: Targets, counts: Sequence[float], share: float
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and terms of a micro-batch, see :meth:`Objective.forward`."""
         return self.objective(self.bev_net(**inputs), targets, counts, share)
 
-    def train(self, mode: bool = True) -> Network:
+    def train(self, mode: bool = True) -> Self:
         """As usual, but frozen batch norms stay in evaluation mode."""
         super().train(mode)
         if self.freeze_batch_norm:

@@ -4,8 +4,6 @@ RoboBEV's resilience rate with IoU in place of its NDS: RR = sum of the IoU of t
 / (3 · clean IoU), mRR = its mean over the corruptions. The paper gives the mean IoU alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,7 +17,10 @@ from occfeat_train.distributed import Process
 from occfeat_train.evaluate import evaluate, where
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.run import Run
-from occfeat_train.tasks.base import as_text
+from occfeat_train.tasks.base import as_columns, as_text
+
+Scores = dict[str, dict[str, float | None]]
+"""Corruption to severity to IoU, per cent."""
 
 
 def evaluate_corrupted(
@@ -27,12 +28,8 @@ def evaluate_corrupted(
 ) -> dict[str, Any]:
     """IoU of a finetuned run on the job's store and on corrupted ones of the same frames.
 
-    Args:
-        job: whose store is the clean one.
-        run: a finetuning.
-        process: see ``distributed``.
-        folder: directory or URL of the corrupted stores (``occfeat-targets corrupt``).
-        say: gets a line before each store.
+    ``folder`` is the directory or URL of the latter (``occfeat-targets corrupt``); ``say`` gets a
+    line before each store.
 
     Returns:
         For ``corrupted.json``: ``clean`` (the clean store's result), ``iou`` (corruption and
@@ -49,7 +46,7 @@ def evaluate_corrupted(
         _require_same_frames(store, clean, job.config.data.eval_split)
     say(f"clean: {job.store}")
     result = evaluate(job, run, process)
-    scores: dict[str, dict[str, float | None]] = {}
+    scores: Scores = {}
     for name, store in found.items():
         say(f"{name}: {store.url}")
         corruption, _, severity = name.partition("-")
@@ -92,13 +89,10 @@ def headline(result: dict[str, Any]) -> float | None:
     return result["headline"]["iou"]
 
 
-def summary(clean: float | None, scores: dict[str, dict[str, float | None]]) -> dict[str, Any]:
-    """Mean IoU and RR by corruption, and mRR, in per cent; None where undefined.
+def summary(clean: float | None, scores: Scores) -> dict[str, Any]:
+    """Mean IoU and RR by corruption, and mRR, in per cent as ``clean`` is; None where undefined.
 
-    Args:
-        clean: IoU on clean images, per cent.
-        scores: corruption to severity to IoU, per cent. Corruptions that lack a severity have no
-            mean and do not count in mRR.
+    Corruptions that lack a severity have no mean and do not count in mRR.
     """
     means, rates = {}, {}
     for corruption, by_severity in scores.items():
@@ -125,19 +119,15 @@ def summary(clean: float | None, scores: dict[str, dict[str, float | None]]) -> 
 def table(result: dict[str, Any]) -> str:
     """A result as text for people."""
     clean = result["clean"]
-    lines = [
-        f"{where(clean)}: {clean['task']} IoU, {clean['headline']['name']}, in per cent at "
-        "probability 0.5",
-        "",
-        f"{'':<14}{''.join(f'{name:>8}' for name in (*SEVERITIES, 'mean', 'RR'))}",
-        f"{'clean':<14}{'':>24}{as_text(headline(clean)):>8}",
-    ]
+    said = f"{where(clean)}: {clean['task']} IoU, {clean['headline']['name']}, in per cent at "
+    heading = ["", *SEVERITIES, "mean", "RR"]
+    cells = [heading, ["clean", *[""] * len(SEVERITIES), as_text(headline(clean)), ""]]
     for corruption, by_severity in result["iou"].items():
         row = [by_severity.get(severity) for severity in SEVERITIES]
         row += [result["mean"].get(corruption), result["RR"].get(corruption)]
-        lines.append(f"{corruption:<14}{''.join(f'{as_text(value):>8}' for value in row)}")
-    of = f"mRR over {len(result['RR'])} of {len(CORRUPTIONS)} corruptions"
-    lines.append(f"{of:<46}{as_text(result['mRR']):>8}")
+        cells.append([corruption, *map(as_text, row)])
+    mean = f"mRR over {len(result['RR'])} of {len(CORRUPTIONS)} corruptions: "
+    lines = [said + "probability 0.5", "", as_columns(cells), mean + as_text(result["mRR"])]
     if result["missing"]:
         lines.append(f"missing: {', '.join(result['missing'])}")
     return "\n".join(lines)
@@ -153,9 +143,7 @@ def _require_same_frames(store: TargetStore, clean: TargetStore, eval_split: str
             "corrupt, or name the one it was made from with --store"
         )
     # Another size or quality would pass for an effect of the corruption.
-    ours, theirs = (
-        {key: s.attrs["config"]["images"][key] for key in ("size", "quality")}
-        for s in (clean, store)
-    )
+    images = [s.attrs["config"]["images"] for s in (clean, store)]
+    ours, theirs = ({key: made[key] for key in ("size", "quality")} for made in images)
     if changed := differences(ours, theirs):
         raise StoreError(f"{store.url} has other images than {clean.url}: {'; '.join(changed)}")

@@ -4,14 +4,12 @@ Everything random follows from the seed and the position, never from what ran be
 was killed and resumed ends with the same weights as one that was not (on a CPU, bit for bit).
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -34,7 +32,7 @@ from occfeat_train.distributed import (
     stop_signals,
 )
 from occfeat_train.network import Network
-from occfeat_train.objectives.base import Batch
+from occfeat_train.objectives.base import Batch, Targets
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.log import RunLog, require_board
 from occfeat_train.runs.run import Run, RunError
@@ -52,11 +50,8 @@ class NonFiniteLoss(RuntimeError):
 def train(job: Job, run: Run, process: Process, resume: bool) -> bool:
     """Train, or go on training, and leave checkpoints and a log in the run directory.
 
-    Args:
-        job: what to train, see :class:`Job`.
-        run: its directory; made here, when nothing is left to go wrong before work starts.
-        process: this process, see ``distributed``.
-        resume: whether to go on with the run instead of making it.
+    The directory is made here, when nothing is left to go wrong before work starts, unless the run
+    is to ``resume``.
 
     Returns:
         Whether it came to its end; False after Ctrl-C or SIGTERM.
@@ -85,15 +80,9 @@ def train(job: Job, run: Run, process: Process, resume: bool) -> bool:
 class Trainer:
     """One process's part of a training.
 
-    Args:
-        job: what to train.
-        process: this process.
-
     Raises:
         StoreError, RunError, ConfigError: it can't be trained.
     """
-
-    learner: Learner
 
     def __init__(self, job: Job, process: Process):
         config, plan = job.config, job.plan
@@ -104,27 +93,21 @@ class Trainer:
         self.steps_per_epoch = len(self.frames) // (plan.batch * plan.accumulate)
         self.total_steps = self.steps_per_epoch * plan.epochs
         self.position = Position()
-        self._check_batch()
-
-    def _check_batch(self) -> None:
-        kind, plan, world = self.job.kind, self.job.plan, self.process.world
-        if plan.batch % world:
+        batch = f"{job.kind}.batch"
+        if plan.batch % process.world:
             raise RunError(
-                f"{kind}.batch is {plan.batch} over all processes, which {world} processes can't "
-                "share evenly: choose a multiple"
+                f"{batch} is {plan.batch} over all processes, which {process.world} processes "
+                "can't share evenly: choose a multiple"
             )
         if self.steps_per_epoch == 0:
             raise RunError(
-                f"{len(self.frames)} frames are less than one step of {kind}.batch {plan.batch} x "
-                f"{kind}.accumulate {plan.accumulate}: lower one of them"
+                f"{len(self.frames)} frames are less than one step of {batch} {plan.batch} x "
+                f"{job.kind}.accumulate {plan.accumulate}: lower one of them"
             )
 
     def begin(self, load_weights: bool = True) -> str:
         """Make the network and what trains it; returns a report of where its weights came from.
-
-        Raises:
-            StoreError, RunError, WeightsError: as ``runs.weights.build_network``.
-        """
+        Raises what ``runs.weights.build_network`` does."""
         torch.manual_seed(self.job.config.run.seed)
         network, report = build_network(self.job, self.store, load_weights)
         if lacking := [a for a in network.objective.arrays if a not in self.store.specs]:
@@ -158,15 +141,14 @@ class Trainer:
     def fit(self, run: Run, log: RunLog, stop: Callable[[], bool]) -> bool:
         """Epochs and steps from ``position`` on; returns whether all were done.
 
-        Args:
-            run: where checkpoints go.
-            log: where numbers go.
-            stop: says whether this process was asked to stop.
+        Ends early, with a checkpoint, once ``stop`` of any process says that it was asked to.
         """
         settings, process, accumulate = self.job.config.run, self.process, self.job.plan.accumulate
         loader, sampler = self._loader()
-        model = _parallel(self.learner.network, process)
-        self.learner.network.train()
+        model: nn.Module = self.learner.network.train()
+        if process.world > 1:
+            devices = [process.device] if process.device.type == "cuda" else None
+            model = DistributedDataParallel(model, device_ids=devices)
         saved_at = time.monotonic()
         while not self.position.finished:
             sampler.set_epoch(self.position.epoch, done=self.position.step_in_epoch * accumulate)
@@ -179,12 +161,15 @@ class Trainer:
                 is_due = process.is_main and started - saved_at >= 60 * settings.save_minutes
                 stopping, saving = any_process(stop(), is_due, device=process.device)
                 values = self.step(model, micro)
-                epoch, self.position = self.position.epoch, self._next_position()
-                log.advance()
-                if self.position.step % settings.log_every == 0 or self.position.finished:
+                epoch, step = self.position.epoch, self.position.step + 1
+                self.position = Position(
+                    *divmod(step, self.steps_per_epoch), step, step == self.total_steps
+                )
+                log.bar.update()
+                if step % settings.log_every == 0 or self.position.finished:
                     seconds = time.monotonic() - started
                     values |= {"epoch": epoch, "seconds": seconds, "waited": waited / seconds}
-                    log.write(self.position.step, values)
+                    log.write(step, values)
                 if stopping or saving or self.position.finished:
                     if process.is_main:
                         run.save(self.learner.state_dict(), asdict(self.position))
@@ -198,10 +183,8 @@ class Trainer:
         """Micro-batches of this process, and what says of which epoch."""
         config, process = self.job.config, self.process
         arrays = ("images", *self.learner.network.objective.arrays)
-        sampler = ShardSampler(
-            *(len(self.frames), self.job.plan.batch, config.run.seed),
-            *(process.rank, process.world),
-        )
+        batch, seed = self.job.plan.batch, config.run.seed
+        sampler = ShardSampler(len(self.frames), batch, seed, process.rank, process.world)
         loader = make_loader(
             FrameDataset(self.job.store, self.frames, arrays),
             sampler,
@@ -211,17 +194,8 @@ class Trainer:
         )
         return loader, sampler
 
-    def _next_position(self) -> Position:
-        step = self.position.step + 1
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        return Position(epoch, step_in_epoch, step, step == self.total_steps)
-
     def step(self, model: Any, micro: list[Batch]) -> dict[str, float]:
-        """One optimiser step.
-
-        Args:
-            model: the network, or DDP around it.
-            micro: this process's micro-batches.
+        """One optimiser step of this process's micro-batches by the network, or DDP around it.
 
         Returns:
             The step's numbers over all processes: loss, its terms, gradient norm, learning rate.
@@ -231,7 +205,8 @@ class Trainer:
         """
         config, process, step = self.job.config, self.process, self.position.step
         learner, device = self.learner, process.device
-        torch.manual_seed(_step_seed(config.run.seed, step, process.rank))
+        own_seed = np.random.SeedSequence((config.run.seed, step, process.rank))
+        torch.manual_seed(int(own_seed.generate_state(1)[0]))
         dtype, _ = pick_precision(config.run.precision, device)
         network, epoch = learner.network, self.position.epoch
         prepared = (prepare(batch, self.job, network, epoch, device) for batch in micro)
@@ -322,11 +297,9 @@ def make_learner(job: Job, network: Network, total_steps: int, device: torch.dev
     """Optimiser and schedule: Adam at a constant rate for pretraining, AdamW with a linear
     one-cycle for finetuning (paper §4.1; Simple-BEV's ``pct_start`` and torch's divisors)."""
     plan, half = job.plan, pick_precision(job.config.run.precision, device)[0] == torch.float16
-    scheduler = None
-    if job.kind == "pretrain":
-        optimiser = torch.optim.Adam(network.parameters(), plan.lr, weight_decay=plan.weight_decay)
-    else:
-        optimiser = torch.optim.AdamW(network.parameters(), plan.lr, weight_decay=plan.weight_decay)
+    make, scheduler = torch.optim.Adam if job.kind == "pretrain" else torch.optim.AdamW, None
+    optimiser = make(network.parameters(), plan.lr, weight_decay=plan.weight_decay)
+    if job.kind == "finetune":
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
             optimiser,
             plan.lr,
@@ -339,12 +312,8 @@ def make_learner(job: Job, network: Network, total_steps: int, device: torch.dev
 
 
 def prepare(
-    batch: Batch,
-    job: Job,
-    network: Network,
-    epoch: int,
-    device: torch.device,
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    batch: Batch, job: Job, network: Network, epoch: int, device: torch.device
+) -> tuple[Batch, Targets]:
     """A collated batch moved to the device and augmented: network inputs and targets."""
     config = job.config
     frames, n_cameras = batch["frame"], batch["K"].shape[1]
@@ -355,26 +324,11 @@ def prepare(
         return inputs, network.objective.targets(batch | {"seed": draws.seed}, draws.angle)
 
 
-def _parallel(network: Network, process: Process) -> nn.Module:
-    if process.world == 1:
-        return network
-    devices = [process.device] if process.device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=devices)
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
-
-
 def _blame(step: int, micro: list[Batch], losses: list[torch.Tensor]) -> str:
-    guilty = [
-        frame
-        for batch, loss in zip(micro, losses, strict=True)
-        if not loss.isfinite().all()
-        for frame in batch["frame"].tolist()
-    ]
-    everything = [frame for batch in micro for frame in batch["frame"].tolist()]
-    where = f"frames {guilty or everything} of this process" + ("" if guilty else " or another's")
+    frames = [batch["frame"].tolist() for batch in micro]
+    broken = [f for f, loss in zip(frames, losses, strict=True) if not loss.isfinite().all()]
+    where = f"frames {[*chain(*(broken or frames))]} of this process"
+    where += "" if broken else " or another's"
     return (
         f"the loss or gradient of step {step + 1} is not finite, from {where}; nothing was changed "
         "by that step. Lower the learning rate, or go on with --resume --set run.precision=float32"

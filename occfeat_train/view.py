@@ -1,7 +1,5 @@
 """One frame as a trained network sees it: what it predicts beside what it should."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -26,15 +24,8 @@ from occfeat_train.tasks.base import Task
 def draw_frame(job: Job, run: Run, i: int | None, device: torch.device, out: Path) -> int:
     """The cameras' images, targets and predictions of a frame, as a PNG.
 
-    Args:
-        job: the run's, with the store to look at.
-        run: a run whose objective or task has a picture.
-        i: frame number in the store; None takes the first of the evaluation split.
-        device: where to compute.
-        out: the file to write.
-
-    Returns:
-        The frame's number.
+    The frame is the ``i``-th of the job's store, None the first of its evaluation split; returns
+    its number.
 
     Raises:
         RunError: the run has nothing to draw, no checkpoint, or one that does not fit the store;

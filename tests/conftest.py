@@ -1,5 +1,6 @@
 """Shared fixtures: a small demo world, stores of it and of another dataset, the real keyframe."""
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -20,7 +21,28 @@ from occfeat_targets.store.files import open_group
 from occfeat_targets.store.reader import SEAL, seal
 
 TESTS = Path(__file__).parent
+OFFLINE = (
+    "against_reference build cli cluster corruptions demo_world docs geometry grid kill labels "
+    "robustness sampling seams_targets teacher verify"
+)
+"""Tests of the offline side: not collected where its extra ``targets`` is not installed."""
+HAS_DEVKIT = importlib.util.find_spec("nuscenes") is not None
+collect_ignore = [] if HAS_DEVKIT else [f"test_{name}.py" for name in OFFLINE.split()]
+SLOW = (
+    "build checksums cluster demo_world docs encoder_weights gradients img_also kill map_task "
+    "overfit reproduce robustness seams_targets seams_train train train_cli train_view"
+)
+"""Tests that start processes, train or build: all but these are ``make quick``."""
 FAST = ["teacher.name=teachers:PatchMeans", "block_frames=2", "map.mode=required"]
+
+
+def pytest_collection_modifyitems(items):
+    slow_fixtures = {"demo_root", "demo_store", "drive", "two_camera_store"}
+    for item in items:
+        if item.path.stem.removeprefix("test_") in SLOW.split() or slow_fixtures & {
+            *item.fixturenames
+        }:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")
@@ -73,9 +95,15 @@ def build_store(dataroot, store, *overrides, skip_errors=False, overwrite=False)
     return build(str(store), config, dataset, InProcess(), skip_errors)
 
 
+def _require_devkit():
+    if not HAS_DEVKIT:
+        pytest.skip("needs nuscenes-devkit: pip install 'occfeat[targets]'")
+
+
 @pytest.fixture(scope="session")
 def demo_store(demo_root, made_once):
     """Finished store of the demo world; read-only by agreement."""
+    _require_devkit()
     return made_once("demo.zarr", lambda store: build_store(demo_root, store))
 
 
@@ -104,6 +132,7 @@ def two_camera_store(toys, drive, made_once):
 @pytest.fixture(scope="session")
 def nuscenes_one():
     """Dataroot of one real keyframe. Not ours to publish, so not in the repository."""
+    _require_devkit()
     default = TESTS.parent.parent / "shared" / "data" / "nuscenes-one"
     root = Path(os.environ.get("OCCFEAT_NUSCENES_ONE", default))
     if not root.is_dir():

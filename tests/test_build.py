@@ -163,7 +163,7 @@ def test_tokens_that_do_not_fit_are_refused_at_once(dataroot, tmp_path):
     old = json.loads((dataroot / "v1.0-mini" / "sample.json").read_text())[0]["token"]
     for table in ("sample", "sample_data", "sample_annotation", "scene"):
         _edit_table(dataroot, table, rename)
-    with pytest.raises(StoreError, match="sample sample-1: a sample token must be 32 hex digits"):
+    with pytest.raises(SourceError, match="sample sample-1: a sample token must be 32 hex digits"):
         build_store(dataroot, tmp_path / "targets.zarr")
 
 

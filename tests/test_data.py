@@ -21,7 +21,7 @@ from tiny_store import change_attributes
 from occfeat_targets.store.files import StoreError, zarr_store
 from occfeat_targets.store.reader import open_store
 from occfeat_train.data.dataset import FrameDataset, FrameReader, number_voxels
-from occfeat_train.data.order import EvalSampler, ShardSampler, frame_order, select_frames
+from occfeat_train.data.order import ShardSampler, eval_batches, frame_order, select_frames
 from occfeat_train.data.workers import make_loader
 
 NAMES = (
@@ -224,7 +224,7 @@ def test_no_store(tmp_path):
 def test_an_error_in_a_worker_reaches_the_main_process(store):
     _break_jpeg(store)
     dataset = FrameDataset(store, range(4), ("images",))
-    loader = make_loader(dataset, EvalSampler(4, 1), 1, "fork", pin_memory=False)
+    loader = make_loader(dataset, eval_batches(4, 1), 1, "fork", pin_memory=False)
     token = open_store(store).token(0)
     with pytest.raises(StoreError, match=rf"frame 0 \(.*, sample {token}\): .*CAM_FRONT_LEFT"):
         list(loader)
@@ -288,10 +288,10 @@ def test_batches_that_cannot_be(n, batch, world):
 @pytest.mark.parametrize("world", [1, 2, 4, 7])
 @pytest.mark.parametrize("n", [0, 1, 5, 28])
 def test_evaluation_reads_every_frame_once(n, world):
-    shards = [list(chain(*_epoch(EvalSampler(n, 3, rank, world)))) for rank in range(world)]
+    shards = [list(chain(*_epoch(eval_batches(n, 3, rank, world)))) for rank in range(world)]
     assert sorted(chain(*shards)) == list(range(n))
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
-    assert all(1 <= len(batch) <= 3 for batch in EvalSampler(n, 3, 0, world))
+    assert all(1 <= len(batch) <= 3 for batch in eval_batches(n, 3, 0, world))
 
 
 # Loading
@@ -368,7 +368,7 @@ from occfeat_train.data.workers import *
 
 if __name__ == "__main__":
     dataset = FrameDataset(sys.argv[1], [0, 1, 2, 3], ("images",))
-    batches = iter(make_loader(dataset, EvalSampler(4, 1), 2, sys.argv[2], pin_memory=False))
+    batches = iter(make_loader(dataset, eval_batches(4, 1), 2, sys.argv[2], pin_memory=False))
     next(batches), next(batches)
     print(*(worker.pid for worker in batches._workers), flush=True)
     if sys.argv[3] == "killed":
@@ -415,7 +415,7 @@ def test_loading_leaves_the_random_state_alone(demo_store):
     dataset = FrameDataset(demo_store, range(4), ())
     state = torch.get_rng_state()
     for workers in (0, 1):
-        list(make_loader(dataset, EvalSampler(4, 2), workers, "fork", pin_memory=False))
+        list(make_loader(dataset, eval_batches(4, 2), workers, "fork", pin_memory=False))
     assert torch.equal(torch.get_rng_state(), state)
 
 

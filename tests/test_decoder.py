@@ -150,6 +150,17 @@ def test_every_parameter_receives_a_gradient():
         assert parameter.grad.any(), name  # … and, once it is not 0, all that lies before it
 
 
+@pytest.mark.parametrize(("lift", "compresses"), [("simplebev", True), ("bevformer", False)])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_volumes_are_compressed_even_of_a_single_layer(lift, compresses, layers):
+    settings = ModelSettings(lift=lift, encoder_weights="random", channels=4)
+    grid = VoxelGrid((1.0, 9.0, 8), (-3.0, 4.0, 7), (0.0, 2.0, layers))
+    compressor = BEVNet(settings, grid).compressor
+    assert isinstance(compressor, Compressor) == compresses
+    if compresses:
+        assert compressor[0].weight.shape == (4, 4 * layers, 3, 3)
+
+
 def test_compressor_is_convolution_instance_norm_gelu():
     compressor = Compressor(6, 4).double()
     x = torch.randn(2, 6, 7, 5).double()

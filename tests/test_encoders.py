@@ -148,7 +148,7 @@ def test_drop_path_is_what_makes_training_random(rate, same):
 
 def test_drop_path_rises_with_the_block():
     model = encoder("efficientnet-b0", drop_path=0.2)
-    rates = [m.rate for m in model.modules() if isinstance(m, DropPath)]
+    rates = [m.p for m in model.modules() if isinstance(m, DropPath)]
     assert rates == pytest.approx([0.2 * i / 11 for i in range(11)])
 
 

@@ -100,6 +100,20 @@ def test_no_import_of_the_offline_side_runs_back_up(graph):
             assert {name.split(".")[1] for name in imported} <= low | {"store"}, module
 
 
+@pytest.mark.parametrize("package", [*PACKAGES, "pipelines"])
+def test_modules_and_functions_stay_small(package):
+    """400 lines, 60 lines, 7 arguments: the house's rule of what one can hold in one's head."""
+    for path in (ROOT / package).rglob("*.py"):
+        text = path.read_text()
+        assert text.count("\n") <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                assert node.end_lineno - node.lineno < 60, (path, node.name)
+                names = [argument.arg for argument in arguments if argument.arg != "self"]
+                assert len(names) <= 7, (path, node.name)
+
+
 def _loaded_after(statement):
     code = f"import sys; {statement}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,8 +5,6 @@ so it is useful to try the pipeline without the real data and to test it against
 Needs numpy, Pillow and tqdm only.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import multiprocessing

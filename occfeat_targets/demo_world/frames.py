@@ -1,7 +1,5 @@
 """One keyframe's files: six JPEGs, one lidar turn, and what was measured while making them."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -65,8 +63,7 @@ def make_frame(out: Path, plan: Plan, index: int, sample: int) -> None:
         write_atomically(out / world.scene.file_name(sample, sensor), buffer.getvalue())
         silhouette.update(view.silhouette)
         ids = view.object_id[(view.object_id > 0) & (view.object_id < FIRST_STATIC_ID)]
-        pixels = np.bincount(ids)
-        visible.update(dict(enumerate(pixels.tolist())))
+        visible.update(dict(enumerate(np.bincount(ids).tolist())))
     points, _, _ = sweep(world, np.random.default_rng([plan.seed, index, sample, 2]))
     lidar_file = out / world.scene.file_name(sample, rig.LIDAR_SENSOR)
     write_atomically(lidar_file, points.astype("<f4").tobytes())

@@ -4,8 +4,6 @@ All coordinates are global, metres. Traffic keeps to the right. The polygons tha
 those of the map expansion, so labels and pictures agree to a texel.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -224,12 +222,9 @@ class Raster:
 def paint_ground(
     layout: Layout, shadows: np.ndarray, centre: tuple[float, float], texel: float, reach: float
 ) -> Raster:
-    """Paint a square of the ground.
-
-    It lies around ``centre`` (x, y) up to ``reach``, with texels of ``texel`` metres; ``shadows``
-    (P, n, 2) are the outlines of the shadows of things, metres.
-    """
-    size = (int(2 * reach / texel),) * 2
+    """Paint the square of the ground around ``centre`` (x, y) up to ``reach``, metres, with texels
+    of ``texel``; ``shadows`` (P, n, 2) are the outlines of the shadows of things."""
+    size = (int(2 * reach / texel), int(2 * reach / texel))
     corner = np.array(centre) - reach
     ground, shade = Image.new("L", size, int(Material.TERRAIN)), Image.new("L", size, 0)
     paint, darken = ImageDraw.Draw(ground), ImageDraw.Draw(shade)

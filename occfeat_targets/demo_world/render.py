@@ -4,8 +4,6 @@ A pixel (row i, column j) covers [j, j+1) x [i, i+1); its ray passes through (j 
 has length 1 along the optical axis, so the ray parameter is the z-depth.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +18,8 @@ from occfeat_targets.demo_world.surface import Material, albedo, noise
 _NEAR = 0.2
 _HAZE_METRES = 420.0
 _SMOOTH = ImageFilter.Kernel((3, 3), (1, 2, 1, 2, 8, 2, 1, 2, 1))
-_SUN, _SKY = np.float32([0.78, 0.75, 0.69]), np.float32([0.56, 0.59, 0.64])
-_HORIZON, _ZENITH = np.float32([0.80, 0.85, 0.90]), np.float32([0.30, 0.50, 0.80])
+_SUN, _SKY = np.array([[0.78, 0.75, 0.69], [0.56, 0.59, 0.64]], np.float32)
+_HORIZON, _ZENITH = np.array([[0.80, 0.85, 0.90], [0.30, 0.50, 0.80]], np.float32)
 # Colour of every raster value of the ground, in the sun and in the shadow of things.
 _GROUND = np.zeros((256, 3), np.float32)
 _GROUND[: len(Material)] = [material.colour for material in Material]

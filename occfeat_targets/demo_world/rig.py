@@ -5,8 +5,6 @@ quaternions ``(w, x, y, z)``; ``ego_T_sensor`` takes points from the sensor fram
 frame (x forward, y left, z up; metres). Camera frame: x right, y down, z along the optical axis.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -23,14 +21,14 @@ class Sensor:
     """One calibrated sensor: its place on the car, its intrinsics, its firing time.
 
     ``translation`` (3,) metres and ``rotation`` (4,) wxyz give ``ego_T_sensor``; ``intrinsics`` is
-    ``(focal, centre_u, centre_v)`` in pixels of a 1600x900 image, or None for the lidar;
+    ``(focal, centre_u, centre_v)`` in pixels of a 1600x900 image, or () for the lidar;
     ``early_us`` says how many microseconds before the keyframe's timestamp the sensor fires.
     """
 
     channel: str
     translation: tuple[float, float, float]
     rotation: tuple[float, float, float, float]
-    intrinsics: tuple[float, float, float] | None
+    intrinsics: tuple[float, ...]
     early_us: int
 
     def camera_matrix(self) -> np.ndarray:
@@ -40,7 +38,7 @@ class Sensor:
 
     def ego_T_sensor(self) -> np.ndarray:
         """Pose of the sensor on the car, (4, 4) float64."""
-        return rigid(self.rotation, self.translation)
+        return rigid(np.array(self.rotation), np.array(self.translation))
 
 
 # Translation (3) and rotation (4) of every sensor.
@@ -66,7 +64,7 @@ CAMERAS = tuple(
     Sensor(channel, _POSES[channel][:3], _POSES[channel][3:], (*intrinsics,), early)
     for channel, (*intrinsics, early) in _CAMERAS.items()
 )
-LIDAR_SENSOR = Sensor("LIDAR_TOP", _POSES["LIDAR_TOP"][:3], _POSES["LIDAR_TOP"][3:], None, 0)
+LIDAR_SENSOR = Sensor("LIDAR_TOP", _POSES["LIDAR_TOP"][:3], _POSES["LIDAR_TOP"][3:], (), 0)
 SENSORS = (*CAMERAS, LIDAR_SENSOR)
 
 LIDAR_BEAMS = 32

@@ -5,8 +5,6 @@ where the car is at that moment, but everything else is where it is at the keyfr
 lidar returns, images and boxes of one keyframe agree exactly.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -125,7 +123,7 @@ class Scene:
     def global_T_ego(self, timestamp: int) -> np.ndarray:
         """The car's pose at a time in microseconds, (4, 4) float64."""
         translation, rotation = self.ego_pose(timestamp)
-        return rigid(rotation, translation)
+        return rigid(np.array(rotation), np.array(translation))
 
 
 def _cell(plan: Plan, index: int) -> tuple[tuple[float, float], float]:

@@ -4,8 +4,6 @@ Every solid is convex, so a ray meets it along one interval, the intersection of
 A thing is a table of parts in its own frame: origin on the ground, x forward, y left, z up, metres.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -102,17 +100,16 @@ def place(
 ) -> Solids:
     """Solids of a thing that stands at a global pose (x, y in metres, yaw in radians).
 
-    ``colour`` is for the parts without one of their own; ``scale`` enlarges all parts along x, y
-    and z.
+    ``colour`` is for parts without one of their own; ``scale`` is along x, y and z.
     """
-    scale = np.broadcast_to(scale, 3)
-    extent = np.array([(part.x, part.y, part.z) for part in parts]) * scale[:, None]
+    scales = np.broadcast_to(scale, 3)
+    extent = np.array([(part.x, part.y, part.z) for part in parts]) * scales[:, None]
     return Solids(
         np.array([part.shape for part in parts], np.uint8),
         extent.mean(axis=2) @ _rotation(pose[2]).T + (*pose[:2], 0.0),
         (extent[..., 1] - extent[..., 0]) / 2,
         np.full(len(parts), pose[2]),
-        np.array([part.taper for part in parts]) * scale[[0, 0, 1]],
+        np.array([part.taper for part in parts]) * scales[[0, 0, 1]],
         np.full(len(parts), object_id, np.int32),
         np.array([part.material for part in parts], np.uint8),
         np.array([part.colour or colour for part in parts], np.float32),
@@ -218,7 +215,7 @@ def shadow_outlines(solids: Solids, sun: np.ndarray) -> np.ndarray:
     hexagon, each corner given twice) and an ellipsoid's is an ellipse.
     """
     slide = np.array([[1, 0, -sun[0] / sun[2]], [0, 1, -sun[1] / sun[2]]])
-    axes = slide @ solids.axes()  # (P, 2, 3)
+    axes: np.ndarray = slide @ solids.axes()  # (P, 2, 3)
     upward = np.where(axes[:, 1:] < 0, -axes, axes)
     order = np.argsort(np.arctan2(upward[:, 1], upward[:, 0]), axis=1)
     upward = np.take_along_axis(upward, order[:, None], axis=2)

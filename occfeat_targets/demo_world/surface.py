@@ -1,7 +1,5 @@
 """Surfaces: materials with the lidar's intensity, and colours as tables of rectangles on faces."""
 
-from __future__ import annotations
-
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -15,6 +13,9 @@ class Material(IntEnum):
 
     Those before METAL are ground surfaces; the others are coloured by their things.
     """
+
+    intensity: float
+    colour: Colour
 
     def __new__(cls, value: int, intensity: float, colour: Colour = (0.0, 0.0, 0.0)):
         """A member with its number and properties."""
@@ -129,7 +130,7 @@ def _make_noise(size: int) -> np.ndarray:
     for period in (1, 2, 4, 8, 32):
         layer = np.kron(rng.standard_normal((size // period,) * 2), np.ones((period, period)))
         for axis in (0, 1):  # a running mean over one period smooths the blocks
-            layer = sum(np.roll(layer, shift, axis) for shift in range(period)) / period
+            layer = np.mean([np.roll(layer, shift, axis) for shift in range(period)], axis=0)
         total += layer / layer.std()
     return np.clip(total / (2.2 * total.std()), -1, 1).astype(np.float32)
 

@@ -1,7 +1,5 @@
 """The JSON tables of a dataroot and its map expansion, with nuScenes' fixed names."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import defaultdict
 
@@ -60,9 +58,7 @@ _COLUMNS = {
 
 
 def scene_names(version: str, scenes: int) -> list[str]:
-    """Official names for that many scenes, those of the train split first.
-
-    About one in four is of the val split, at least one of each.
+    """Official names for that many scenes: first those of train, then about one in four of val.
 
     Raises:
         ValueError: unknown version, or a number of scenes that the version has no names for.
@@ -142,7 +138,7 @@ def _scene_records(tables: Tables, owner: str, name: str, scene: Scene, samples:
 def _sensor_records(tables: Tables, owner: str, scene: Scene, samples: list[str]) -> None:
     """Calibration, poses and files of all sensors in one scene."""
     for sensor in rig.SENSORS:
-        channel, camera = sensor.channel, sensor.intrinsics is not None
+        channel, camera = sensor.channel, bool(sensor.intrinsics)
         calibrated = token("calibrated_sensor", owner, channel)
         pose = list(sensor.translation), list(sensor.rotation)
         matrix = sensor.camera_matrix().tolist() if camera else []

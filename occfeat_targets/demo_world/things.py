@@ -4,8 +4,6 @@ Parts are in the frame of their thing: origin on the ground below its centre, x 
 metres. Annotated things stay 3 cm inside their box, so that lidar noise on them does too.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from occfeat_targets.demo_world.solids import Colour, Part, Shape

@@ -3,8 +3,6 @@
 A pose is (x, y, heading) in the global frame, metres and radians.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,7 +58,8 @@ class Actor:
     @property
     def size(self) -> tuple[float, float, float]:
         """Width, length, height of the box in metres, as in nuScenes."""
-        return tuple(round(self.scale * extent, 3) for extent in self.model.size)
+        width, length, height = (round(self.scale * extent, 3) for extent in self.model.size)
+        return width, length, height
 
     def pose(self, time: float) -> Pose:
         """Pose ``time`` seconds after the first keyframe."""

@@ -20,7 +20,7 @@ from pydantic import Field
 from occfeat_targets.geometry import transform
 from occfeat_targets.images import decode_jpeg, resize
 from occfeat_targets.sources import SOURCES
-from occfeat_targets.sources.base import Dataset, FrameRecord, MapLayers
+from occfeat_targets.sources.base import Dataset, FrameRecord, MapLayers, Source
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.schema import ArraySpec
@@ -70,43 +70,33 @@ class Layout:
         return "uint8" if n < 8 else "uint16" if n < 16 else "uint32"
 
 
+@dataclass
 class FrameInputs:
-    """What several outputs need of one keyframe: each computed when first asked for, and kept.
+    """What several outputs need of one keyframe: each computed when first asked for, and kept."""
 
-    Args:
-        record: the keyframe.
-        layout: of the store.
-        near_m: ``lidar.near_m``.
-        teacher: see ``teachers.base``.
-        teacher_size: (height, width) that the teacher sees.
-        full_size: whether the stored images are made of the originals at full size.
-    """
+    record: FrameRecord
+    layout: Layout
+    near_m: float
+    """``lidar.near_m``."""
+    teacher: Teacher
+    teacher_size: Size
+    """(height, width) that the teacher sees."""
+    full_size: bool = False
+    """Whether the stored images are made of the originals at full size."""
 
-    def __init__(
-        self,
-        record: FrameRecord,
-        layout: Layout,
-        near_m: float,
-        teacher: Teacher,
-        teacher_size: Size,
-        full_size: bool = False,
-    ):
-        self.record, self.layout, self.near_m = record, layout, near_m
-        self.teacher, self.teacher_size, self.full_size = teacher, teacher_size, full_size
-        self.source = SOURCES(record.source)()
+    @cached_property
+    def source(self) -> Source:
+        """The dataset that the keyframe is of."""
+        return SOURCES(self.record.source)()
 
     @cached_property
     def lidar(self) -> tuple[np.ndarray, np.ndarray]:
         """Lidar returns of all sweeps: float64 (M, 3) metres in the ego frame; float32 (M,)
-        intensity 0..255.
-
-        Raises:
-            ValueError: naming the file, when it is missing, truncated or holds NaN or infinity.
-        """
+        intensity 0..255. Raises ValueError, naming the file, if one is missing, truncated or not
+        finite."""
         xyz_ego, intensity = [], []
-        for path, ego_T_sensor in zip(
-            self.record.sweep_paths, self.record.ego_T_sweep, strict=True
-        ):
+        record = self.record
+        for path, ego_T_sensor in zip(record.sweep_paths, record.ego_T_sweep, strict=True):
             rows = self.source.read_lidar(Path(path))
             bad = np.count_nonzero(~np.isfinite(rows).all(axis=1))
             if bad:
@@ -126,25 +116,18 @@ class FrameInputs:
         """The cameras' images, RGB, each decoded once: at least as large as teacher and store need.
 
         Without ``full_size`` that may be a fraction of the file's size: on a real keyframe stored
-        images then differ by 0.4 of 255 levels from those resized from full size.
-
-        Raises:
-            ImageError: naming the file, when it is missing or damaged.
+        images then differ by 0.4 of 255 levels from those resized from full size. Raises
+        ImageError, naming the file, if one is missing or damaged.
         """
-        (a, b), (c, d) = self.teacher_size, self.layout.image_size
-        record = self.record
-        return [
-            decode_jpeg(Path(path), full if self.full_size else (max(a, c), max(b, d)))
-            for path, full in zip(record.image_paths, record.image_hw, strict=True)
-        ]
+        (a, b), (c, d), record = self.teacher_size, self.layout.image_size, self.record
+        sizes = record.image_hw if self.full_size else [(max(a, c), max(b, d))] * len(record.K)
+        pairs = zip(record.image_paths, sizes, strict=True)
+        return [decode_jpeg(Path(path), at_least) for path, at_least in pairs]
 
     @cached_property
     def feature_maps(self) -> torch.Tensor:
-        """The teacher's features, float32 (N, C, h, w), on the CPU.
-
-        Raises:
-            TeacherError: they have the wrong shape.
-        """
+        """The teacher's features, float32 (N, C, h, w), on the CPU. Raises TeacherError if they
+        have the wrong shape."""
         images = [resize(image, self.teacher_size) for image in self.images]
         return dense_features(self.teacher, images, self.teacher_size)
 
@@ -155,12 +138,8 @@ class FrameInputs:
 
 
 class Output:
-    """One stored thing. Subclasses override what concerns them.
-
-    Args:
-        settings: its own, of class ``Settings``.
-        layout: of the store.
-    """
+    """One stored thing, of its own settings (of class ``Settings``) and the store's layout.
+    Subclasses override what concerns them."""
 
     Settings: type[Settings] = Settings
 
@@ -172,13 +151,9 @@ class Output:
         raise NotImplementedError
 
     def compute(self, frame: FrameInputs) -> dict[str, np.ndarray]:
-        """Its arrays of one keyframe, by name, trimmed to what is valid.
-
-        Arrays that only count the rows of others need not be given.
-
-        Raises:
-            ValueError: saying what is wrong with the keyframe.
-        """
+        """Its arrays of one keyframe, by name, trimmed to what is valid; those that only count the
+        rows of others need not be given. Raises ValueError, saying what is wrong with the
+        keyframe."""
         return {}
 
     def of_records(self, dataset: Dataset) -> dict[str, np.ndarray]:

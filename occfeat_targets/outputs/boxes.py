@@ -1,7 +1,5 @@
 """Annotated boxes of every class, and BEV masks of the vehicles among them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +14,7 @@ from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.schema import INVISIBLE, ArraySpec
 from occfeat_targets.store.settings import Settings
 
+_MASKS = ("vehicle", "vehicle_visible")
 _VEHICLE, _HARDLY_VISIBLE = "#d04030", "#f0b0a8"
 
 
@@ -48,19 +47,14 @@ class Boxes(Output):
 
     def compute(self, frame: FrameInputs) -> dict[str, np.ndarray]:
         """``boxes`` float32 (n, 8), ``box_class`` uint8 (n,), ``vehicle`` and ``vehicle_visible``
-        uint8 (X, Y).
-
-        Raises:
-            ValueError: more boxes than there is room for.
-        """
+        uint8 (X, Y). Raises ValueError if there are more boxes than there is room for."""
         annotated = frame.record.boxes
         boxes = np.column_stack([annotated.box, annotated.visibility]).astype(np.float32)
         require_room(len(boxes), self.settings.max_boxes, "boxes", "raise boxes.max_boxes")
         numbers = {name: i for i, name in enumerate(self.layout.box_classes)}
         classes = np.array([numbers[name] for name in annotated.category], dtype=np.uint8)
-        vehicle, visible = vehicle_masks(boxes[self._is_vehicle(classes)], self.layout.grid)
-        masks = {"vehicle": vehicle, "vehicle_visible": visible}
-        return {"boxes": boxes, "box_class": classes} | masks
+        masks = vehicle_masks(boxes[self._is_vehicle(classes)], self.layout.grid)
+        return {"boxes": boxes, "box_class": classes, **dict(zip(_MASKS, masks, strict=True))}
 
     def faults(self, record: FrameRecord) -> Iterator[str]:
         """See :class:`Output`."""
@@ -76,15 +70,13 @@ class Boxes(Output):
             yield "box_class holds numbers of no class"
             return
         vehicles = frame["boxes"][self._is_vehicle(frame["box_class"])]
-        names = ("vehicle", "vehicle_visible")
-        for name, mask in zip(names, vehicle_masks(vehicles, store.grid), strict=True):
+        for name, mask in zip(_MASKS, vehicle_masks(vehicles, store.grid), strict=True):
             if not np.array_equal(frame[name], mask):
                 yield f"{name} is not the mask of the vehicles among boxes"
 
     def _is_vehicle(self, classes: np.ndarray) -> np.ndarray:
         """Which boxes are vehicles: bool (n,)."""
-        is_vehicle = [name in self.layout.vehicle_classes for name in self.layout.box_classes]
-        return np.array(is_vehicle, dtype=bool)[classes]
+        return np.isin(self.layout.box_classes, self.layout.vehicle_classes)[classes]
 
     def draw_bev(self, axis: Any, store: TargetStore, frame: dict[str, Any]) -> None:
         """The vehicle masks, and the footprint of each box."""
@@ -98,18 +90,10 @@ class Boxes(Output):
 
 
 def vehicle_masks(vehicles: np.ndarray, grid: VoxelGrid) -> tuple[np.ndarray, np.ndarray]:
-    """BEV masks of vehicles.
-
-    Args:
-        vehicles: (n, 8), rows as of the array ``boxes``.
-        grid: the voxel grid.
-
-    Returns:
-        ``(vehicle, visible)``, uint8 (X, Y) each: 1 where a cell's centre lies inside a
-        footprint; and 0 where only vehicles of visibility 1 lie, else 1.
-    """
-    seen = np.zeros(grid.bev_shape, dtype=bool)
-    unseen = np.zeros(grid.bev_shape, dtype=bool)
+    """BEV masks ``(vehicle, visible)``, uint8 (X, Y) each, of vehicles (n, 8), rows as of the array
+    ``boxes``: 1 where a cell's centre lies inside a footprint; and 0 where only vehicles of
+    visibility 1 lie, else 1."""
+    seen, unseen = np.zeros((2, *grid.bev_shape), dtype=bool)
     for vehicle in vehicles.astype(np.float64):
         mask = unseen if vehicle[7] == INVISIBLE else seen
         mask |= fill_polygon([footprint(vehicle)], grid)

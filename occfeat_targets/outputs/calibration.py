@@ -1,7 +1,6 @@
 """Which keyframe a frame is, and the rig's calibration: what the dataset's tables say."""
 
-from __future__ import annotations
-
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,16 +22,15 @@ class Calibration(Output):
         """See :class:`Output`."""
         cameras = {"camera": len(self.layout.cameras)}
         K = cameras | {"row": 3, "column": 3}
-        nan = np.nan
         return (
             ArraySpec("token", "uint8", {"byte": 16}, "sample token, 32 hex digits", 0),
             ArraySpec("scene", "uint16", {}, "index into attribute `scenes`", 65535),
             ArraySpec("split", "uint8", {}, "index into attribute `splits`", 255),
             ArraySpec("timestamp_us", "int64", {}, "lidar keyframe time", -1),
-            ArraySpec("K", "float32", K, "of stored images, continuous pixels", nan),
-            ArraySpec("cam_T_ego", "float32", cameras | _MATRIX, "at camera's time", nan),
-            ArraySpec("ego_T_lidar", "float32", _MATRIX, "keyframe lidar pose", nan),
-            ArraySpec("global_T_ego", "float64", _MATRIX, "ego at lidar's time", nan),
+            ArraySpec("K", "float32", K, "of stored images, continuous pixels", np.nan),
+            ArraySpec("cam_T_ego", "float32", cameras | _MATRIX, "at camera's time", np.nan),
+            ArraySpec("ego_T_lidar", "float32", _MATRIX, "keyframe lidar pose", np.nan),
+            ArraySpec("global_T_ego", "float64", _MATRIX, "ego at lidar's time", np.nan),
         )
 
     def of_records(self, dataset: Dataset) -> dict[str, np.ndarray]:
@@ -56,6 +54,8 @@ class Calibration(Output):
 
     def faults(self, record: FrameRecord) -> Iterator[str]:
         """See :class:`Output`."""
+        if not re.fullmatch("[0-9a-fA-F]{32}", record.token):
+            yield "a sample token must be 32 hex digits"
         for camera, K in zip(self.layout.cameras, record.K, strict=True):
             if not np.isfinite(K).all() or abs(np.linalg.det(K)) < 1e-6:
                 yield f"{camera}: camera_intrinsic is singular: {K.tolist()}"

@@ -1,7 +1,5 @@
 """The cameras' images as JPEGs, clean or corrupted: what the trainer's network sees."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Iterator
@@ -39,13 +37,10 @@ class ImagesSettings(Settings):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if min(self.size) < 1:
-            raise ValueError(f"images.size must be [height, width], got {list(self.size)}")
-        if self.corruption not in ("none", *CORRUPTED):
-            raise ValueError(
-                f"no images.corruption {self.corruption}; "
-                f"{did_you_mean(self.corruption, ('none', *CORRUPTED))}"
-            )
+        known = ("none", *CORRUPTED)
+        if self.corruption not in known:
+            near = did_you_mean(self.corruption, known)
+            raise ValueError(f"no images.corruption {self.corruption}; {near}")
         return self
 
 
@@ -72,18 +67,15 @@ class Images(Output):
         )
 
     def compute(self, frame: FrameInputs) -> dict[str, np.ndarray]:
-        """``images`` uint8 (bytes,) and ``image_offset`` int32 (N + 1,).
-
-        Raises:
-            ImageError: naming the file, when it is missing or damaged. ValueError: no room.
-        """
+        """``images`` uint8 (bytes,) and ``image_offset`` int32 (N + 1,). Raises ImageError, naming
+        the file, if one is missing or damaged, and ValueError if there is no room."""
         name, seed = self.settings.corruption, self.settings.corruption_seed
         token, cameras = frame.record.token, self.layout.cameras
         jpegs = []
         for camera, image in zip(cameras, frame.images, strict=True):
             if name != "none":
-                levels = corrupt(np.asarray(image), name, token, camera, cameras, seed)
-                image = Image.fromarray(levels)
+                pixels = corrupt(np.asarray(image), name, token, camera, cameras, seed)
+                image = Image.fromarray(pixels)
             jpegs.append(encode_jpeg(resize(image, self.settings.size), self.settings.quality))
         packed = pack_images(jpegs)
         require_room(len(packed["images"]), self.room, "bytes of JPEG", "lower images.quality")
@@ -92,8 +84,7 @@ class Images(Output):
     def faults(self, record: FrameRecord) -> Iterator[str]:
         """See :class:`Output`."""
         for path, hw in zip(record.image_paths, record.image_hw, strict=True):
-            problem = check_jpeg(Path(path), hw)
-            if problem:
+            if problem := check_jpeg(Path(path), hw):
                 yield f"{path} {problem}"
 
     def check(self, store: TargetStore, frame: dict[str, Any]) -> Iterator[str]:

@@ -1,7 +1,5 @@
 """BEV masks of the map's classes: cells whose centre lies in a polygon, or near a line."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -50,11 +48,8 @@ class Map(Output):
         return (ArraySpec("map", "uint8", axes, "masks by `map_classes`", 255, chunk=n),)
 
     def compute(self, frame: FrameInputs) -> dict[str, np.ndarray]:
-        """``map`` uint8 (K, X, Y).
-
-        Raises:
-            ValueError: naming the map's file, when it can't be read.
-        """
+        """``map`` uint8 (K, X, Y). Raises ValueError, naming the map's file, if it can't be
+        read."""
         width, grid = self.settings.line_width_m, self.layout.grid
         masks = map_masks(frame.map, frame.record.global_T_ego, width, grid)
         return {"map": np.stack([masks[name] for name in self.layout.map_classes]).astype(np.uint8)}
@@ -74,14 +69,8 @@ class Map(Output):
 def map_masks(
     layers: MapLayers, global_T_ego: np.ndarray, line_width_m: float, grid: VoxelGrid
 ) -> dict[str, np.ndarray]:
-    """BEV mask of each map class, bool (X, Y).
-
-    Args:
-        layers: polygons and lines of the frame's location, in the global frame.
-        global_T_ego: float64 (4, 4).
-        line_width_m: full width of a drawn line.
-        grid: the voxel grid.
-    """
+    """BEV mask of each map class, bool (X, Y), from the polygons and lines of the frame's location
+    in the global frame; ``line_width_m`` is the full width of a drawn line."""
     ego_T_global = inverse_rigid(global_T_ego)
     reach = math.hypot(*(max(abs(lo), abs(hi)) for lo, hi, _ in (grid.x, grid.y)))
     centre = global_T_ego[:2, 3]

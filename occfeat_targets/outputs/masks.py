@@ -1,7 +1,5 @@
 """BEV masks: which cells' centres lie in a polygon or near a line; and how a mask is drawn."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any
 
@@ -20,9 +18,8 @@ def fill_polygon(rings: list[np.ndarray], grid: VoxelGrid) -> np.ndarray:
     start = np.concatenate(rings)
     end = np.concatenate([np.roll(ring, -1, axis=0) for ring in rings])
     x, y = grid.bev_centres()
-    reached = (np.minimum(start[:, 0], end[:, 0]) <= x[-1]) & (
-        np.maximum(start[:, 0], end[:, 0]) > x[0]
-    )
+    low, high = np.minimum(start[:, 0], end[:, 0]), np.maximum(start[:, 0], end[:, 0])
+    reached = (low <= x[-1]) & (high > x[0])
     start, end = start[reached], end[reached]
     row, edge = np.nonzero((start[:, 0] <= x[:, None]) != (end[:, 0] <= x[:, None]))
     (x1, y1), (x2, y2) = start[edge].T, end[edge].T
@@ -34,14 +31,8 @@ def fill_polygon(rings: list[np.ndarray], grid: VoxelGrid) -> np.ndarray:
 
 
 def draw_line(mask: np.ndarray, line: np.ndarray, width_m: float, grid: VoxelGrid) -> None:
-    """Set the cells of ``mask`` (X, Y) whose centre is within ``width_m`` / 2 of a polyline.
-
-    Args:
-        mask: bool (X, Y), changed in place.
-        line: float64 (K, 2), metres, ego frame.
-        width_m: full width of the drawn line.
-        grid: the voxel grid.
-    """
+    """Set the cells of ``mask``, bool (X, Y), whose centre is within ``width_m`` / 2 of a polyline,
+    float64 (K, 2), metres, ego frame."""
     x, y = grid.bev_centres()
     half = width_m / 2
     for a, b in pairwise(line):
@@ -56,14 +47,9 @@ def draw_line(mask: np.ndarray, line: np.ndarray, width_m: float, grid: VoxelGri
 
 
 def bev_image(axis: Any, grid: VoxelGrid, layers: list[tuple[np.ndarray, str, str]]) -> None:
-    """Draw masks (X, Y) over each other in a matplotlib axis of y (to the left) and x, with an
-    entry each in its legend; what no mask covers stays as it is.
-
-    Args:
-        axis: where to draw.
-        grid: the voxel grid.
-        layers: mask, colour and label, from below.
-    """
+    """Draw ``layers`` from below (masks (X, Y) with colour and label) over each other in a
+    matplotlib axis of y (to the left) and x, with an entry each in its legend; what none covers
+    stays."""
     from matplotlib.colors import to_rgba
 
     picture = np.zeros((*grid.bev_shape, 4))

@@ -1,7 +1,5 @@
 """The lidar returns themselves: the trainer turns the BEV frame, and asks where rays end."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,15 +30,11 @@ class Points(Output):
         )
 
     def compute(self, frame: FrameInputs) -> dict[str, np.ndarray]:
-        """``points`` int16 (P, 4).
-
-        Raises:
-            ValueError: naming the file, when it is missing or damaged; or there is no room.
-        """
-        xyz_ego, intensity = frame.lidar
-        packed = pack_points(xyz_ego, intensity, self.layout.grid)
-        advice = "raise lidar.max_points"
-        require_room(len(packed), self.layout.max_points, "lidar returns", advice)
+        """``points`` int16 (P, 4). Raises ValueError, naming the file, if one is missing or
+        damaged; or if there is no room."""
+        packed = pack_points(*frame.lidar, self.layout.grid)
+        room, advice = self.layout.max_points, "raise lidar.max_points"
+        require_room(len(packed), room, "lidar returns", advice)
         return {"points": packed}
 
     def faults(self, record: FrameRecord) -> Iterator[str]:
@@ -49,12 +43,10 @@ class Points(Output):
         room = self.layout.max_points // self.layout.sweeps
         for path in record.sweep_paths:
             try:
-                n_returns = source.n_returns(Path(path))
+                if (n := source.n_returns(Path(path))) > room:
+                    yield f"{path} holds {n} lidar returns: raise lidar.max_points"
             except ValueError as error:
                 yield f"{path} {error}"
-                continue
-            if n_returns > room:
-                yield f"{path} holds {n_returns} lidar returns: raise lidar.max_points"
 
     def check(self, store: TargetStore, frame: dict[str, Any]) -> Iterator[str]:
         """See :class:`Output`. The points must fill the stored voxels, up to their rounding."""
@@ -72,11 +64,8 @@ class Points(Output):
 
 
 def point_step_m(grid: VoxelGrid) -> float:
-    """Length of one int16 step of ``points``: 2 mm, or more for grids beyond 65 m.
-
-    Raises:
-        ValueError: when the grid reaches so far that a step would exceed 1 cm.
-    """
+    """Length of one int16 step of ``points``: 2 mm, or more for grids beyond 65 m. Raises
+    ValueError if the grid reaches so far that a step would exceed 1 cm."""
     reach = max(abs(bound) for lo, hi, _ in (grid.x, grid.y, grid.z) for bound in (lo, hi))
     step_mm = 2 * math.ceil(reach / (2e-3 * 32767))
     if step_mm > 10:

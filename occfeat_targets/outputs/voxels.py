@@ -1,7 +1,5 @@
 """Occupied voxels and the teacher's mean feature of each: OccFeat's targets (paper §3.2, §3.3)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,11 +44,8 @@ class Voxels(Output):
 
     def compute(self, frame: FrameInputs) -> dict[str, np.ndarray]:
         """``voxel_index`` (V,), ``feature_cameras`` (V,) and, if the teacher has channels,
-        ``features`` int8 (V, C) and ``feature_scale`` (V,).
-
-        Raises:
-            ValueError: features are not finite. TeacherError: they have the wrong shape.
-        """
+        ``features`` int8 (V, C) and ``feature_scale`` (V,). Raises ValueError if features are not
+        finite, and TeacherError if they have the wrong shape."""
         record, index = frame.record, frame.voxel_index
         centres = self.layout.grid.centres(index)
         position, valid = see(centres, record.K, record.cam_T_ego, np.array(record.image_hw))
@@ -83,16 +78,16 @@ class Voxels(Output):
             yield "a feature's largest code is not 127"
 
     def _check_cameras(self, store: TargetStore, frame: dict[str, Any]) -> Iterator[str]:
-        n_cameras = len(self.layout.cameras)
-        if (frame["feature_cameras"].astype(np.int64) >> n_cameras).any():
+        n_cameras, bits = len(self.layout.cameras), frame["feature_cameras"].astype(np.int64)
+        if (bits >> n_cameras).any():
             yield "feature_cameras has bits of no camera"
         uv, depth = _projected(frame, store.grid.centres(frame["voxel_index"]), slice(None))
         size = np.array(self.layout.image_size)[::-1]
         inside = np.minimum(uv, size - uv).min(axis=-1)  # px to the nearest edge, negative outside
-        bits = (frame["feature_cameras"].astype(np.int64) >> np.arange(n_cameras)[:, None]) & 1 == 1
-        wrong = (bits & ((depth <= 0) | (inside < -_EDGE_PX))) | (
-            ~bits & (depth > 0) & (inside > _EDGE_PX)
-        )
+        bits = (bits >> np.arange(n_cameras)[:, None]) & 1 == 1
+        surely_outside = (depth <= 0) | (inside < -_EDGE_PX)
+        surely_inside = (depth > 0) & (inside > _EDGE_PX)
+        wrong = (bits & surely_outside) | (~bits & surely_inside)
         if wrong.any():
             yield f"feature_cameras contradicts the calibration at {int(wrong.sum())} voxels"
 

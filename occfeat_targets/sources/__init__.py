@@ -14,13 +14,9 @@ SOURCES = Registry("source", {"nuscenes": "occfeat_targets.sources.nuscenes:NuSc
 
 
 def source_of(name: str, dataroot: Path) -> tuple[str, Source]:
-    """The source of a name, and its name; ``auto`` is the first that recognises the dataroot.
-
-    Where none does it is the first of all, whose ``read`` says what is missing.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
+    """The source of a name, and its name; ``auto`` is the first that recognises the dataroot, or
+    where none does the first of all, whose ``read`` says what is missing. Raises ConfigError if
+    there is none of that name."""
     if name != "auto":
         return name, SOURCES(name)()
     known = [(each, SOURCES(each)()) for each in SOURCES.names]

@@ -5,12 +5,10 @@ these and never load a dataset's tables; of the dataset's module they use the re
 and map files, see :class:`Source`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import numpy as np
 from pydantic import Field
@@ -107,8 +105,7 @@ class FrameRecord:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The selected keyframes of a dataset, in the order of its tables, and what they have in
-    common."""
+    """The selected keyframes of a dataset, in the order of its tables, and what they share."""
 
     records: list[FrameRecord]
     name: str
@@ -136,7 +133,7 @@ class Shapes:
     """float64 (n, 4): x min, y min, x max, y max."""
 
     @classmethod
-    def of(cls, rings: list[list[np.ndarray]]) -> Shapes:
+    def of(cls, rings: list[list[np.ndarray]]) -> Self:
         """Shapes with their bounds computed."""
         outer = [(*shape[0].min(axis=0), *shape[0].max(axis=0)) for shape in rings]
         return cls(rings, np.array(outer, dtype=np.float64).reshape(-1, 4))
@@ -144,8 +141,8 @@ class Shapes:
     def near(self, xy: np.ndarray, reach_m: float) -> Iterator[list[np.ndarray]]:
         """Shapes whose bounds come within ``reach_m`` of a point (x, y), global frame."""
         low, high = self.bounds[:, :2] - reach_m, self.bounds[:, 2:] + reach_m
-        for i in np.flatnonzero(((low <= xy) & (xy <= high)).all(axis=1)):
-            yield self.rings[i]
+        within = ((low <= xy) & (xy <= high)).all(axis=1)
+        return (self.rings[i] for i in np.flatnonzero(within))
 
 
 @dataclass(frozen=True)
@@ -177,34 +174,21 @@ class Source(Protocol):
         sweeps: int,
         map_mode: MapMode,
     ) -> Dataset:
-        """Read the tables: the selected keyframes, each with up to ``sweeps`` lidar sweeps.
-
-        Raises:
-            SourceError: unusable dataroot, unknown version, scene or split, or no such map.
-        """
+        """Read the tables: the selected keyframes, each with up to ``sweeps`` lidar sweeps. Raises
+        SourceError: unusable dataroot, unknown version, scene or split, or no such map."""
         ...
 
     def n_returns(self, path: Path) -> int:
-        """Number of returns in a lidar file, by its size or header alone.
-
-        Raises:
-            ValueError: what is wrong with the file, such as ``is missing``.
-        """
+        """Number of returns in a lidar file, by its size or header alone. Raises ValueError, saying
+        what is wrong with the file, such as ``is missing``."""
         ...
 
     def read_lidar(self, path: Path) -> np.ndarray:
         """Returns of one lidar file: float32 (M, 4), x, y, z in metres in the sensor frame, and
-        intensity 0..255.
-
-        Raises:
-            ValueError: naming the file, when it is missing or damaged.
-        """
+        intensity 0..255. Raises ValueError, naming the file, if it is missing or damaged."""
         ...
 
     def read_map(self, path: str) -> MapLayers:
-        """Map of one location; called for each frame, so cache it.
-
-        Raises:
-            ValueError: naming the file, when it is missing or not such a map.
-        """
+        """Map of one location; called for each frame, so cache it. Raises ValueError, naming the
+        file, if it is missing or not such a map."""
         ...

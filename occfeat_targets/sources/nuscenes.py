@@ -60,12 +60,7 @@ class NuScenesSource:
         sweeps: int,
         map_mode: MapMode,
     ) -> Dataset:
-        """Read the tables once and turn the selected keyframes into records.
-
-        Raises:
-            SourceError: unusable dataroot, unknown scene or split, missing tables, or a required
-                map expansion that is not there.
-        """
+        """See ``base.Source``: reads the tables once."""
         from nuscenes.nuscenes import NuScenes
 
         version = find_version(dataroot, version)
@@ -79,20 +74,21 @@ class NuScenesSource:
         split_of = _split_of_scene(dataroot, version)
         scenes = _selected_scenes(nusc, frames, split_of)
         map_path = _map_paths(nusc, dataroot, scenes, map_mode)
-        chosen = []
-        for scene in scenes:
-            for sample in _chain(nusc, "sample", scene["first_sample_token"]):
-                chosen.append((scene["name"], sample))
+        chosen = [
+            (scene["name"], sample)
+            for scene in scenes
+            for sample in _chain(nusc, "sample", scene["first_sample_token"])
+        ]
         progress = tqdm(chosen[: frames.limit], desc="reading tables", unit="frame", disable=None)
         records = [
             _record(nusc, (name, split_of[name], map_path[name]), sample, sweeps)
             for name, sample in progress
         ]
-        manifest = dataroot / "demo_world.json"
+        is_demo = (dataroot / "demo_world.json").exists()
         classes = tuple(row["name"] for row in nusc.category)
         return Dataset(
             records=records,
-            name="occfeat demo world" if manifest.exists() else "nuScenes",
+            name="occfeat demo world" if is_demo else "nuScenes",
             version=version,
             reader=metadata.version("nuscenes-devkit"),
             scenes=tuple(scene["name"] for scene in scenes),
@@ -120,9 +116,7 @@ class NuScenesSource:
         except OSError as error:
             raise ValueError(f"{path}: cannot read the lidar file: {error.strerror}") from error
         if not raw or len(raw) % LIDAR_ROW_BYTES:
-            raise ValueError(
-                f"{path} is truncated: its size is not a multiple of {LIDAR_ROW_BYTES} bytes"
-            )
+            raise ValueError(f"{path} is truncated: {len(raw)} bytes, not {LIDAR_ROW_BYTES} a row")
         return np.frombuffer(raw, "<f4").reshape(-1, 5)[:, :4]
 
     def read_map(self, path: str) -> MapLayers:
@@ -131,11 +125,8 @@ class NuScenesSource:
 
 
 def find_version(dataroot: Path, version: str | None) -> str:
-    """The dataset version to read: the one asked for, or the only one there.
-
-    Raises:
-        SourceError: no dataroot, no such version, or several to choose from.
-    """
+    """The dataset version to read: the one asked for, or the only one there. Raises SourceError: no
+    dataroot, no such version, or several to choose from."""
     if not dataroot.is_dir():
         raise SourceError(f"no such directory: {dataroot}")
     found = sorted(p.parent.name for p in dataroot.glob("*/sample_data.json"))
@@ -184,12 +175,9 @@ def _selected_scenes(
         if split not in split_of.values():
             known = ", ".join(dict.fromkeys(split_of.values()))
             raise SourceError(f"no split {split} in {nusc.version}; there are {known}")
-    scenes = [
-        scene
-        for scene in nusc.scene
-        if scene["name"] in (frames.scenes or names)
-        and split_of[scene["name"]] in (frames.splits or split_of.values())
-    ]
+    kept = frames.splits or split_of.values()
+    wanted = {name for name in frames.scenes or names if split_of[name] in kept}
+    scenes = [scene for scene in nusc.scene if scene["name"] in wanted]
     if not scenes:
         raise SourceError(
             f"no keyframes left: {nusc.version} in {nusc.dataroot} has {len(names)} scene(s), none "
@@ -200,19 +188,17 @@ def _selected_scenes(
 
 def _map_paths(nusc: NuScenes, dataroot: Path, scenes: list[dict], mode: MapMode) -> dict[str, str]:
     """Map-expansion file of each scene's location, by scene name; empty strings for no maps."""
-    location = {s["name"]: nusc.get("log", s["log_token"])["location"] for s in scenes}
-    paths = {
-        place: dataroot / "maps" / "expansion" / f"{place}.json" for place in location.values()
-    }
-    missing = [str(path) for path in paths.values() if not path.exists()]
-    if mode == "never" or (mode == "auto" and len(missing) == len(paths)):
-        return dict.fromkeys(location, "")
+    place = {s["name"]: nusc.get("log", s["log_token"])["location"] for s in scenes}
+    paths = {name: str(dataroot / "maps/expansion" / f"{place[name]}.json") for name in place}
+    missing = [path for path in dict.fromkeys(paths.values()) if not Path(path).exists()]
+    if mode == "never" or (mode == "auto" and {*missing} == {*paths.values()}):
+        return dict.fromkeys(paths, "")
     if missing:
         raise SourceError(
             f"missing map expansion: {', '.join(missing)}. Unpack nuScenes' map expansion (v1.3) "
             "there, or build without map labels: --set map.mode=never"
         )
-    return {name: str(paths[place]) for name, place in location.items()}
+    return paths
 
 
 def _chain(nusc: NuScenes, table: str, token: str, link: str = "next") -> Iterator[dict]:

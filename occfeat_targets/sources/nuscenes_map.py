@@ -4,8 +4,6 @@ Read from the JSON directly: nuscenes-devkit's ``get_map_mask`` crashes on lines
 re-enter the patch (MultiLineString under shapely 2), so masks are drawn by ``outputs.masks``.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 from functools import lru_cache
@@ -31,11 +29,8 @@ _reading = threading.Lock()
 
 
 def load_map(path: str) -> MapLayers:
-    """Read a map-expansion file (``maps/expansion/<location>.json``); cached per process.
-
-    Raises:
-        ValueError: naming the file, when it is missing, not JSON or lacks a layer.
-    """
+    """Read a map-expansion file (``maps/expansion/<location>.json``); cached per process. Raises
+    ValueError, naming the file, if it is missing, not JSON or lacks a layer."""
     with _reading:  # threads of a GPU worker would all parse the same large file
         return _read(path)
 
@@ -54,17 +49,12 @@ def _read(path: str) -> MapLayers:
             for p in tables["polygon"]
         }
         line = {t["token"]: [points(t)] for t in tables["line"]}
-        areas = {
-            name: [
-                polygon[t]
-                for r in tables[layer]
-                for t in r.get("polygon_tokens") or [r["polygon_token"]]
-            ]
-            for name, layer in AREAS.items()
-        }
-        lines = {
-            name: [line[r["line_token"]] for r in tables[layer]] for name, layer in LINES.items()
-        }
+        areas, lines = {}, {}
+        for name, layer in AREAS.items():
+            tokens = (r.get("polygon_tokens") or [r["polygon_token"]] for r in tables[layer])
+            areas[name] = [polygon[token] for each in tokens for token in each]
+        for name, layer in LINES.items():
+            lines[name] = [line[r["line_token"]] for r in tables[layer]]
     except OSError as error:
         raise ValueError(f"{path}: cannot read the map expansion: {error}") from error
     except (ValueError, KeyError, TypeError) as error:

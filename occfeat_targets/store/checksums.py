@@ -6,15 +6,12 @@ was exchanged, lost or added, contradicts a line. It is zlib's crc32 and not Zar
 small arrays end in their own crc32c: over such data that one has always the same value.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import zarr
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 from zarr.abc.store import Store
 from zarr.core.buffer import Buffer
 from zarr.storage import WrapperStore
@@ -50,17 +47,10 @@ def checksum(data: bytes) -> Checksum:
 def write_checksums(
     url: str, group: zarr.Group, known: dict[str, Checksum], without: tuple[str, ...] = ()
 ) -> None:
-    """Write the array; objects that are not ``known`` from their writing are read.
-
-    Args:
-        url: the store, otherwise finished.
-        group: its root group, writable.
-        known: key to checksum.
-        without: folders whose objects will not stay.
-    """
+    """Write the array into an otherwise finished store. Objects that are not ``known`` (key to
+    checksum) from their writing are read; those of the folders ``without`` will not stay."""
     fs, root = filesystem(url)
-    there = {path.removeprefix(f"{root}/") for path in find(url)}
-    there = {key for key in there if not key.startswith(without)}
+    there = {key for key in _keys(root, find(url)) if not key.startswith(without)}
     keys = sorted((there | {f"{NAME}/zarr.json"}) - {DATA})
     # Lines have a length that is known now: the array's own zarr.json, which holds it, is in them.
     n_bytes = len(_text(dict.fromkeys([*keys, ""], (0, 0))))
@@ -83,7 +73,7 @@ def write_checksums(
 def check_objects(url: str) -> Iterator[str]:
     """Read every object of a finished store: a line for each that is not what was written."""
     fs, root = filesystem(url)
-    found = {path.removeprefix(f"{root}/"): size for path, size in find(url).items()}
+    found = _keys(root, find(url))
     try:
         wanted = _parse(fs.cat_file(f"{root}/{DATA}"))
     except FileNotFoundError:
@@ -93,9 +83,8 @@ def check_objects(url: str) -> Iterator[str]:
         yield f"{DATA} is damaged: it does not match its own checksum"
         return
     yield from (f"{key} is missing" for key in sorted(wanted.keys() - found.keys()))
-    yield from (
-        f"{key} is no object of this store" for key in sorted(found.keys() - {DATA, *wanted})
-    )
+    others = sorted(found.keys() - {DATA, *wanted})
+    yield from (f"{key} is no object of this store" for key in others)
 
     def read(key: str) -> str | None:
         if found[key] != wanted[key][1]:
@@ -104,11 +93,15 @@ def check_objects(url: str) -> Iterator[str]:
         return None if same else f"{key} is damaged: it does not match its checksum"
 
     both = sorted(wanted.keys() & found.keys())
-    with ThreadPoolExecutor(8) as pool:  # waits for storage, mostly
-        results = pool.map(read, both)
-        for problem in tqdm(results, total=len(both), desc="checksums", unit="file", disable=None):
-            if problem:
-                yield problem
+    problems = thread_map(  # the threads wait for storage, mostly
+        read, both, max_workers=8, desc="checksums", unit="file", disable=None
+    )
+    yield from filter(None, problems)
+
+
+def _keys(root: str, files: dict[str, int]) -> dict[str, int]:
+    """Sizes of objects by key instead of path."""
+    return {path.removeprefix(f"{root}/"): size for path, size in files.items()}
 
 
 def _text(sums: dict[str, Checksum]) -> bytes:

@@ -1,22 +1,13 @@
 """Features as colours, for pictures."""
 
-from __future__ import annotations
-
 import numpy as np
 
 
 def feature_colours(features: np.ndarray, axes_of: np.ndarray | None = None) -> np.ndarray:
-    """Colours by the first three principal components of the features' directions.
-
-    Args:
-        features: float (V, C).
-        axes_of: float (W, C), whose components and range to use, so that two sets of features can
-            be compared by colour; default: the features themselves.
-
-    Returns:
-        RGB float (V, 3) in 0..1; grey for features that are zero, and for all if fewer than three
-        of the reference are not.
-    """
+    """Colours by the first three principal components of the directions of ``features``, float (V,
+    C), or of ``axes_of``, float (W, C), so that two sets can be compared by colour: RGB float (V,
+    3) in 0..1; grey for features that are zero, and for all if fewer than three of the reference
+    are not."""
     seen, unit = _directions(features)
     reference = unit if axes_of is None else _directions(axes_of)[1]
     colours = np.full((len(features), 3), 0.5)

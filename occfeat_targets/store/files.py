@@ -1,7 +1,5 @@
 """A store's place: a local directory, or a URL that fsspec opens."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import fsspec
@@ -15,11 +13,8 @@ class StoreError(RuntimeError):
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec filesystem and path of a store url.
-
-    Raises:
-        StoreError: the url's protocol is unknown or its package is not installed.
-    """
+    """The fsspec filesystem and path of a store url. Raises StoreError if the url's protocol is
+    unknown or its package is not installed."""
     try:
         return fsspec.url_to_fs(str(url))
     except (ImportError, ValueError) as error:

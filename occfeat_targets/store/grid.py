@@ -5,10 +5,9 @@ of a voxel is ``(iz * nx + ix) * ny + iy``. Everything is in the ego frame (x fo
 z up, metres).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from pydantic import ConfigDict
@@ -16,12 +15,9 @@ from pydantic import ConfigDict
 
 @dataclass(frozen=True)
 class VoxelGrid:
-    """A regular grid over ``[lo, hi)`` on each ego axis, given as ``(lo, hi, cells)``.
-
-    Raises:
-        ValueError: naming the axis, when bounds are not finite and ascending or when the number
-            of cells is not a positive whole number, or when a flat index would not fit uint32.
-    """
+    """A regular grid over ``[lo, hi)`` on each ego axis, given as ``(lo, hi, cells)``. Raises
+    ValueError, naming the axis, if bounds are not finite and ascending or the number of cells is no
+    positive whole number; or if a flat index would not fit uint32."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -44,7 +40,7 @@ class VoxelGrid:
             raise ValueError(f"grid has {self.n_voxels} voxels; a flat index must fit uint32")
 
     @classmethod
-    def from_dict(cls, axes: dict) -> VoxelGrid:
+    def from_dict(cls, axes: dict) -> Self:
         """Build from ``{"x": [lo, hi, cells], "y": ..., "z": ...}`` (the store's ``grid`` attr)."""
         return cls(tuple(axes["x"]), tuple(axes["y"]), tuple(axes["z"]))
 
@@ -78,15 +74,9 @@ class VoxelGrid:
         return np.array([(hi - lo) / cells for lo, hi, cells in (self.x, self.y, self.z)])
 
     def flat_index(self, xyz_ego: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Voxel of each point.
-
-        Args:
-            xyz_ego: float (M, 3), metres, ego frame.
-
-        Returns:
-            ``(index, inside)``: int64 (K,) flat indices of the K points inside the grid, in the
-            points' order, and bool (M,) which points those are. NaN and infinity are outside.
-        """
+        """Voxel of each point (M, 3), metres, ego frame: ``(index, inside)``, int64 (K,) flat
+        indices of the K points inside the grid, in the points' order, and bool (M,) which points
+        those are. NaN and infinity are outside."""
         with np.errstate(invalid="ignore"):  # NaN and inf fall outside below
             cell = np.floor((xyz_ego.astype(np.float64) - self.lower) / self.cell_size)
         cells = np.array([self.x[2], self.y[2], self.z[2]])
@@ -95,11 +85,8 @@ class VoxelGrid:
         return (iz * self.x[2] + ix) * self.y[2] + iy, inside
 
     def occupied(self, xyz_ego: np.ndarray) -> np.ndarray:
-        """Voxels with at least one point inside (paper §3.2): ascending flat indices, uint32 (V,).
-
-        Args:
-            xyz_ego: float (M, 3), metres, ego frame.
-        """
+        """Voxels with at least one point (M, 3) inside (paper §3.2): ascending flat indices, uint32
+        (V,)."""
         # A bitmap beats sorting: the volume is small and most voxels are empty.
         occupancy = np.zeros(self.n_voxels, dtype=bool)
         occupancy[self.flat_index(xyz_ego)[0]] = True

@@ -1,7 +1,5 @@
 """Reading a store: the one reader of both programs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from functools import cached_property
@@ -23,10 +21,8 @@ them is ``arrays``, which has a checksum of what each array's ``zarr.json`` says
 
 
 class TargetStore:
-    """Read access to a store.
-
-    Opens arrays when first asked for one, and holds no open files: one per process.
-    """
+    """Read access to a store. Opens arrays when first asked for one, and holds no open files: one
+    per process."""
 
     def __init__(self, url: str, group: zarr.Group):
         self.url = str(url)
@@ -46,11 +42,8 @@ class TargetStore:
 
     @cached_property
     def per_frame(self) -> dict[str, np.ndarray]:
-        """The small arrays, whole: name to (N, ...).
-
-        Raises:
-            StoreError: one is damaged or lost.
-        """
+        """The small arrays, whole: name to (N, ...). Raises StoreError if one is damaged or
+        lost."""
         return {s.name: self._whole(s) for s in self.specs.values() if s.chunk is None}
 
     @cached_property
@@ -64,19 +57,16 @@ class TargetStore:
         return self.attrs["n_frames"]
 
     def array(self, name: str) -> zarr.Array:
-        """One array of the store, as zarr has it.
-
-        Raises:
-            StoreError: the store lacks it, or its ``zarr.json`` is damaged.
-        """
+        """One array of the store, as zarr has it. Raises StoreError if the store lacks it, or its
+        ``zarr.json`` is damaged."""
         if name not in self._arrays:
             try:
                 if array_seals(self.url, [name]) != {name: self.attrs["arrays"][name]}:
                     raise StoreError(f"{self.url}: {name}/zarr.json is damaged")
                 self._arrays[name] = self.group[name]
             except (KeyError, FileNotFoundError):
-                message = f"{self.url} has no array {name!r}: the store is damaged"
-                raise StoreError(message) from None
+                problem = f"has no array {name!r}: the store is damaged"
+                raise StoreError(f"{self.url} {problem}") from None
         return self._arrays[name]
 
     def token(self, i: int) -> str:
@@ -101,12 +91,9 @@ class TargetStore:
         return int(np.ravel(self.per_frame[counter][i])[-1]) if counter else None
 
     def read(self, i: int, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Arrays of frame i, without frame axis, trimmed to the rows that it has.
-
-        Raises:
-            StoreError: naming the frame, for an array that the store lacks, a frame that failed
-                in the build, and whatever is missing or damaged.
-        """
+        """Arrays of frame i, without frame axis, trimmed to the rows that it has. Raises
+        StoreError, naming the frame, for an array that the store lacks, a frame that failed in the
+        build, and whatever is missing or damaged."""
         if self.per_frame["n_voxels"][i] == FAILED:
             raise StoreError(
                 f"{self.url}: {self.describe(i)} has no targets: it failed when the store was built"
@@ -117,11 +104,8 @@ class TargetStore:
             raise StoreError(f"{self.url}: {self.describe(i)}: {error}") from error
 
     def frame(self, i: int) -> dict[str, Any]:
-        """Everything stored of frame i; ``images`` as a list of one JPEG (bytes) per camera.
-
-        Raises:
-            StoreError: as :meth:`read`.
-        """
+        """Everything stored of frame i, as :meth:`read` does; ``images`` as a list of one JPEG
+        (bytes) per camera."""
         frame: dict[str, Any] = self.read(i, self.specs)
         jpegs = frame["images"].tobytes()
         frame["images"] = [jpegs[a:b] for a, b in pairwise(frame["image_offset"])]
@@ -145,12 +129,9 @@ class TargetStore:
 
 
 def open_store(url: str, allow_incomplete: bool = False) -> TargetStore:
-    """Open a store for reading.
-
-    Raises:
-        StoreError: one sentence each for nothing there, a foreign store, another format
-            version, an unfinished build (unless ``allow_incomplete``), and damaged attributes.
-    """
+    """Open a store for reading. Raises StoreError, with one sentence each, for nothing there, a
+    foreign store, another format version, an unfinished build (unless ``allow_incomplete``), and
+    damaged attributes."""
     try:
         group = open_group(url, "r")
     except FileNotFoundError:

@@ -1,7 +1,5 @@
 """Things of one kind by name, each in a module of its own that is imported when first asked for."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 
@@ -9,14 +7,9 @@ from occfeat_targets.store.settings import ConfigError, did_you_mean
 
 
 class Registry:
-    """Names of one kind of thing, such as ``teacher``, and where each is defined.
-
-    A name of the form ``package.module:attribute`` is a plug-in: it needs no entry.
-
-    Args:
-        kind: what the things are, for messages.
-        places: name to ``module:attribute``.
-    """
+    """Names of one kind of thing (``kind``, such as ``teacher``, for messages), and where each is
+    defined: ``places``, name to ``module:attribute``. A name of the form
+    ``package.module:attribute`` is a plug-in: it needs no entry."""
 
     def __init__(self, kind: str, places: dict[str, str]):
         self.kind, self.places = kind, places
@@ -27,11 +20,8 @@ class Registry:
         return tuple(self.places)
 
     def __call__(self, name: str) -> Any:
-        """The thing of a name.
-
-        Raises:
-            ConfigError: there is none, or the plug-in can't be imported.
-        """
+        """The thing of a name. Raises ConfigError if there is none, or the plug-in can't be
+        imported."""
         place = self.places.get(name, name)
         if ":" not in place:
             known = did_you_mean(name, self.names)

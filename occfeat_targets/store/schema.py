@@ -9,12 +9,10 @@ Which arrays a store has is said by the modules of ``outputs``; a reader needs n
 each array carries its description, its axes and its ``rows``. Every inner chunk ends in a crc32c.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import zarr
@@ -82,25 +80,16 @@ class ArraySpec:
         return unset.reshape(len(values), -1).all(axis=1)
 
     @classmethod
-    def of(cls, array: Any) -> ArraySpec:
+    def of(cls, array: Any) -> Self:
         """Of an array (of zarr) that :func:`create_arrays` made; the codec is not told."""
-        names = array.metadata.dimension_names[1:]
         chunk = array.chunks[1] if array.shards else None
-        axes = dict(zip(names, array.shape[1:], strict=True))
+        axes = dict(zip(array.metadata.dimension_names[1:], array.shape[1:], strict=True))
         doc, rows = (array.attrs.get(key) for key in ("description", "rows"))
-        fill = array.fill_value
-        return cls(array.basename, str(array.dtype), axes, str(doc), fill, rows, chunk)
+        return cls(array.basename, str(array.dtype), axes, str(doc), array.fill_value, rows, chunk)
 
 
 def create_arrays(group: zarr.Group, specs: Iterable[ArraySpec], n_frames: int, block: int) -> None:
-    """Create all arrays of a store.
-
-    Args:
-        group: the root group, writable.
-        specs: one per array.
-        n_frames: length of the frame axis.
-        block: frames per shard.
-    """
+    """Create all arrays of a store of ``n_frames`` frames, ``block`` of them per shard."""
     for spec in specs:
         chunks, shards = (n_frames, *spec.shape), None
         if spec.chunk is not None:

@@ -3,25 +3,30 @@
 Strict about names and types: an unknown key is an error that names the nearest known one.
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib.resources
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-Size = tuple[int, int]
-"""(height, width)."""
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 
 class ConfigError(ValueError):
     """A setting is unknown or impossible; the message names it."""
+
+
+def _positive(size: tuple[int, int]) -> tuple[int, int]:
+    if min(size) < 1:
+        raise ValueError(f"must be [height, width], got {list(size)}")
+    return size
+
+
+Size = Annotated[tuple[int, int], AfterValidator(_positive)]
+"""(height, width)."""
 
 
 class Settings(BaseModel):
@@ -33,16 +38,10 @@ class Settings(BaseModel):
 
     @classmethod
     def of(cls, values: object, section: str = "") -> Self:
-        """From plain values, as YAML and JSON hold them; missing keys keep their defaults.
-
-        Args:
-            values: nested dicts of lists and scalars.
-            section: name of the section they are, for messages.
-
-        Raises:
-            ConfigError: naming the key, on an unknown key, a value of the wrong type, or one out
-                of range.
-        """
+        """From plain values (nested dicts of lists and scalars), as YAML and JSON hold them;
+        missing keys keep their defaults. ``section`` is the name of theirs, for messages. Raises
+        ConfigError, naming the key: it is unknown, or its value is of the wrong type or out of
+        range."""
         try:  # as JSON, where a list may become a tuple but nothing else changes its type
             return cls.model_validate_json(json.dumps(values, default=str))
         except ValidationError as error:
@@ -50,11 +49,8 @@ class Settings(BaseModel):
 
     @classmethod
     def load(cls, path: Path | None, overrides: Sequence[str] = ()) -> Self:
-        """From a YAML file (or the defaults) with ``section.key=value`` overrides on top.
-
-        Raises:
-            ConfigError: on unreadable YAML, an unknown key or an impossible value.
-        """
+        """From a YAML file (or the defaults) with ``section.key=value`` overrides on top. Raises
+        ConfigError for unreadable YAML, an unknown key or an impossible value."""
         return cls.of(override(read_yaml(path) if path else {}, overrides))
 
     def plain(self) -> dict[str, Any]:
@@ -66,19 +62,9 @@ class Settings(BaseModel):
         return self.model_copy(update=changes)
 
 
-_PARTS = re.compile(r'"[^"]*"|[^."]+')
-
-
 def settings_file(config: str, package: str) -> Path:
-    """The file that ``--config`` names: a YAML file, or a preset that comes with a package.
-
-    Args:
-        config: a path that ends in .yaml or .yml, or a preset's name.
-        package: whose folder ``presets`` it is in.
-
-    Raises:
-        ConfigError: there is no such preset.
-    """
+    """The file that ``--config`` names: one that ends in .yaml or .yml, or by its name a preset in
+    a package's folder ``presets``. Raises ConfigError if there is no such preset."""
     if config.endswith((".yaml", ".yml")):
         return Path(config)
     presets = Path(str(importlib.resources.files(package))) / "presets"
@@ -90,11 +76,7 @@ def settings_file(config: str, package: str) -> Path:
 
 
 def read_yaml(path: Path) -> dict:
-    """The mapping a YAML file holds.
-
-    Raises:
-        ConfigError: the file can't be read or holds something else.
-    """
+    """The mapping a YAML file holds. Raises ConfigError if it can't be read or is none."""
     try:
         values = _parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
     except OSError as error:
@@ -110,16 +92,15 @@ def override(values: dict, overrides: Sequence[str]) -> dict:
     """Nested settings with ``section.key=value`` texts laid over them, in place.
 
     Values are YAML, so ``teacher.input_size=[252,448]`` works. A name that has dots itself, as a
-    plug-in's may, is quoted: ``tasks."toys.one:Task".weight=2``.
-
-    Raises:
-        ConfigError: a text is not of that form.
+    plug-in's may, is quoted: ``tasks."toys.one:Task".weight=2``. Raises ConfigError if a text is
+    not of that form.
     """
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set wants section.key=value, got {text!r}")
-        *sections, leaf = [part.strip('"') for part in _PARTS.findall(key.strip())] or [""]
+        parts = re.findall(r'"[^"]*"|[^."]+', key.strip()) or [""]
+        *sections, leaf = [part.strip('"') for part in parts]
         target = values
         for section in sections:
             target = target.setdefault(section, {})

@@ -5,8 +5,6 @@ milliseconds. Here each process parses an index once and then reads just the inn
 needs. Any layout or codec but those of ``occfeat_targets.store.schema`` is refused, never guessed.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 from collections.abc import Callable
@@ -58,17 +56,12 @@ _UNPACK: dict[tuple[str, ...], Callable[[bytes, np.ndarray], None]] = {
 
 
 class ShardedArray:
-    """Reads frames of one array (N, rows, ...) that is sharded by block of frames.
+    """Reads frames of one array (N, rows, ...) that is sharded by block of frames: one of a store's
+    arrays, as zarr has it, with inner chunks (1, chunk_rows, ...).
 
-    Holds neither open files nor connections, only the shard indices read so far (16 bytes per
-    inner chunk): safe after a fork, and pickled without them.
-
-    Args:
-        url: path or URL of the store.
-        array: one of its arrays, as zarr has it, with inner chunks (1, chunk_rows, ...).
-
-    Raises:
-        StoreError: naming the array, for any other layout or codec.
+    Holds neither open files nor connections, only the shard indices read so far (16 bytes per inner
+    chunk): safe after a fork, and pickled without them. Raises StoreError, naming the array, for
+    any other layout or codec.
     """
 
     def __init__(self, url: str, array: Any):
@@ -98,11 +91,8 @@ class ShardedArray:
         return {**self.__dict__, "_indices": {}}
 
     def read(self, i: int, n: int | None = None) -> np.ndarray:
-        """The first n rows of frame i, or all: ``array[i, :n]``.
-
-        Raises:
-            StoreError: naming the shard's file, when it is missing, truncated or damaged.
-        """
+        """The first n rows of frame i, or all: ``array[i, :n]``. Raises StoreError, naming the
+        shard's file, if it is missing, truncated or damaged."""
         rows = self.shape[1] if n is None else min(int(n), self.shape[1])
         chunks = -(-rows // self._chunk_rows)
         out = np.empty((chunks, self._chunk_rows, *self.shape[2:]), self.dtype)
@@ -131,9 +121,7 @@ class ShardedArray:
         if key not in self._indices:
             size = 16 * self._frames * self._row_chunks + 4
             (data,) = self._read(key, [(0 if self._index_first else -size, size)])
-            if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
-                raise ValueError("the shard index does not match its checksum")
-            index = np.frombuffer(data[:-4], "<u8")
+            index = np.frombuffer(_checked(data, "the shard index"), "<u8")
             self._indices[key] = index.reshape(self._frames, self._row_chunks, 2)
         return self._indices[key][int(i) % self._frames]
 
@@ -143,9 +131,7 @@ class ShardedArray:
             raise ValueError("an inner chunk was never written")
         # A frame's chunks lie apart (zarr writes Morton order), so there is nothing to merge.
         for j, data in enumerate(self._read(key, entries.tolist())):
-            if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
-                raise ValueError("an inner chunk does not match its checksum")
-            self._unpack(data[:-4], out[j])
+            self._unpack(_checked(data, "an inner chunk"), out[j])
 
     def _read(self, key: str, ranges: Ranges) -> list[bytes]:
         """Byte ranges of a shard; ValueError when it is too short."""
@@ -154,6 +140,13 @@ class ShardedArray:
             if len(data) != length:
                 raise ValueError(f"it ends early: {len(data)} of {length} bytes are there")
         return parts
+
+
+def _checked(data: bytes, what: str) -> bytes:
+    """What the crc32c in the last four bytes is of."""
+    if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
+        raise ValueError(f"{what} does not match its checksum")
+    return data[:-4]
 
 
 def _sharding(array: Any) -> dict:

@@ -27,16 +27,19 @@ a hub id or directory."""
 def load_teacher(settings: TeacherSettings) -> Teacher:
     """The teacher that settings name, checked against the input size.
 
-    Raises:
-        ConfigError: the name makes no sense, a plug-in can't be imported, or the input size is no
-            multiple of the patch.
-        TeacherError: weights can't be loaded, or a plug-in is no teacher.
+    Raises ConfigError if the name makes no sense, a plug-in can't be imported, or the input size is
+    no multiple of the patch; TeacherError if weights can't be loaded, or a plug-in is no teacher.
     """
+    from occfeat_targets.teachers.base import TeacherError
+
     family, colon, _ = settings.name.partition(":")
     if family in TEACHERS.names:
         teacher = TEACHERS(family)(settings)
     elif colon:
-        teacher = _checked(TEACHERS(settings.name)(), settings.name)
+        teacher = TEACHERS(settings.name)()
+        lacking = [name for name in ("name", "dim", "patch_size") if not hasattr(teacher, name)]
+        if lacking:
+            raise TeacherError(f"plug-in teacher {settings.name!r} has no attribute {lacking[0]!r}")
     else:
         teacher = TEACHERS("hub")(settings)
     if any(side % teacher.patch_size for side in settings.input_size):
@@ -44,15 +47,6 @@ def load_teacher(settings: TeacherSettings) -> Teacher:
             f"teacher.input_size {list(settings.input_size)} must be multiples of the patch size "
             f"{teacher.patch_size} of {settings.name}"
         )
-    return teacher
-
-
-def _checked(teacher: Teacher, name: str) -> Teacher:
-    from occfeat_targets.teachers.base import TeacherError
-
-    for attribute in ("name", "dim", "patch_size"):
-        if not hasattr(teacher, attribute):
-            raise TeacherError(f"plug-in teacher {name!r} has no attribute {attribute!r}")
     return teacher
 
 

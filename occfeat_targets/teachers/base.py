@@ -7,15 +7,12 @@ parameters (a ``torch.nn.Module`` gets the hash of its state), so that a build i
 others. It is called without gradients; on a GPU worker from several threads at once.
 """
 
-from __future__ import annotations
-
 import hashlib
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import field_validator
 
 from occfeat_targets.store.settings import Settings, Size
 
@@ -35,13 +32,6 @@ class TeacherSettings(Settings):
     """Image height and width the teacher sees; multiples of its patch size."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """``auto`` is float32 on CPU and bfloat16 on CUDA."""
-
-    @field_validator("input_size")
-    @classmethod
-    def _positive(cls, size: Size) -> Size:
-        if min(size) < 1:
-            raise ValueError(f"must be [height, width], got {list(size)}")
-        return size
 
 
 class Teacher(Protocol):
@@ -79,6 +69,9 @@ def describe(teacher: Teacher, settings: TeacherSettings) -> dict:
         value = getattr(teacher, attribute, None)
         return value if isinstance(value, str) else otherwise  # a module may have a .layer
 
+    weights = text("weights")
+    if isinstance(teacher, torch.nn.Module) and not hasattr(teacher, "weights"):
+        weights = state_sha256(teacher)
     return {
         "name": teacher.name,
         "revision": text("revision"),
@@ -88,30 +81,19 @@ def describe(teacher: Teacher, settings: TeacherSettings) -> dict:
         "patch_size": int(teacher.patch_size),
         "dim": int(teacher.dim),
         "precision": text("precision"),
-        "weights": text("weights") if hasattr(teacher, "weights") else _plugin_weights(teacher),
+        "weights": weights,
     }
-
-
-def _plugin_weights(teacher: Teacher) -> str:
-    return state_sha256(teacher) if isinstance(teacher, torch.nn.Module) else "unknown"
 
 
 def dense_features(
     teacher: Teacher, images: list[Image.Image], input_size: tuple[int, int]
 ) -> torch.Tensor:
-    """Run the teacher once on images already resized to ``input_size``.
-
-    Returns:
-        float32 CPU tensor (N, C, h, w).
-
-    Raises:
-        TeacherError: when the shape is not what ``dim`` and ``patch_size`` promise.
-    """
+    """Run the teacher once on images already resized to ``input_size``: float32 CPU tensor (N, C,
+    h, w). Raises TeacherError if its shape is not what ``dim`` and ``patch_size`` promise."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     with torch.inference_mode():
         features = teacher(pixels.permute(0, 3, 1, 2).float().div_(255))
-    h, w = (side // teacher.patch_size for side in input_size)
-    wanted = (len(images), teacher.dim, h, w)
+    wanted = (len(images), teacher.dim, *(side // teacher.patch_size for side in input_size))
     if tuple(features.shape) != wanted:
         raise TeacherError(
             f"teacher {teacher.name} returned shape {tuple(features.shape)}, promised {wanted}"

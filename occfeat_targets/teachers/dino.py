@@ -5,8 +5,6 @@ transformers interpolates the position embedding to the token grid by explicit s
 code adds 0.1 to the grid's size first, which moves tokens by up to 1.4 px without registers.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,8 @@ _TYPES = ("dinov2", "dinov2_with_registers")
 
 
 class DinoTeacher:
-    """DINOv2 patch tokens of the last layer, after the final norm.
-
-    CLS and register tokens are dropped; the position embedding is interpolated to the token grid
-    by explicit size. No image processor: the caller resizes.
-    """
+    """DINOv2 patch tokens of the last layer, after the final norm, without CLS and register tokens.
+    No image processor: the caller resizes."""
 
     layer = "last, after the final norm"
 
@@ -39,7 +34,8 @@ class DinoTeacher:
         self.weights = weights or state_sha256(model)
         self._prefix = 1 + getattr(model.config, "num_register_tokens", 0)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._dtype = _dtype(precision, self._device)
+        auto = "bfloat16" if self._device.type == "cuda" else "float32"
+        self._dtype = getattr(torch, auto if precision == "auto" else precision)
         self.precision = str(self._dtype).removeprefix("torch.")
         self._model = model.eval().requires_grad_(False).to(self._device)
         self._mean = torch.tensor(IMAGENET_MEAN, device=self._device).view(3, 1, 1)
@@ -55,18 +51,9 @@ class DinoTeacher:
         return tokens.float().cpu().unflatten(1, (h, w)).permute(0, 3, 1, 2)
 
 
-def _dtype(precision: str, device: torch.device) -> torch.dtype:
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, precision)
-
-
 def random_teacher(settings: TeacherSettings) -> DinoTeacher:
-    """``random:SEED``: a ViT-S/14 with random weights.
-
-    Raises:
-        ConfigError: the seed is no whole number.
-    """
+    """``random:SEED``: a ViT-S/14 with random weights. Raises ConfigError if the seed is no whole
+    number."""
     from transformers import Dinov2Config, Dinov2Model
 
     text = settings.name.removeprefix("random:")
@@ -80,11 +67,8 @@ def random_teacher(settings: TeacherSettings) -> DinoTeacher:
 
 
 def pretrained(settings: TeacherSettings) -> DinoTeacher:
-    """DINOv2 from a local directory or the Hugging Face hub; safetensors only, never pickle.
-
-    Raises:
-        TeacherError: it can't be loaded. ConfigError: it is another kind of model.
-    """
+    """DINOv2 from a local directory or the Hugging Face hub; safetensors only, never pickle. Raises
+    TeacherError if it can't be loaded, and ConfigError if it is another kind of model."""
     from transformers import AutoConfig, AutoModel
 
     try:

@@ -22,8 +22,6 @@ By name, as the dataset was asked to:
   every other array of the store with a fixed shape: stacked.
 """
 
-from __future__ import annotations
-
 import io
 import os
 from collections.abc import Sequence
@@ -52,19 +50,14 @@ class FrameReader:
 
     @property
     def store(self) -> TargetStore:
-        """The store, opened by this very process: nothing open is shared across a fork.
-
-        Raises:
-            StoreError: as :func:`occfeat_targets.store.reader.open_store`.
-        """
+        """Opened by this very process: nothing open is shared across a fork. StoreError: as
+        :func:`occfeat_targets.store.reader.open_store`."""
         if self._pid != os.getpid():
             self._store, self._pid = open_store(self.url), os.getpid()
         return self._store
 
     def read(self, i: int, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Arrays of frame i, as :meth:`TargetStore.read`, but decoded and fit for a GPU.
-
-        ``images`` is uint8 (N, H, W, 3), RGB.
+        """As :meth:`TargetStore.read`, but fit for a GPU; ``images`` uint8 (N, H, W, 3), RGB.
 
         Raises:
             StoreError: naming store, frame, scene and sample, for an array that the store lacks,
@@ -88,16 +81,13 @@ class FrameReader:
 def decode_images(
     jpegs: np.ndarray, offset: np.ndarray, hw: tuple[int, int], cameras: Sequence[str]
 ) -> np.ndarray:
-    """The cameras' images of a frame.
+    """Images of a frame, uint8 (N, ``*hw``, 3), RGB, of the N cameras of these names.
 
     Args:
-        jpegs: uint8, the JPEGs one after another.
+        jpegs: uint8, one after another.
         offset: int (N + 1,), where each begins and the last ends.
         hw: (H, W) that each must have.
-        cameras: their N names.
-
-    Returns:
-        uint8 (N, H, W, 3), RGB.
+        cameras: their names.
 
     Raises:
         StoreError: naming the camera, when its image is broken or of another size.
@@ -118,15 +108,8 @@ def decode_images(
 
 
 class FrameDataset(Dataset):
-    """Chosen frames and arrays of a store.
-
-    Holds plain data, so that it can be sent to workers.
-
-    Args:
-        url: path or URL of the store.
-        frames: frame numbers in the store, as from ``order.select_frames``.
-        names: arrays to read besides ``K`` and ``cam_T_ego``.
-    """
+    """Frames ``frames`` of the store at a path or URL, of which it reads the arrays ``names``
+    besides ``K`` and ``cam_T_ego``. Holds plain data, so that it can be sent to workers."""
 
     def __init__(self, url: str, frames: Sequence[int], names: tuple[str, ...]):
         self.frames = np.asarray(frames, dtype=np.int64)
@@ -149,12 +132,12 @@ class FrameDataset(Dataset):
             values = [sample[name] for sample in samples]
             counted_by = store.specs[name].rows
             if counted_by is None or name == "images":
-                batch[name] = _concatenate([value[None] for value in values])
+                batch[name] = torch.from_numpy(np.stack(values))
                 continue
             batch[counted_by] = torch.tensor([len(value) for value in values])
             if name == "voxel_index":
                 name, values = "voxel", number_voxels(values, store.grid.n_voxels)
-            batch[name] = _concatenate(values)
+            batch[name] = torch.from_numpy(np.concatenate(values))
         return batch
 
 
@@ -162,8 +145,3 @@ def number_voxels(index: list[np.ndarray], grid_voxels: int) -> list[np.ndarray]
     """Flat (Z, X, Y) indices of each frame, uint32 (V,), to flat (B, Z, X, Y) ones of a batch."""
     dtype = np.int32 if len(index) * grid_voxels <= 2**31 else np.int64
     return [values.astype(dtype) + dtype(b * grid_voxels) for b, values in enumerate(index)]
-
-
-def _concatenate(arrays: list[np.ndarray]) -> torch.Tensor:
-    """Along the first axis."""
-    return torch.from_numpy(np.concatenate(arrays))

@@ -1,7 +1,5 @@
 """Which frames of a store, and in which order each process reads them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Literal
@@ -31,7 +29,7 @@ def select_frames(
     700th). If none stays, the first does.
 
     Args:
-        store: an open store.
+        store: the frames' store.
         splits: names, as in its attribute ``splits``.
         fraction: in (0, 1], as decimal number or text, so that 0.1 means exactly 1/10.
         unit: what the fraction counts: scenes having frames in the splits, or frames.
@@ -73,10 +71,10 @@ def _every_kth(items: np.ndarray, share: Fraction) -> np.ndarray:
 
 
 def frame_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The shuffle of an epoch: int64 (n,), a permutation of 0..n-1.
+    """The shuffle of an epoch: int64 (n,), a permutation of 0..n-1 that never changes.
 
-    A pure function of its arguments. Sorts Philox's raw output, which numpy promises never to
-    change; it makes no such promise for ``Generator.permutation``.
+    Sorts Philox's raw output, which numpy promises never to change; not so
+    ``Generator.permutation``.
     """
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
     return np.argsort(bits.random_raw(n), kind="stable")
@@ -89,14 +87,9 @@ class ShardSampler:
     each takes its own slice: what a global batch holds does not depend on the number of ranks.
     What does not fill a last global batch is left out, until the next epoch's order.
 
-    Args:
-        n: length of the dataset.
-        batch: frames of one forward pass of all ranks together.
-        seed: of the shuffle, not negative.
-        rank: this process among ``world``.
-
-    Raises:
-        ValueError: when the ranks cannot share a batch evenly, or n is less than one batch.
+    ``n`` is the dataset's length; ``seed``, of the shuffle, is not negative; ``rank`` is this
+    process among ``world``. ValueError: the ranks cannot share a batch evenly, or n is less than
+    one batch.
     """
 
     def __init__(self, n: int, batch: int, seed: int, rank: int = 0, world: int = 1):
@@ -104,8 +97,7 @@ class ShardSampler:
             raise ValueError(f"a global batch of {batch} frames cannot be shared by {world} ranks")
         if n < batch:
             raise ValueError(f"{n} frames do not fill one global batch of {batch}")
-        self.n, self.batch, self.seed = n, batch, seed
-        self.rank, self.world = rank, world
+        self.n, self.batch, self.seed, self.rank, self.world = n, batch, seed, rank, world
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, done: int = 0) -> None:
@@ -122,19 +114,10 @@ class ShardSampler:
         return iter(order.reshape(batches, self.world, -1)[self.done :, self.rank].tolist())
 
 
-class EvalSampler:
-    """Positions rank, rank + world, ... below n, in order, ``batch`` at a time; a batch sampler.
+def eval_batches(n: int, batch: int, rank: int = 0, world: int = 1) -> list[list[int]]:
+    """Positions rank, rank + world, ... below n, in order, ``batch`` at a time.
 
     The ranks together read each position exactly once: nothing is padded or left out.
     """
-
-    def __init__(self, n: int, batch: int, rank: int = 0, world: int = 1):
-        mine = range(rank, n, world)
-        self._batches = [list(mine[i : i + batch]) for i in range(0, len(mine), batch)]
-
-    def __len__(self) -> int:
-        """Number of batches."""
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches)
+    mine = range(rank, n, world)
+    return [list(mine[i : i + batch]) for i in range(0, len(mine), batch)]

@@ -1,7 +1,5 @@
 """Reading processes: how they start, and that they end when the main process does."""
 
-from __future__ import annotations
-
 import atexit
 import ctypes
 import multiprocessing
@@ -17,29 +15,23 @@ import torch
 from torch.utils.data import DataLoader
 
 from occfeat_train.data.dataset import FrameDataset
-from occfeat_train.data.order import EvalSampler, ShardSampler
+from occfeat_train.data.order import ShardSampler
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def make_loader(
     dataset: FrameDataset,
-    batches: ShardSampler | EvalSampler,
+    batches: ShardSampler | list[list[int]],
     workers: int,
     start_method: str,
     pin_memory: bool,
 ) -> DataLoader:
-    """A loader of collated batches; iterate it once per epoch.
+    """A loader of the dataset's collated ``batches``; iterate it once per epoch.
 
     Workers stay for the next epoch, whose batches are read from ``batches`` when its iteration
-    begins. An epoch may be abandoned: what was read ahead is thrown away.
-
-    Args:
-        dataset: what to read.
-        batches: positions in the dataset, batch by batch.
-        workers: processes; 0 reads in this one.
-        start_method: of the workers: "forkserver", "spawn" or "fork".
-        pin_memory: whether to copy batches to pinned memory, for asynchronous copies to a GPU.
+    begins. An epoch may be abandoned: what was read ahead is thrown away. No ``workers`` read in
+    this process; pinned memory is for asynchronous copies to a GPU.
     """
     loader = partial(
         DataLoader,

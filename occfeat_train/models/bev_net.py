@@ -3,13 +3,11 @@
 This is what is pretrained, and what finetuning starts from.
 """
 
-from __future__ import annotations
-
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.settings import Settings
@@ -48,32 +46,33 @@ class ModelSettings(Settings):
         return name
 
     @model_validator(mode="after")
-    def _suits_the_lift(self) -> ModelSettings:
+    def _suits_the_lift(self) -> Self:
         LIFTS(self.lift).check(self.channels)
         return self
 
 
 class BEVNet(nn.Module):
-    """Encoder, lifting, compressor (if the lift needs one), decoder."""
+    """Encoder, lifting, compressor (if the lift returns a volume), decoder."""
 
     def __init__(self, settings: ModelSettings, grid: VoxelGrid):
         super().__init__()
         channels = settings.channels
         self.encoder = ImageEncoder(settings.encoder, channels, settings.drop_path)
         self.lift: Lift = LIFTS(settings.lift)(grid, channels)
-        lifted = self.lift.out_channels
-        self.compressor = nn.Identity() if lifted == channels else Compressor(lifted, channels)
+        self.compressor = nn.Identity()
+        if self.lift.returns_volume:
+            self.compressor = Compressor(grid.shape[0] * channels, channels)
         self.decoder = Decoder(channels)
 
     def forward(
         self,
-        images: torch.Tensor,
-        K: torch.Tensor,
-        cam_T_bev: torch.Tensor,
-        image_flip: torch.Tensor | None = None,
-        bev_flip: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """BEV features.
+        images: Tensor,
+        K: Tensor,
+        cam_T_bev: Tensor,
+        image_flip: Tensor | None = None,
+        bev_flip: Tensor | None = None,
+    ) -> Tensor:
+        """BEV features (B, C, X, Y), never mirrored.
 
         Args:
             images: float (B, N, 3, H, W), RGB in 0..1; cameras in any order.
@@ -82,10 +81,7 @@ class BEVNet(nn.Module):
             image_flip: bool (B, N), which images are mirrored left-right; their features are
                 mirrored back, as in Simple-BEV, so that ``K`` holds.
             bev_flip: bool (B, 2), along which BEV axes (X, Y) the decoder sees the lifted
-                features mirrored; undone before returning.
-
-        Returns:
-            (B, C, X, Y), never mirrored.
+                features mirrored; undone in what is returned.
         """
         B, N, _, H, W = images.shape
         features = self.encoder(images.flatten(0, 1)).unflatten(0, (B, N))
@@ -96,17 +92,14 @@ class BEVNet(nn.Module):
         return mirror(bev, bev_flip, dims=(-2, -1))
 
 
-def mirror(x: torch.Tensor, flip: torch.Tensor | None, dims: tuple[int, ...]) -> torch.Tensor:
-    """Mirror some items of a batch.
+def mirror(x: Tensor, flip: Tensor | None, dims: tuple[int, ...]) -> Tensor:
+    """Mirror some items of ``x`` (*items, C, H, W) along ``dims``, counted from the end.
 
-    Args:
-        x: (*items, C, H, W).
-        flip: bool (*items) for one axis or (*items, n) for n axes; None mirrors nothing.
-        dims: the axes, counted from the end.
+    ``flip``: bool (*items) for one axis or (*items, n) for n axes; None mirrors nothing.
     """
     if flip is None:
         return x
-    for i, dim in enumerate(dims):
-        chosen = flip[..., i] if len(dims) > 1 else flip
+    choices = [flip] if len(dims) == 1 else flip.unbind(-1)
+    for dim, chosen in zip(dims, choices, strict=True):
         x = torch.where(chosen[..., None, None, None], x.flip(dim), x)
     return x

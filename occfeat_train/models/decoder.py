@@ -1,11 +1,8 @@
 """Simple-BEV's BEV compressor and ResNet-18 decoder (Harley et al. 2022, ``segnet.py``)."""
 
-from __future__ import annotations
-
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from occfeat_train.models.instance_norm import InstanceNorm
@@ -15,11 +12,8 @@ class Compressor(nn.Sequential):
     """(B, Z·C, X, Y) to (B, C, X, Y): conv 3x3, InstanceNorm, GELU."""
 
     def __init__(self, in_channels: int, channels: int):
-        super().__init__(
-            nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
-            InstanceNorm(),
-            nn.GELU(),
-        )
+        conv = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        super().__init__(conv, InstanceNorm(), nn.GELU())
 
 
 class Decoder(nn.Module):
@@ -33,17 +27,14 @@ class Decoder(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         widths = (channels // 2, channels, 2 * channels)
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, widths[0], 7, stride=2, padding=3, bias=False),
-            nn.BatchNorm2d(widths[0]),
-            nn.ReLU(),
-        )
+        conv = nn.Conv2d(channels, widths[0], 7, stride=2, padding=3, bias=False)
+        self.stem = nn.Sequential(conv, nn.BatchNorm2d(widths[0]), nn.ReLU())
         self.layer1, self.layer2, self.layer3 = _resnet18_stages(widths)
         self.up3 = UpAndAdd(widths[2], widths[1])
         self.up2 = UpAndAdd(widths[1], widths[0])
         self.up1 = UpAndAdd(widths[0], channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Decode (B, C, X, Y)."""
         layer1 = self.layer1(self.stem(x))
         layer2 = self.layer2(layer1)
@@ -59,7 +50,7 @@ class UpAndAdd(nn.Module):
         self.conv = nn.Conv2d(in_channels, channels, 1, bias=False)
         self.norm = InstanceNorm()
 
-    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Bring ``x`` (B, C', X', Y') to the skip's (B, C, X, Y)."""
         # A 1x1 convolution and bilinear interpolation commute: convolve the small map.
         x = F.interpolate(self.conv(x), skip.shape[-2:], mode="bilinear", align_corners=False)

@@ -10,12 +10,10 @@ h x w cells that covers an image of H x W pixels has pixel (u, v) at (uÂ·w/W - Â
 the map there are zeros: ``grid_sample(align_corners=False, padding_mode="zeros")``.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -43,12 +41,12 @@ class DeformableAttention(nn.Module):
 
     def forward(
         self,
-        query: torch.Tensor,
-        values: torch.Tensor,
-        centres: torch.Tensor,
-        maps: torch.Tensor,
-        rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        query: Tensor,
+        values: Tensor,
+        centres: Tensor,
+        maps: Tensor,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -74,19 +72,12 @@ class DeformableAttention(nn.Module):
             return deformable_sums(values, maps, centres[:, None] + offsets, weights).flatten(1)
 
 
-def deformable_sums(
-    values: torch.Tensor, maps: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    """Weighted sums of bilinear samples, differentiable by values, positions and weights.
+def deformable_sums(values: Tensor, maps: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums (S, heads, D) of bilinear samples of ``values`` (M, h, w, heads, D).
 
-    Args:
-        values: (M, h, w, heads, D), maps.
-        maps: int (S,), which map each sampling reads.
-        positions: (S, heads, points, 2), ``(column, row)`` in cells; may be infinite.
-        weights: (S, heads, points).
-
-    Returns:
-        (S, heads, D), dtype of ``values``.
+    Sampling s reads the map ``maps`` int (S,) at ``positions`` (S, heads, points, 2), which may be
+    infinite. In the values' dtype; differentiable by values, positions and ``weights`` (S, heads,
+    points).
     """
     _, h, w, heads, D = values.shape
     columns, across = _two_cells(positions[..., 0], w)  # (S, heads, points, 2)
@@ -96,15 +87,14 @@ def deformable_sums(
     cells = rows[..., :, None] * w + columns[..., None, :]
     cells = cells * heads + head[:, None, None, None]
     corners = (weights[..., None] * down)[..., :, None] * across[..., None, :]
-    return F.embedding_bag(
-        cells.flatten(2).flatten(0, 1),  # a bag per sampling and head
-        values.reshape(-1, D),
-        mode="sum",
-        per_sample_weights=corners.flatten(2).flatten(0, 1).to(values),
-    ).unflatten(0, (-1, heads))
+    # A bag per sampling and head.
+    cells, corners = (x.flatten(2).flatten(0, 1) for x in (cells, corners.to(values)))
+    table = values.reshape(-1, D)
+    sums = F.embedding_bag(cells, table, mode="sum", per_sample_weights=corners)
+    return sums.unflatten(0, (-1, heads))
 
 
-def _two_cells(position: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _two_cells(position: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The two cells around a position on one axis: int32 (..., 2), and their bilinear weights.
 
     A cell outside 0..size-1 weighs nothing (and is another one, so that it can be looked up).
@@ -114,14 +104,12 @@ def _two_cells(position: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.T
     position = position.clamp(-2, size + 1)
     first = position.detach().floor()
     share = position - first
-    cells = first.to(torch.int32)[..., None] + torch.arange(
-        2, dtype=torch.int32, device=position.device
-    )
+    cells = torch.stack([first, first + 1], dim=-1).to(torch.int32)
     inside = (cells >= 0) & (cells < size)
     return cells.clamp(0, size - 1), torch.stack([1 - share, share], dim=-1) * inside
 
 
-def _star(heads: int, points: int) -> torch.Tensor:
+def _star(heads: int, points: int) -> Tensor:
     """First offsets (heads, points, 2): heads look in different directions, points further out."""
     angle = torch.arange(heads, dtype=torch.float64) * (2 * math.pi / heads)
     direction = torch.stack([angle.cos(), angle.sin()], dim=-1)

@@ -2,28 +2,23 @@
 
 Every tensor of the encoder's backbone must be in the source with the right shape, and the source
 may hold nothing else but the parts that were cut off (layer4, the later blocks, heads). Which name
-means which is written out here for each naming: transformers', torchvision's (also that of timm's
-and MoCo's ResNets) and efficientnet_pytorch's. The paper's ResNet-50 is that of
+means which is written out here for each naming. The paper's ResNet-50 is that of
 https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar
-
-EfficientNets from torchvision were trained with symmetric padding and another epsilon in the batch
-norms than those from TensorFlow. The backbone is set to what its weights were trained with, and its
-state dict keeps that (``EfficientNetBackbone``).
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from occfeat_train.models.encoders import ENCODERS, EfficientNetBackbone, EncoderSpec, ImageEncoder
 
@@ -39,33 +34,80 @@ class WeightsError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Naming:
-    """How a source calls the modules of a backbone: ``modules`` maps our names to its names.
-
-    ``cut`` is a pattern of the names of what we cut off.
-    """
+    """How a source calls each of our tensors, and a pattern of those that we cut off."""
 
     label: str
-    modules: dict[str, str]
+    rename: Callable[[str], str]
     cut: str
-    torchvision: bool = False
+
+
+def _torchvision_resnet(name: str) -> str:
+    """Also timm's and MoCo's."""
+    *module, kind, leaf = name.split(".")
+    layer, downsample = {"convolution": ("conv", 0), "normalization": ("bn", 1)}[kind]
+    if module[0] == "embedder":
+        return f"{layer}1.{leaf}"
+    _, stage, _, block, branch, *i = module
+    part = f"{layer}{int(i[0]) + 1}" if branch == "layer" else f"downsample.{downsample}"
+    return f"layer{int(stage) + 1}.{block}.{part}.{leaf}"
+
+
+_EFFICIENTNET = {  # our parts, of the stem and of a block: torchvision's, efficientnet_pytorch's
+    "embeddings.convolution": ("features.0.0", "_conv_stem"),
+    "embeddings.batchnorm": ("features.0.1", "_bn0"),
+    "expansion.expand_conv": ("0.0", "_expand_conv"),
+    "expansion.expand_bn": ("0.1", "_bn0"),
+    "depthwise_conv.depthwise_conv": ("1.0", "_depthwise_conv"),
+    "depthwise_conv.depthwise_norm": ("1.1", "_bn1"),
+    "squeeze_excite.reduce": ("2.fc1", "_se_reduce"),
+    "squeeze_excite.expand": ("2.fc2", "_se_expand"),
+    "projection.project_conv": ("3.0", "_project_conv"),
+    "projection.project_bn": ("3.1", "_bn2"),
+}
+_REPEATS = ENCODERS["efficientnet-b0"].config["num_block_repeats"]
+_PLACES = [(stage, i) for stage, repeats in enumerate(_REPEATS, start=1) for i in range(repeats)]
+
+
+def _efficientnet(column: int, name: str) -> str:
+    module, _, leaf = name.rpartition(".")
+    _, block, part = module.split(".", 2) if module.startswith("blocks.") else ("", "", module)
+    theirs = f"{_EFFICIENTNET[part][column]}.{leaf}"
+    if not block:
+        return theirs
+    if column == 1:
+        return f"_blocks.{block}.{theirs}"
+    stage, i = _PLACES[int(block)]
+    # torchvision numbers the parts: without the expansion, as in stage 1, the others are one less.
+    return f"features.{stage}.{i}.block.{int(theirs[0]) - (stage == 1)}{theirs[1:]}"
+
+
+# transformers' names in a directory; in files, those of each family.
+_TRANSFORMERS = _Naming(
+    "transformers",
+    lambda name: re.sub(r"^(stages|blocks)\.", r"encoder.\1.", name),
+    r"encoder\.(stages\.3|blocks\.1[1-5]|top_conv|top_bn)\.|classifier\.",
+)
+_LATER_PARTS = r"_(blocks\.1[1-5]|conv_head|bn1|fc)\."
+_IN_FILES = {
+    "resnet": [_Naming("torchvision", _torchvision_resnet, r"layer4\.|fc\.")],
+    "efficientnet": [
+        _Naming("torchvision", partial(_efficientnet, 0), r"features\.[678]\.|classifier\."),
+        _Naming("efficientnet_pytorch", partial(_efficientnet, 1), _LATER_PARTS),
+    ],
+}
 
 
 def load_encoder_weights(encoder: ImageEncoder, source: str) -> str:
     """Load weights into an encoder's backbone, which stays as it was if that fails.
 
-    Args:
-        encoder: changed in place; what joins its two maps has no pretrained weights.
-        source: ``random`` (keep what the encoder has), ``imagenet`` (the encoder's usual weights on
-            the Hugging Face hub), another hub id ``org/name``, a directory with config.json and
-            model.safetensors in transformers' format, or a file (.safetensors, .pth, .pt, .tar)
-            that holds torchvision's or efficientnet_pytorch's names or a MoCo-v2 checkpoint, of
-            which the query encoder is taken.
+    What joins its two maps has no pretrained weights. ``source`` is ``random`` (keep what the
+    encoder has), ``imagenet`` (the encoder's usual weights on the Hugging Face hub), another hub id
+    ``org/name``, a directory with config.json and model.safetensors in transformers' format, or a
+    file (.safetensors, .pth, .pt, .tar) that holds torchvision's or efficientnet_pytorch's names or
+    a MoCo-v2 checkpoint, of which the query encoder is taken.
 
-    Returns:
-        One sentence that says what was loaded from where.
-
-    Raises:
-        WeightsError: the source can't be had or read, or is not this architecture.
+    Returns one sentence that says what was loaded from where; raises WeightsError if the source
+    can't be had or read, or is not this architecture.
     """
     if source == "random":
         return f"{encoder.name}: nothing loaded, random initial weights."
@@ -99,26 +141,25 @@ def _load_transformers(encoder: ImageEncoder, config: Path, weights: Path) -> st
         _check_config(spec, json.loads(config.read_text()))
         state = load_file(weights)
     except (OSError, ValueError, SafetensorError) as error:
-        raise WeightsError(
-            f"cannot load a {encoder.name} from {weights.parent}: {_first_line(error)} (pickled "
-            ".bin files are not read)"
-        ) from error
+        what = f"cannot load a {encoder.name} from {weights.parent}: {_first_line(error)}"
+        raise WeightsError(f"{what} (pickled .bin files are not read)") from error
     prefix = f"{spec.family}."  # of models with a head
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    count = _load(encoder, state, _transformers_naming(encoder), str(weights.parent))
+    count = _load(encoder, state, _TRANSFORMERS, str(weights.parent))
     return f"{count} tensors from {weights.name} (sha256 {_sha256(weights)})"
 
 
 def _load_file(encoder: ImageEncoder, path: Path) -> str:
     state, moco = _unwrap(_read(path))
-    namings = _file_namings(ENCODERS[encoder.name])
+    namings = _IN_FILES[ENCODERS[encoder.name].family]
+    ours = [name for name, _ in encoder.backbone.named_parameters()]
 
     def known(naming: _Naming) -> int:
-        return sum(f"{theirs}.weight" in state for theirs in naming.modules.values())
+        return sum(naming.rename(name) in state for name in ours)
 
     naming = max(namings, key=known)
     if not known(naming):
-        accepted = (f"{n.label} ({next(iter(n.modules.values()))}.weight)" for n in namings)
+        accepted = (f"{naming.label} ({naming.rename(ours[0])})" for naming in namings)
         raise WeightsError(
             f"{path} has none of the names of a {encoder.name}; it has {_some(state)}. Known in "
             f"a file are the names of {', '.join(accepted)}; of a model in transformers' format, "
@@ -133,13 +174,10 @@ def _load(encoder: ImageEncoder, state: dict, naming: _Naming, where: str) -> in
     """Check all, then copy all; returns the number of tensors."""
     backbone = encoder.backbone
     targets = dict(backbone.named_parameters()) | dict(backbone.named_buffers())
-    pairs = {}
-    for name, target in targets.items():
-        module, _, leaf = name.rpartition(".")
-        theirs = f"{naming.modules[module]}.{leaf}"
-        # A counter that nothing reads and that old files don't have.
-        if theirs in state or leaf != "num_batches_tracked":
-            pairs[theirs] = target
+    pairs = {naming.rename(name): target for name, target in targets.items()}
+    for name in [name for name in pairs if name.endswith("num_batches_tracked")]:
+        if name not in state:
+            del pairs[name]  # a counter that nothing reads and that old files don't have
     missing = [name for name in pairs if name not in state]
     unknown = [name for name in state.keys() - pairs.keys() if not re.match(naming.cut, name)]
     misshapen = [
@@ -150,99 +188,20 @@ def _load(encoder: ImageEncoder, state: dict, naming: _Naming, where: str) -> in
     problems = {"missing": missing, "of another shape": misshapen, "unknown": sorted(unknown)}
     if any(problems.values()):
         found = "; ".join(f"{len(v)} {k}: {_some(v)}" for k, v in problems.items() if v)
+        wanted = f"the weights of a {encoder.name}"
         raise WeightsError(
-            f"{where} does not hold the weights of a {encoder.name}, tensors are {found}. Nothing "
-            "was loaded"
+            f"{where} does not hold {wanted}, tensors are {found}. Nothing was loaded"
         )
     with torch.no_grad():
         for name, target in pairs.items():
             target.copy_(state[name])
     if isinstance(backbone, EfficientNetBackbone):
-        backbone.set_convention(torchvision=naming.torchvision)
+        backbone.set_convention(torchvision=naming.label == "torchvision")
     return len(pairs)
 
 
-def _transformers_naming(encoder: ImageEncoder) -> _Naming:
-    modules = {
-        name: f"encoder.{name}" if name.startswith(("stages.", "blocks.")) else name
-        for name, _ in encoder.backbone.named_modules()
-    }
-    if ENCODERS[encoder.name].family == "resnet":
-        return _Naming("transformers", modules, r"encoder\.stages\.3\.|classifier\.")
-    cut = rf"{_later_blocks('encoder.blocks')}|encoder\.top_(conv|bn)\.|classifier\."
-    return _Naming("transformers", modules, cut)
-
-
-def _file_namings(spec: EncoderSpec) -> list[_Naming]:
-    if spec.family == "resnet":
-        return [_Naming("torchvision", _torchvision_resnet(spec), r"layer4\.|fc\.")]
-    torchvision, lukemelas = _efficientnet(spec)
-    cut = rf"{_later_blocks('_blocks')}|_conv_head\.|_bn1\.|_fc\."
-    return [
-        _Naming("torchvision", torchvision, r"features\.[678]\.|classifier\.", torchvision=True),
-        _Naming("efficientnet_pytorch", lukemelas, cut),
-    ]
-
-
-def _later_blocks(blocks: str) -> str:
-    """Pattern of the blocks 11 to 15 of an EfficientNet-B0."""
-    return rf"{re.escape(blocks)}\.1[1-5]\."
-
-
-def _torchvision_resnet(spec: EncoderSpec) -> dict[str, str]:
-    names = {
-        "embedder.embedder.convolution": "conv1",
-        "embedder.embedder.normalization": "bn1",
-    }
-    for stage, depth in enumerate(spec.config["depths"]):
-        for block in range(depth):
-            ours, theirs = f"stages.{stage}.layers.{block}", f"layer{stage + 1}.{block}"
-            for i in range(3):
-                names[f"{ours}.layer.{i}.convolution"] = f"{theirs}.conv{i + 1}"
-                names[f"{ours}.layer.{i}.normalization"] = f"{theirs}.bn{i + 1}"
-            if block == 0:
-                names[f"{ours}.shortcut.convolution"] = f"{theirs}.downsample.0"
-                names[f"{ours}.shortcut.normalization"] = f"{theirs}.downsample.1"
-    return names
-
-
-_BLOCK = (  # parts of an EfficientNet's block: ours, torchvision's, efficientnet_pytorch's
-    ("expansion.expand_conv", "0.0", "_expand_conv"),
-    ("expansion.expand_bn", "0.1", "_bn0"),
-    ("depthwise_conv.depthwise_conv", "1.0", "_depthwise_conv"),
-    ("depthwise_conv.depthwise_norm", "1.1", "_bn1"),
-    ("squeeze_excite.reduce", "2.fc1", "_se_reduce"),
-    ("squeeze_excite.expand", "2.fc2", "_se_expand"),
-    ("projection.project_conv", "3.0", "_project_conv"),
-    ("projection.project_bn", "3.1", "_bn2"),
-)
-
-
-def _efficientnet(spec: EncoderSpec) -> tuple[dict[str, str], dict[str, str]]:
-    """Modules of torchvision's and efficientnet_pytorch's EfficientNet."""
-    torchvision = {"embeddings.convolution": "features.0.0", "embeddings.batchnorm": "features.0.1"}
-    lukemelas = {"embeddings.convolution": "_conv_stem", "embeddings.batchnorm": "_bn0"}
-    index = 0
-    stages = zip(spec.config["num_block_repeats"], spec.config["expand_ratios"], strict=True)
-    for stage, (repeats, ratio) in enumerate(stages, start=1):
-        # torchvision numbers the parts: without the expansion the others are one less.
-        parts = _BLOCK if ratio != 1 else _BLOCK[2:]
-        for block in range(repeats):
-            for ours, theirs, other in parts:
-                number = int(theirs[0]) - (ratio == 1)
-                theirs = f"features.{stage}.{block}.block.{number}{theirs[1:]}"
-                torchvision[f"blocks.{index}.{ours}"] = theirs
-                lukemelas[f"blocks.{index}.{ours}"] = f"_blocks.{index}.{other}"
-            index += 1
-    return torchvision, lukemelas
-
-
 def _check_config(spec: EncoderSpec, config: object) -> None:
-    """Compare what shapes of tensors don't tell: strides, epsilon, which network this is at all.
-
-    Raises:
-        ValueError: it is another network.
-    """
+    """Compare what shapes of tensors don't tell: strides, epsilon, which network this is at all."""
     if not isinstance(config, dict):
         raise ValueError("config.json holds no settings")
     if config.get("model_type") != spec.family:
@@ -259,14 +218,15 @@ def _download(encoder: ImageEncoder, hub_id: str) -> tuple[Path, Path]:
     """Paths of config.json and model.safetensors of a hub model, in the cache or fetched."""
     from huggingface_hub import hf_hub_download
 
+    names = ("config.json", "model.safetensors")
     try:
-        files = [hf_hub_download(hub_id, name) for name in ("config.json", "model.safetensors")]
+        config, weights = (Path(hf_hub_download(hub_id, name)) for name in names)
     except Exception as error:  # those of its HTTP client have no other base
         raise WeightsError(
             f"cannot get the {encoder.name} weights {hub_id}: no directory of that name is here, "
             f"and the Hugging Face hub did not give them ({_first_line(error)})"
         ) from error
-    return Path(files[0]), Path(files[1])
+    return config, weights
 
 
 def _read(path: Path) -> object:
@@ -284,11 +244,11 @@ def _read(path: Path) -> object:
         raise WeightsError(f"cannot read {path}: {_first_line(error)}") from error
 
 
-def _unwrap(content: object) -> tuple[dict[str, torch.Tensor], bool]:
+def _unwrap(content: object) -> tuple[dict[str, Tensor], bool]:
     """The state dict in a file without a wrapper's prefix, and whether it is MoCo's."""
     inner = content.get("state_dict", content) if isinstance(content, dict) else None
     items = inner.items() if isinstance(inner, dict) else ()
-    state = {str(name): value for name, value in items if isinstance(value, torch.Tensor)}
+    state = {str(name): value for name, value in items if isinstance(value, Tensor)}
     if any(name.startswith(_MOCO_QUERY) for name in state):
         kept = {name: v for name, v in state.items() if not name.startswith(_MOCO_OTHER)}
         return {name.removeprefix(_MOCO_QUERY): v for name, v in kept.items()}, True

@@ -11,14 +11,12 @@ default 0.1; its "same" padding is that of even sizes only, so that an odd size 
 down; and its initial weights, batch-norm scales around 0 among them, let the signal vanish.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from occfeat_train.models.instance_norm import InstanceNorm
@@ -31,11 +29,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What one encoder is built from.
+    """What one encoder is built from: its channels at stride 8 and 16 and after joining these.
 
-    ``shallow`` and ``deep`` are the channels of the maps at stride 8 and 16, ``joined`` those after
-    joining them. ``config`` holds the arguments of the transformers config of the cut network, in
-    which a list that has an entry per stage has only those of the stages that are kept.
+    ``config`` holds the arguments of the transformers config of the cut network, in which a list
+    that has an entry per stage has only those of the stages that are kept.
     """
 
     family: str
@@ -87,19 +84,14 @@ ENCODERS = {
 class ImageEncoder(nn.Module):
     """Features of RGB images at stride 8, with random weights until some are loaded.
 
-    Args:
-        name: one of ``ENCODERS``.
-        channels: channels of the output.
-        drop_path: stochastic depth of an EfficientNet, the probability that a sample skips a block:
-            0 in the first block, rising in proportion to the block's index towards (and not quite
-            to) this; 0 turns it off. ResNets have none.
-
-    Raises:
-        ValueError: unknown name, or drop_path outside [0, 1).
+    ``drop_path`` is the stochastic depth of an EfficientNet, the probability that a sample skips a
+    block: 0 in the first block, rising in proportion to the block's index towards (and not quite
+    to) this; 0 turns it off. ResNets have none. Raises ValueError if that is not in [0, 1), or the
+    name not in ``ENCODERS``.
     """
 
-    _mean: torch.Tensor
-    _std: torch.Tensor
+    _mean: Tensor
+    _std: Tensor
 
     def __init__(self, name: str, channels: int = 128, drop_path: float = 0.2):
         super().__init__()
@@ -110,26 +102,25 @@ class ImageEncoder(nn.Module):
         spec = ENCODERS[name]
         self.name = name
         self.channels = channels
-        self.backbone: nn.Module = (
-            ResNetBackbone(spec)
-            if spec.family == "resnet"
-            else EfficientNetBackbone(spec, drop_path)
-        )
+        if spec.family == "resnet":
+            self.backbone = ResNetBackbone(spec)
+        else:
+            self.backbone = EfficientNetBackbone(spec, drop_path)
         self.join = nn.Sequential(
             *_conv_norm_relu(spec.shallow + spec.deep, spec.joined),
             *_conv_norm_relu(spec.joined, spec.joined),
         )
         self.project = nn.Conv2d(spec.joined, channels, kernel_size=1)
-        self.register_buffer("_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("_std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        for key, values in (("_mean", IMAGENET_MEAN), ("_std", IMAGENET_STD)):
+            self.register_buffer(key, torch.tensor(values).view(3, 1, 1), persistent=False)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Features (B, channels, ceil(H/8), ceil(W/8)) of images (B, 3, H, W), RGB in 0..1."""
         shallow, deep = self.features(images)
         deep = F.interpolate(deep, shallow.shape[-2:], mode="bilinear", align_corners=False)
         return self.project(self.join(torch.cat([shallow, deep], dim=1)))
 
-    def features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The two maps before joining, of ceil(H/8) x ceil(W/8) and ceil(H/16) x ceil(W/16)."""
         return self.backbone((images - self._mean).div_(self._std))
 
@@ -145,7 +136,7 @@ class ResNetBackbone(nn.Module):
         self.embedder = model.embedder
         self.stages = model.encoder.stages
 
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Maps of stride 8 and 16."""
         layer1, layer2, layer3 = self.stages
         shallow = layer2(layer1(self.embedder(pixels)))
@@ -181,15 +172,14 @@ class EfficientNetBackbone(nn.Module):
         _initialise(self)
         self.set_convention(torchvision=False)
 
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Maps of stride 8 and 16."""
-        shallow = self.embeddings(pixels)
-        for block in self.blocks[: self._split]:
-            shallow = block(shallow)
-        deep = shallow
-        for block in self.blocks[self._split :]:
-            deep = block(deep)
-        return shallow, deep
+        x = shallow = self.embeddings(pixels)
+        for index, block in enumerate(self.blocks, start=1):
+            x = block(x)
+            if index == self._split:
+                shallow = x
+        return shallow, x
 
     def set_convention(self, torchvision: bool) -> None:
         """Pad and normalise as torchvision's EfficientNet-B0, or as TensorFlow's."""
@@ -200,11 +190,11 @@ class EfficientNetBackbone(nn.Module):
             elif isinstance(module, nn.BatchNorm2d):
                 module.eps = 1e-5 if torchvision else 1e-3
 
-    def get_extra_state(self) -> torch.Tensor:
+    def get_extra_state(self) -> Tensor:
         """The convention; a tensor, because those who read a state dict expect nothing else."""
         return torch.tensor(self._torchvision)
 
-    def set_extra_state(self, state: torch.Tensor) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Take over the convention of a state dict."""
         self.set_convention(bool(state))
 
@@ -221,7 +211,7 @@ class SamePad2d(nn.Module):
         self.kernel = kernel
         self.symmetric = False
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) with its zeros."""
         half = self.kernel // 2
         height, width = x.shape[-2:]
@@ -229,34 +219,23 @@ class SamePad2d(nn.Module):
         return F.pad(x, (left, half, top, half))
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: in training, each sample's branch becomes 0 with a probability of ``rate``.
+class DropPath(nn.Dropout):
+    """Stochastic depth: in training, each sample's branch becomes 0 with a probability of ``p``.
 
-    What is kept is divided by 1 - rate, so that its expectation stays.
+    What is kept is divided by 1 - p, so that its expectation stays.
     """
 
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) with some samples 0; ``x`` itself when nothing is dropped."""
-        if not self.training or self.rate == 0:
+        if not self.training or self.p == 0:
             return x
-        keep = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(1 - self.rate)
-        return x * keep.div_(1 - self.rate)
-
-    def extra_repr(self) -> str:
-        """The rate, where the module is printed."""
-        return f"rate={self.rate:.3g}"
+        keep = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(1 - self.p)
+        return x * keep.div_(1 - self.p)
 
 
 def _conv_norm_relu(inputs: int, outputs: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False),
-        InstanceNorm(),
-        nn.ReLU(inplace=True),
-    ]
+    conv = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
+    return [conv, InstanceNorm(), nn.ReLU(inplace=True)]
 
 
 @torch.no_grad()

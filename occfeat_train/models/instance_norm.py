@@ -1,9 +1,7 @@
 """Instance normalisation whose gradient is right for a single sample too."""
 
-from __future__ import annotations
-
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -18,7 +16,7 @@ class InstanceNorm(nn.Module):
     larger.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Normalise (B, C, X, Y), in its dtype; half precision is summed up in float32."""
         with torch.autocast(x.device.type, enabled=False):  # which on a GPU would return float32
             return F.group_norm(x.contiguous(), x.shape[1])

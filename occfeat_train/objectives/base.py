@@ -8,23 +8,24 @@ Sums add up and so do counts, so every term is the mean over the whole batch how
 over micro-batches and processes (a mean of means would not be).
 """
 
-from __future__ import annotations
+from __future__ import annotations  # ``Settings`` is also a name in the class
 
 from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.settings import Settings
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Tensor]
 """Collated arrays of the store on the device, see ``data.dataset``; while training also ``seed``
 int64 (B,) on the host, from which follows what is random in a frame and epoch."""
-Targets = dict[str, torch.Tensor]
+Targets = dict[str, Tensor]
+Loss = tuple[Tensor, dict[str, Tensor]]
+"""The loss, and each of its terms by name."""
 
 
 class Panel(NamedTuple):
@@ -58,22 +59,18 @@ class Objective(nn.Module):
         self.settings = settings
         self.grid: VoxelGrid = store.grid
 
-    def targets(self, batch: Batch, angle: torch.Tensor) -> Targets:
+    def targets(self, batch: Batch, angle: Tensor) -> Targets:
         """Targets on the device, in the BEV frame: ego turned by ``angle`` float32 (B,), rad."""
         raise NotImplementedError
 
-    def counts(self, targets: Targets) -> torch.Tensor:
+    def counts(self, targets: Targets) -> Tensor:
         """How many items each loss term is a mean over: float64 (T,), on any device."""
         raise NotImplementedError
 
-    def forward(
-        self, bev: torch.Tensor, targets: Targets, counts: Sequence[float], share: float
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss and the value of each of its terms.
+    def forward(self, bev: Tensor, targets: Targets, counts: Sequence[float], share: float) -> Loss:
+        """Predict from BEV features (B, C, X, Y) of a micro-batch, and compare with its targets.
 
         Args:
-            bev: (B, C, X, Y), BEV features of a micro-batch.
-            targets: of the same.
             counts: of the whole optimiser step, summed over micro-batches and processes, as plain
                 numbers (DDP would copy a tensor to the GPU, and reading it there would wait for
                 the encoder).
@@ -82,7 +79,7 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
-    panels: Callable[[torch.Tensor, Batch], list[Panel]] | None = None
+    panels: Callable[[Tensor, Batch], list[Panel]] | None = None
     """``panels(bev, batch)``: pictures of a batch of one frame, nothing augmented, of which ``bev``
     (1, C, X, Y) are the features. None: it has no picture, for the reason below."""
     no_picture: ClassVar[str] = "has no picture of its own"

@@ -18,14 +18,12 @@ once per cell, and only for cells that are asked. Same parameters and same funct
 layer for each pair.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from occfeat_targets.store.files import StoreError
@@ -33,7 +31,7 @@ from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.settings import Settings
 from occfeat_train.geometry import rotation_z
-from occfeat_train.objectives.base import Batch, Objective, Targets, divisors
+from occfeat_train.objectives.base import Batch, Loss, Objective, Targets, divisors
 
 DECIMATION_MM = 100
 """One return is kept per cube of this size (paper §4.2)."""
@@ -81,20 +79,18 @@ class ImgAlso(Objective):
         self.point_step_m: float = store.attrs["point_step_m"]
         self.head = QueryHead(channels)
 
-    def targets(self, batch: Batch, angle: torch.Tensor) -> Targets:
+    def targets(self, batch: Batch, angle: Tensor) -> Targets:
         """See :func:`query_targets`."""
         n_queries = self.settings.queries
         return query_targets(batch, angle, self.grid, self.point_step_m, n_queries)
 
-    def counts(self, targets: Targets) -> torch.Tensor:
+    def counts(self, targets: Targets) -> Tensor:
         """Pairs of a query and a cell, and those whose intensity is known."""
         n_known = targets["has_intensity"].sum().item()
         return torch.tensor([len(targets["cell"]), n_known], dtype=torch.float64)
 
-    def forward(
-        self, bev: torch.Tensor, targets: Targets, counts: Sequence[float], share: float
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and its terms ``occupancy`` and ``intensity`` for BEV features (B, C, X, Y)."""
+    def forward(self, bev: Tensor, targets: Targets, counts: Sequence[float], share: float) -> Loss:
+        """Terms ``occupancy`` and ``intensity``."""
         predicted = self.head(bev, targets["cell"], targets["relative"])
         wanted = (targets[name] for name in ("occupied", "intensity", "has_intensity"))
         occupancy, intensity = query_sums(predicted, *wanted)
@@ -104,12 +100,8 @@ class ImgAlso(Objective):
 
 
 def query_targets(
-    batch: Batch,
-    angle: torch.Tensor,
-    grid: VoxelGrid,
-    point_step_m: float,
-    n_queries: int,
-) -> dict[str, torch.Tensor]:
+    batch: Batch, angle: Tensor, grid: VoxelGrid, point_step_m: float, n_queries: int
+) -> dict[str, Tensor]:
     """What to predict for each pair of a query and a BEV cell near it.
 
     Queries outside of the BEV map are dropped. At any height they count: height is an input of the
@@ -118,9 +110,7 @@ def query_targets(
     Args:
         batch: collated ``points`` int16 (P, 4), ``n_points`` (B,) and ``ego_T_lidar``
             (B, 4, 4); ``seed`` int64 (B,) on the host, what is random in a frame follows from it.
-        angle: float32 (B,), by which the BEV frame is turned.
-        grid: the store's.
-        point_step_m: the store's attribute.
+        angle, grid, point_step_m: as in :meth:`Objective.targets`; the store's.
         n_queries: of each frame, before any are dropped.
 
     Returns:
@@ -129,20 +119,16 @@ def query_targets(
         float32 (M,), 1 behind a return and 0 in front; ``intensity`` float32 (M,), of the return,
         0..1, 0 where it is not known; ``has_intensity`` bool (M,), not known far from the return.
     """
+    clouds = batch["points"].split(batch["n_points"].tolist())
+    places, seeds = batch["ego_T_lidar"][:, :3, 3], batch["seed"].tolist()
     frames = [
-        frame_queries(points, ego_T_lidar[:3, 3], point_step_m, n_queries, seed)
-        for points, ego_T_lidar, seed in zip(
-            batch["points"].split(batch["n_points"].tolist()),
-            batch["ego_T_lidar"],
-            batch["seed"].tolist(),
-            strict=True,
-        )
+        frame_queries(points, place, point_step_m, n_queries, seed)
+        for points, place, seed in zip(clouds, places, seeds, strict=True)
     ]
     queries = {name: torch.cat([frame[name] for frame in frames]) for name in frames[0]}
     xyz_ego, device = queries.pop("xyz_ego"), batch["points"].device
-    sample = torch.arange(len(frames), device=device).repeat_interleave(
-        torch.tensor([len(frame["xyz_ego"]) for frame in frames], device=device)
-    )
+    n_drawn = torch.tensor([len(frame["xyz_ego"]) for frame in frames], device=device)
+    sample = torch.arange(len(frames), device=device).repeat_interleave(n_drawn)
     bev_T_ego = rotation_z(angle).to(device)[:, :3, :3]
     xyz_bev = torch.einsum("qij,qj->qi", bev_T_ego[sample], xyz_ego)
     query, cell, relative = near_cells(xyz_bev, grid)
@@ -152,20 +138,15 @@ def query_targets(
 
 
 def frame_queries(
-    points: torch.Tensor, sensor_ego: torch.Tensor, point_step_m: float, n_queries: int, seed: int
-) -> dict[str, torch.Tensor]:
-    """Queries of one frame, in the ego frame.
+    points: Tensor, sensor_ego: Tensor, point_step_m: float, n_queries: int, seed: int
+) -> dict[str, Tensor]:
+    """Queries of one frame, in the ego frame, from ``points`` int16 (P, 4) as stored.
 
-    Args:
-        points: int16 (P, 4), as stored.
-        sensor_ego: float32 (3,), where the lidar is, metres: rays start there, not at ego's origin.
-        point_step_m: the store's attribute.
-        n_queries: how many to draw.
-        seed: of the frame; the same one draws the same queries, on the same kind of device.
+    Rays start at ``sensor_ego`` float32 (3,), the lidar, in metres, not at ego's origin. The same
+    seed draws the same queries, on the same kind of device.
 
-    Returns:
-        ``xyz_ego`` float32 (Q, 3), metres; ``occupied``, ``intensity``, ``has_intensity`` (Q,), as
-        in :func:`query_targets`.
+    Returns ``xyz_ego`` float32 (Q, 3), metres; ``occupied``, ``intensity``, ``has_intensity`` (Q,),
+    as in :func:`query_targets`.
     """
     points = points[_decimated(points, point_step_m)]
     generator = torch.Generator(points.device).manual_seed(seed)
@@ -180,7 +161,7 @@ def frame_queries(
     }
 
 
-def _decimated(points: torch.Tensor, point_step_m: float) -> torch.Tensor:
+def _decimated(points: Tensor, point_step_m: float) -> Tensor:
     """Index of the first return in each occupied cube of the ego frame, cubes in order.
 
     Cubes are half-open, as all of the project's; ALSO truncates towards zero, which makes those
@@ -197,15 +178,13 @@ def _decimated(points: torch.Tensor, point_step_m: float) -> torch.Tensor:
 
 def draw_queries(
     n_points: int, n_queries: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """What is random in a frame's queries.
 
     A third of them is near and free, a third far and free, the rest occupied. A kind takes no
     return twice, so of less than it wants it takes each once and the frame has fewer queries.
-
-    Returns:
-        ``(source, kind, u)``: int64 (Q,) returns that queries are drawn from; int64 (Q,), kinds;
-        float32 (Q,), uniform in [0, 1).
+    Returns ``(source, kind, u)``: int64 (Q,) returns that queries are drawn from; int64 (Q,) kinds;
+    float32 (Q,), uniform in [0, 1).
     """
     device, third = generator.device, n_queries // 3
     sources = [
@@ -216,9 +195,7 @@ def draw_queries(
     return torch.cat(sources), kind, torch.rand(len(kind), generator=generator, device=device)
 
 
-def place_queries(
-    xyz: torch.Tensor, sensor: torch.Tensor, kind: torch.Tensor, u: torch.Tensor
-) -> torch.Tensor:
+def place_queries(xyz: Tensor, sensor: Tensor, kind: Tensor, u: Tensor) -> Tensor:
     """Queries (Q, 3) on the rays from the sensor (3,) through returns (Q, 3), all in metres.
 
     ``u`` (Q,) is the share of the way: from the sensor to the return if far, else of
@@ -232,18 +209,12 @@ def place_queries(
     return xyz + beyond[:, None] * ray / length.clamp(min=1e-6)[:, None]
 
 
-def near_cells(
-    xyz_bev: torch.Tensor, grid: VoxelGrid
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def near_cells(xyz_bev: Tensor, grid: VoxelGrid) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs of a point and a BEV cell whose centre is within :data:`RADIUS_M` on the ground plane.
 
-    Args:
-        xyz_bev: float (Q, 3), metres, BEV frame; those outside of the map have no pairs.
-        grid: the store's.
-
-    Returns:
-        ``(query, cell, relative)``: int64 (M,) point; int64 (M,) flat (X, Y) index; (M, 3) from
-        the cell's centre at height 0 to the point, metres.
+    Of points float (Q, 3), metres, BEV frame; those outside of the map have no pairs. Returns
+    ``(query, cell, relative)``: int64 (M,) point; int64 (M,) flat (X, Y) index; (M, 3) from the
+    cell's centre at height 0 to the point, metres.
     """
     lower, size = (xyz_bev.new_tensor(a[:2]) for a in (grid.lower, grid.cell_size))
     shape = torch.tensor(grid.bev_shape, device=xyz_bev.device)
@@ -262,11 +233,7 @@ def near_cells(
 
 
 class QueryHead(nn.Module):
-    """Occupancy logit and intensity at given places relative to given cells (ALSO).
-
-    Args:
-        channels: N_B, channels of the BEV map.
-    """
+    """Occupancy logit and intensity at given places relative to given cells (ALSO)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -276,19 +243,11 @@ class QueryHead(nn.Module):
         self.leave = nn.Linear(WIDTH, WIDTH)
         self.output = nn.Linear(WIDTH, 2)
 
-    def forward(
-        self, bev: torch.Tensor, cell: torch.Tensor, relative: torch.Tensor
-    ) -> torch.Tensor:
-        """Predict.
+    def forward(self, bev: Tensor, cell: Tensor, relative: Tensor) -> Tensor:
+        """Predict for M pairs from ``bev`` (B, N_B, X, Y); cells and places as query_targets's.
 
-        Args:
-            bev: (B, N_B, X, Y).
-            cell: int64 (M,), flat (B, X, Y) indices.
-            relative: float (M, 3), metres, from the cell's centre at height 0 to the query.
-
-        Returns:
-            (M, 2): logit of being occupied, and intensity in 0..1 (not bounded); in the parameters'
-            precision, also under autocast.
+        Returns (M, 2): logit of being occupied, and intensity in 0..1 (not bounded); in the
+        parameters' precision, also under autocast.
         """
         asked, which = cell.unique(return_inverse=True)
         of_latent, of_place = self.enter.weight.split([WIDTH, 3], dim=1)
@@ -304,20 +263,10 @@ class QueryHead(nn.Module):
 
 
 def query_sums(
-    predicted: torch.Tensor,
-    occupied: torch.Tensor,
-    intensity: torch.Tensor,
-    has_intensity: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    predicted: Tensor, occupied: Tensor, intensity: Tensor, has_intensity: Tensor
+) -> tuple[Tensor, Tensor]:
     """Binary cross-entropy of occupancy summed over all pairs, and absolute error of intensity
-    summed over those with one (ALSO).
-
-    Args:
-        predicted: (M, 2), logit and intensity.
-        occupied: float (M,), 0 or 1.
-        intensity: float (M,).
-        has_intensity: bool (M,).
-    """
+    summed over those with one (ALSO); ``predicted`` as of the head, the rest as the targets."""
     logits, brightness = predicted.float().unbind(dim=1)
     occupancy = F.binary_cross_entropy_with_logits(logits, occupied, reduction="sum")
     return occupancy, ((brightness - intensity).abs() * has_intensity).sum()

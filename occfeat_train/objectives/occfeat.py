@@ -7,15 +7,15 @@ holds the 2·N_B hidden units, row block by row block, and the N_y-channel branc
 voxels alone (1.4 % of the grid). Same parameters and same function as the dense form.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import Self
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -26,7 +26,7 @@ from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.settings import Settings
 from occfeat_train.geometry import flat_index, rotation_z
 from occfeat_train.models.instance_norm import InstanceNorm
-from occfeat_train.objectives.base import Batch, Objective, Panel, Targets, divisors
+from occfeat_train.objectives.base import Batch, Loss, Objective, Panel, Targets, divisors
 
 PRIOR = 0.014
 """Share of occupied voxels (measured on nuScenes, default grid): the occupancy bias starts there
@@ -45,7 +45,7 @@ class OccFeatSettings(Settings):
     """λ of L = L_occ + λ·L_feat."""
 
     @model_validator(mode="after")
-    def _learns_something(self) -> OccFeatSettings:
+    def _learns_something(self) -> Self:
         if not (self.occupancy or self.features):
             raise ValueError("objectives.occfeat: occupancy or features must be true")
         return self
@@ -75,20 +75,18 @@ class OccFeat(Objective):
         heights = self.grid.shape[0]
         self.head = OccFeatHead(channels, heights, dim, settings.occupancy, settings.features)
 
-    def targets(self, batch: Batch, angle: torch.Tensor) -> Targets:
+    def targets(self, batch: Batch, angle: Tensor) -> Targets:
         """See :func:`voxel_targets`; also ``n_samples``."""
         targets = voxel_targets(batch, angle, self.grid, self.point_step_m)
         return targets | {"n_samples": torch.tensor(len(angle))}
 
-    def counts(self, targets: Targets) -> torch.Tensor:
+    def counts(self, targets: Targets) -> Tensor:
         """Voxels, and occupied voxels with a feature."""
         n_voxels = targets["n_samples"].item() * self.grid.n_voxels
         return torch.tensor([n_voxels, targets["valid"].sum().item()], dtype=torch.float64)
 
-    def forward(
-        self, bev: torch.Tensor, targets: Targets, counts: Sequence[float], share: float
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and its terms ``occupancy`` and ``features`` for BEV features (B, C, X, Y)."""
+    def forward(self, bev: Tensor, targets: Targets, counts: Sequence[float], share: float) -> Loss:
+        """Terms ``occupancy`` and ``features``."""
         logits, features = self.head(bev, targets["voxel"])
         n_voxels, n_valid = divisors(counts)
         terms = {}
@@ -97,12 +95,12 @@ class OccFeat(Objective):
             terms["occupancy"] = occupancy_sum(logits, targets["voxel"]) / n_voxels
             loss = loss + terms["occupancy"]
         if features is not None:
-            summed = cosine_sum(features, targets["features"], targets["valid"])
-            terms["features"] = summed / n_valid
+            similar = cosine_sum(features, targets["features"], targets["valid"])
+            terms["features"] = similar / n_valid
             loss = loss + self.settings.feature_weight * terms["features"]
         return loss, terms
 
-    def panels(self, bev: torch.Tensor, batch: Batch) -> list[Panel]:
+    def panels(self, bev: Tensor, batch: Batch) -> list[Panel]:
         """From above: whether any voxel of a column is occupied, and the highest feature in it."""
         targets = self.targets(batch, torch.zeros(1))
         logits, features = self.head(bev, targets["voxel"])
@@ -122,18 +120,15 @@ class OccFeat(Objective):
         return panels
 
 
-def voxel_targets(
-    batch: Batch, angle: torch.Tensor, grid: VoxelGrid, point_step_m: float
-) -> dict[str, torch.Tensor]:
+def voxel_targets(batch: Batch, angle: Tensor, grid: VoxelGrid, point_step_m: float) -> Targets:
     """Occupied voxels and their feature targets.
 
     Args:
         batch: collated ``voxel`` (V,), ``feature_cameras`` (V,), ``features`` int8 (V, C) unless
             only occupancy is learned, and, if any angle is not 0, ``points``, ``n_points`` and,
             with the features, ``feature_scale``.
-        angle: float32 (B,), by which the BEV frame is turned.
-        grid: the store's.
-        point_step_m: the store's attribute.
+        angle: as in :meth:`Objective.targets`.
+        grid, point_step_m: the store's.
 
     Returns:
         ``voxel`` int64 (V',) distinct flat indices over the batch, ``valid`` bool (V',) that have
@@ -159,23 +154,15 @@ def voxel_targets(
     if "features" not in batch:
         return targets
     features = batch["features"].float() * batch["feature_scale"].float()[:, None]
-    summed = F.embedding_bag(
-        source,
-        features,
-        n_sources.cumsum(0) - n_sources,
-        mode="sum",
-        per_sample_weights=count.float(),
-    )
+    start, weights = n_sources.cumsum(0) - n_sources, count.float()
+    summed = F.embedding_bag(source, features, start, mode="sum", per_sample_weights=weights)
     return targets | {"features": summed}
 
 
 def _moved_points(
-    batch: Batch, angle: torch.Tensor, grid: VoxelGrid, point_step_m: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Old and new voxel (flat over the batch) of the points that the new grid holds.
-
-    The old one is -1 for points outside the stored grid.
-    """
+    batch: Batch, angle: Tensor, grid: VoxelGrid, point_step_m: float
+) -> tuple[Tensor, Tensor]:
+    """Old (-1: outside) and new voxel, flat over the batch, of the points the new grid holds."""
     counts = batch["n_points"]
     sample = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     xyz_ego = batch["points"][:, :3].float() * point_step_m
@@ -190,11 +177,8 @@ def _moved_points(
 class OccFeatHead(nn.Module):
     """Occupancy logits of every voxel and features of chosen ones, from BEV features (§3.2, §3.3).
 
-    Args:
-        channels: N_B, channels of the BEV map.
-        heights: Z_B, voxels along z.
-        feature_dim: N_y, channels of the teacher.
-        occupancy, features: which of the two outputs (the paper's ablation, Table 3).
+    N_B ``channels``, Z_B ``heights``, N_y = ``feature_dim``; either output may be off (the paper's
+    ablation, Table 3).
     """
 
     def __init__(
@@ -207,9 +191,8 @@ class OccFeatHead(nn.Module):
     ):
         super().__init__()
         self.heights = heights
-        self.mix = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1), InstanceNorm(), nn.ReLU()
-        )
+        conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.mix = nn.Sequential(conv, InstanceNorm(), nn.ReLU())
         self.unsplat = nn.Linear(channels, channels * heights)
         self.expand = nn.Linear(channels, 2 * channels)
         self.reduce = nn.Linear(2 * channels, channels)
@@ -218,103 +201,73 @@ class OccFeatHead(nn.Module):
         if self.occupancy:
             nn.init.constant_(self.occupancy.bias, math.log(PRIOR / (1 - PRIOR)))
 
-    def forward(
-        self, bev: torch.Tensor, voxel: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Predict.
+    def forward(self, bev: Tensor, voxel: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Logits (B, Z, X, Y) and features (V, N_y), None for what is off; ``bev`` (B, N_B, X, Y).
 
-        Args:
-            bev: (B, N_B, X, Y).
-            voxel: int64 (V,), voxels whose features are wanted: b·Z·X·Y + the store's index.
-
-        Returns:
-            ``(logits, features)``: (B, Z, X, Y) and (V, N_y); None for what is switched off.
+        ``voxel`` int64 (V,) says whose features are wanted: b·Z·X·Y + the store's index.
         """
         B, C, X, Y = bev.shape
         rows = self.mix(bev).permute(0, 2, 3, 1).reshape(-1, C)  # (B·X·Y, C)
         weight, bias = self._hidden_layer()
         logits = features = None
-        if self.occupancy is not None:
-            logits = self._logits(rows, weight, bias).view(B, X, Y, self.heights)
-            logits = logits.permute(0, 3, 1, 2)
-        if self.features is not None:
+        if self.occupancy:
+            logits = self._logits(rows, weight, bias).view(B, X, Y, -1).permute(0, 3, 1, 2)
+        if self.features:
             features = self.features(self.reduce(self._hidden_at(rows, voxel, X * Y, weight, bias)))
         return logits, features
 
-    def _hidden_layer(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _hidden_layer(self) -> tuple[Tensor, Tensor]:
         """BEV row to hidden units of each height: weight (Z, 2C, C), bias (Z, 2C)."""
         C = self.expand.in_features
         weight = self.expand.weight @ self.unsplat.weight.view(self.heights, C, C)
         bias = self.unsplat.bias.view(self.heights, C) @ self.expand.weight.T + self.expand.bias
         return weight, bias
 
-    def _logits(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def _logits(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Occupancy logits (B·X·Y, Z) of every voxel above BEV rows (B·X·Y, C)."""
         assert self.occupancy
         out_weight = self.occupancy.weight @ self.reduce.weight  # (1, 2C)
         out_bias = self.occupancy.weight @ self.reduce.bias + self.occupancy.bias
         # Hidden units are computed again in the backward pass: all at once they would be the
         # largest tensor of the whole network.
-        blocks = [
-            checkpoint(
-                *(_block, block, weight, bias, out_weight),
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            for block in rows.split(_ROWS)
-        ]
+        again = partial(checkpoint, _block, use_reentrant=False, preserve_rng_state=False)
+        blocks = [again(block, weight, bias, out_weight) for block in rows.split(_ROWS)]
         return torch.cat(blocks) + out_bias
 
     def _hidden_at(
-        self,
-        rows: torch.Tensor,
-        voxel: torch.Tensor,
-        n_columns: int,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-    ) -> torch.Tensor:
+        self, rows: Tensor, voxel: Tensor, n_columns: int, weight: Tensor, bias: Tensor
+    ) -> Tensor:
         """Hidden units (V, 2C) of chosen voxels: one matrix product per height."""
         sample = voxel.div(n_columns * self.heights, rounding_mode="floor")
         height = voxel.div(n_columns, rounding_mode="floor") % self.heights
         order = height.argsort(stable=True)
         chosen = rows[(sample * n_columns + voxel % n_columns)[order]]
         counts = torch.bincount(height, minlength=self.heights).tolist()
-        hidden = torch.cat(
-            [
-                F.linear(part, w, b)
-                for part, w, b in zip(chosen.split(counts), weight, bias, strict=True)
-            ]
-        )
+        parts = zip(chosen.split(counts), weight, bias, strict=True)
+        hidden = torch.cat([F.linear(*part) for part in parts])
         return F.softplus(hidden)[order.argsort()]
 
 
-def _block(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out_weight: torch.Tensor
-) -> torch.Tensor:
+def _block(rows: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor) -> Tensor:
     """(R, C) to logits (R, Z) without the final bias."""
     hidden = F.softplus(F.linear(rows, weight.flatten(0, 1), bias.flatten()))
     return F.linear(hidden.view(len(rows), *bias.shape), out_weight).squeeze(-1)
 
 
-def occupancy_sum(logits: torch.Tensor, voxel: torch.Tensor) -> torch.Tensor:
+def occupancy_sum(logits: Tensor, voxel: Tensor) -> Tensor:
     """Binary cross-entropy summed over all voxels (paper eq. 2, before 1/|V|).
 
-    Args:
-        logits: (B, Z, X, Y).
-        voxel: int64 (V,), distinct flat indices of the occupied voxels of the batch.
+    Of logits (B, Z, X, Y); ``voxel`` int64 (V,), distinct flat indices of the occupied ones.
     """
     logits = logits.float().flatten()
     # BCE(l, t) = softplus(l) - t·l; the occupied ones are few
     return F.softplus(logits).sum() - logits[voxel].sum()
 
 
-def cosine_sum(predicted: torch.Tensor, target: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def cosine_sum(predicted: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Negative cosine similarity summed over valid voxels (paper eq. 3, before 1/|V_occ|).
 
-    Args:
-        predicted: (V, C).
-        target: (V, C); only its direction matters.
-        valid: bool (V,), voxels that some camera sees.
+    Of features (V, C); ``valid`` bool (V,), voxels that some camera sees.
     """
     cosine = F.cosine_similarity(predicted.float(), target.float(), dim=1)
     return -(cosine * valid).sum()

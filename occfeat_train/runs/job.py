@@ -1,9 +1,7 @@
 """What a run is asked to do, as one plain description that its directory keeps."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
 
 from occfeat_targets.store.files import absolute
 from occfeat_targets.store.reader import TargetStore
@@ -38,49 +36,42 @@ class Job:
         return getattr(self.config, self.kind)
 
     @property
+    def name(self) -> str:
+        """Of the task or objective that it learns."""
+        return self.task or self.config.pretrain.objective
+
+    @property
     def learns(self) -> type[Objective]:
         """Its objective, or task."""
-        return TASKS(self.task) if self.task else OBJECTIVES(self.config.pretrain.objective)
+        return (TASKS if self.task else OBJECTIVES)(self.name)
 
     @property
     def own_settings(self) -> Settings:
         """Those of what it learns."""
         sections = self.config.tasks if self.task else self.config.objectives
-        name = self.task or self.config.pretrain.objective
-        return sections[name] if name in sections else self.learns.Settings()
+        return sections[self.name] if self.name in sections else self.learns.Settings()
 
     @property
     def title(self) -> str:
         """For people, such as ``occfeat pretraining``."""
-        name = self.task or self.config.pretrain.objective
-        return f"{name} {'finetuning' if self.task else 'pretraining'}"
+        return f"{self.name} {'finetuning' if self.task else 'pretraining'}"
 
     def objective(self, store: TargetStore) -> Objective:
-        """What it learns, fresh, for a store.
-
-        Raises:
-            StoreError: the store lacks what that needs.
-        """
+        """What it learns, fresh, for a store, or StoreError: the store lacks what that needs."""
         turned = self.config.augment.rotate_bev_deg != 0
         return self.learns(self.own_settings, store, self.config.model.channels, turned)
 
     def describe(self, store: TargetStore) -> dict[str, Any]:
         """For ``run.json``."""
-        return {
-            "kind": self.kind,
-            "task": self.task,
+        return vars(self) | {
             "created": runs.timestamp(),
-            "store": self.store,
             "store_identity": runs.identity(store),
-            "fraction": self.fraction,
-            "fraction_unit": self.fraction_unit,
-            "init": self.init,
             "config": self.config.plain(),
             "versions": runs.versions(),
         }
 
     @classmethod
-    def of_run(cls, run: Run, store: str | None = None) -> Job:
+    def of_run(cls, run: Run, store: str | None = None) -> Self:
         """The job of an existing run; ``store`` if it has moved.
 
         Raises:
@@ -88,10 +79,13 @@ class Job:
             ConfigError: its settings are not of this version.
         """
         said = run.description()
-        names = ("kind", "store", "config", "fraction", "fraction_unit", "init", "task")
+        names = [field.name for field in fields(cls)]
         if lacking := [name for name in names if name not in said]:
             raise RunError(
                 f"{run.path} is of another version of occfeat: it says no {', '.join(lacking)}"
             )
-        kind, where, config, *rest = (said[name] for name in names)
-        return cls(kind, absolute(store or where), TrainConfig.of(config), *rest)
+        changed = {
+            "store": absolute(store or said["store"]),
+            "config": TrainConfig.of(said["config"]),
+        }
+        return cls(**{name: said[name] for name in names} | changed)

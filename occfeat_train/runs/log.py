@@ -1,7 +1,5 @@
 """What a run says while it runs: a progress bar, one JSON line per logged step, TensorBoard."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math
@@ -17,15 +15,12 @@ from occfeat_train.runs.run import replace
 class RunLog:
     """The log of one run; on processes other than the main one it is silent."""
 
-    def __init__(
-        self, directory: Path, active: bool, total_steps: int, step: int, tensorboard: bool
-    ):
+    def __init__(self, directory: Path, active: bool, total: int, step: int, tensorboard: bool):
         """Start, or go on at ``step``: lines after it, of a killed run, are dropped."""
         self.active = active
         self.path = Path(directory) / "log.jsonl"
-        self.bar = tqdm(
-            total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not active
-        )
+        looks = {"unit": "step", "dynamic_ncols": True, "disable": not active}
+        self.bar = tqdm(total=total, initial=step, **looks)
         self.board = None
         if not active:
             return
@@ -37,10 +32,6 @@ class RunLog:
 
             self.board = SummaryWriter(str(directory), purge_step=step + 1)
 
-    def advance(self) -> None:
-        """One optimiser step is done."""
-        self.bar.update()
-
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log one step's numbers."""
         if not self.active:
@@ -49,8 +40,7 @@ class RunLog:
         plain = {k: v if math.isfinite(v) else None for k, v in values.items()}
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **plain}) + "\n")
-        shown = {k: f"{v:.4g}" for k, v in values.items() if k in ("epoch", "loss")}
-        self.bar.set_postfix(shown)
+        self.bar.set_postfix({k: f"{values[k]:.4g}" for k in ("loss", "epoch")})
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
@@ -68,12 +58,9 @@ class RunLog:
 
 
 def require_board(settings: RunSettings) -> None:
-    """Refuse to begin without the package that TensorBoard events need.
+    """ConfigError: the package that TensorBoard events need is not installed.
 
     Not a check of the settings themselves: a run that wrote events can be evaluated anywhere.
-
-    Raises:
-        ConfigError: it is not installed.
     """
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("run.tensorboard needs: pip install tensorboard")

@@ -1,7 +1,5 @@
 """What a command works on where the user names only some of it: jobs, settings and runs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +7,8 @@ from typing import Any
 
 from occfeat_targets.store.files import absolute
 from occfeat_targets.store.reader import open_store
-from occfeat_targets.store.settings import override, read_yaml
-from occfeat_train.config import TrainConfig, preset_path
+from occfeat_targets.store.settings import override, read_yaml, settings_file
+from occfeat_train.config import TrainConfig
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.run import Run, RunError, newest, timestamp
 from occfeat_train.tasks import TASKS
@@ -21,43 +19,40 @@ HOW = (
     *("data.workers", "data.start_method"),
 )
 """Settings that a resumed run may change: how it runs, not what it computes."""
+Asked = Mapping[str, Any]
+"""The options of a training: ``store``, ``config``, ``overrides`` (``section.key=value`` texts),
+``run``; ``objective`` of a pretraining; ``task``, ``fraction``, ``fraction_unit`` and ``init`` of a
+finetuning."""
 KEPT = ("config", "objective", "task", "fraction", "fraction_unit", "init")
 """Options that a resumed run keeps."""
 
 
-def new_job(kind: str, asked: Mapping[str, Any], say: Callable[[str], None]) -> Job:
-    """What the options of ``pretrain`` or ``finetune`` ask for.
+def new_job(kind: str, asked: Asked, say: Callable[[str], None]) -> tuple[Job, Path]:
+    """What the options of ``pretrain`` or ``finetune`` ask for, and a directory for it.
 
-    Args:
-        kind: ``pretrain`` or ``finetune``.
-        asked: ``store``, ``config``, ``overrides`` (``section.key=value`` texts); ``objective`` of
-            a pretraining; ``task``, ``fraction``, ``fraction_unit`` and ``init`` of a finetuning.
-            None takes the default.
-        say: is told what was chosen.
+    Of the options ``asked`` those that are None take the default; ``say`` is told what was chosen.
 
     Raises:
-        RunError: as :func:`_pretraining`. StoreError: from ``open_store``.
+        RunError: there is no finished pretraining, or the one that --init names has no checkpoint.
+        StoreError: from ``open_store``.
         ConfigError: settings can't be read, or one is unknown or impossible.
     """
-    if kind == "pretrain":
-        store, overrides = absolute(asked["store"] or "targets.zarr"), asked["overrides"]
-        if asked["objective"]:
-            overrides = (*overrides, f"pretrain.objective={asked['objective']}")
-        return Job(kind, store, _settings(store, asked["config"], None, overrides, say))
-    run, fraction = _pretraining(asked["init"], say), asked["fraction"]
+    run, overrides = None, asked["overrides"]
+    if kind == "finetune":
+        run = _pretraining(asked["init"], say)
+        TASKS(asked["task"])
+    elif asked["objective"]:
+        overrides = (*overrides, f"pretrain.objective={asked['objective']}")
     store = asked["store"] or (run and run.description()["store"]) or "targets.zarr"
     store = absolute(store)
-    TASKS(asked["task"])
-    config = _settings(store, asked["config"], run, asked["overrides"], say)
-    return Job(
-        kind,
-        store,
-        config.for_fraction(fraction),
-        fraction,
-        asked["fraction_unit"],
-        str(run.path.resolve()) if run else None,
-        asked["task"],
-    )
+    config = _settings(store, asked["config"], run, overrides, say)
+    path = asked["run"] or RUNS / f"{kind}-{timestamp()}"
+    if kind == "pretrain":
+        return Job(kind, store, config), path
+    fraction, init = asked["fraction"], str(run.path.resolve()) if run else None
+    config = config.for_fraction(fraction)
+    job = Job(kind, store, config, fraction, asked["fraction_unit"], init, asked["task"])
+    return job, path
 
 
 def _settings(
@@ -69,39 +64,29 @@ def _settings(
 ) -> TrainConfig:
     """By --config, else the pretraining run's, else the store's preset."""
     preset = open_store(store).attrs["config"].get("train_preset")
-    if config:
-        is_file = config.endswith((".yaml", ".yml"))
-        values, source = read_yaml(Path(config) if is_file else preset_path(config)), config
-    elif pretraining:
+    if pretraining and not config:
         values, source = pretraining.description()["config"], f"those of {pretraining.path}"
     else:
-        source = preset or "paper"
-        values = read_yaml(preset_path(source))
-        source = f"preset {source}" + (f", as {store} asks" if preset else "")
+        source = config or preset or "paper"
+        values = read_yaml(settings_file(source, "occfeat_train"))
+        if not config:
+            source = f"preset {source}" + (f", as {store} asks" if preset else "")
     say(f"Settings: {source}")
     return TrainConfig.of(override(values, overrides))
 
 
-def resumed(
-    kind: str,
-    run: Path | None,
-    store: str | None,
-    overrides: tuple[str, ...],
-    given: Collection[str],
-) -> tuple[Job, Path]:
+def resumed(kind: str, asked: Asked, given: Collection[str]) -> tuple[Job, Path]:
     """The job and directory to go on with; of its settings only :data:`HOW` may change.
 
-    Args:
-        kind: ``pretrain`` or ``finetune``.
-        run: its directory; None: the newest unfinished one of the kind.
-        store: where its store is now; None: where it was.
-        overrides: ``section.key=value`` texts.
-        given: names of the options that were given; refused are those of :data:`KEPT`.
+    No ``run`` is the newest unfinished one of the kind; ``store`` is where its store is now, if
+    not where it was. Of ``given``, the options that the user named, those of :data:`KEPT` are
+    refused.
 
     Raises:
         RunError: an option would change what it computes, or there is no such run.
         ConfigError: a setting is impossible.
     """
+    overrides = asked["overrides"]
     if kept := [name for name in KEPT if name in given]:
         raise RunError(f"a resumed run keeps its --{kept[0].replace('_', '-')}: leave it out")
     if fixed := [text for text in overrides if text.partition("=")[0] not in HOW]:
@@ -109,39 +94,28 @@ def resumed(
             f"a resumed run keeps its {fixed[0].partition('=')[0]}: leave --set {fixed[0]} out; "
             f"it can change {', '.join(HOW)}"
         )
-    found = Run(run) if run else newest(RUNS, (kind,), finished=False)
-    if found is None:
-        raise RunError(f"there is no unfinished {kind} run in {RUNS}/: name it, --run-dir")
-    job = Job.of_run(found, store)
+    missing = f"there is no unfinished {kind} run in {RUNS}/: name it, --run-dir"
+    found = _named_or_newest(asked["run"], (kind,), False, missing)
+    job = Job.of_run(found, asked["store"])
     if job.kind != kind:
         raise RunError(f"{found.path} is a {job.kind} run: occfeat-train {job.kind}")
     return changed(job, overrides), found.path
 
 
 def changed(job: Job, overrides: tuple[str, ...]) -> Job:
-    """A job with other settings.
-
-    Raises:
-        ConfigError: one is unknown or impossible.
-    """
+    """A job with other settings; ConfigError: one is unknown or impossible."""
     return replace(job, config=TrainConfig.of(override(job.config.plain(), overrides)))
 
 
 def _pretraining(init: str | None, say: Callable[[str], None]) -> Run | None:
-    """The run that --init names, by default the newest finished one; None for ``none``.
-
-    Raises:
-        RunError: there is no finished pretraining, or the named run has no checkpoint.
-        ConfigError: its settings are not of this version.
-    """
+    """The run that --init names, by default the newest finished one; None for ``none``."""
     if init == "none":
         return None
-    run = Run(Path(init)) if init else newest(RUNS, ("pretrain",), finished=True)
-    if run is None:
-        raise RunError(
-            f"there is no finished pretraining in {RUNS}/: occfeat-train pretrain makes one, "
-            "--init RUN names one elsewhere, --init none does without"
-        )
+    missing = (
+        f"there is no finished pretraining in {RUNS}/: occfeat-train pretrain makes one, "
+        "--init RUN names one elsewhere, --init none does without"
+    )
+    run = _named_or_newest(init, ("pretrain",), True, missing)
     title, position = Job.of_run(run).title, run.position()
     unfinished = "" if position["finished"] else f", NOT FINISHED: step {position['step']}"
     say(f"Starting from: {run.path} ({title}{unfinished})")
@@ -149,20 +123,18 @@ def _pretraining(init: str | None, say: Callable[[str], None]) -> Run | None:
 
 
 def finished(path: Path | None, *kinds: str) -> Run:
-    """The run of a path, else the newest finished one of some kinds.
+    """The run of a path, else the newest finished one of some kinds; RunError: there is none."""
+    missing = (
+        f"there is no finished {' or '.join(kinds)} run in {RUNS}/: run occfeat-train {kinds[0]}, "
+        "or name --run-dir"
+    )
+    return _named_or_newest(path, kinds, True, missing)
 
-    Raises:
-        RunError: there is none.
-    """
-    run = Run(path) if path else newest(RUNS, kinds, finished=True)
+
+def _named_or_newest(
+    path: Path | str | None, kinds: tuple[str, ...], finished: bool, missing: str
+) -> Run:
+    run = Run(Path(path)) if path else newest(RUNS, kinds, finished)
     if run is None:
-        raise RunError(
-            f"there is no finished {' or '.join(kinds)} run in {RUNS}/: run occfeat-train "
-            f"{kinds[0]}, or name --run-dir"
-        )
+        raise RunError(missing)
     return run
-
-
-def new_run(kind: str) -> Path:
-    """A directory for a new run of a kind, named by the time."""
-    return RUNS / f"{kind}-{timestamp()}"

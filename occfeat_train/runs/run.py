@@ -11,8 +11,6 @@
 Every file is written beside its place and renamed, so a kill leaves the last good one.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
@@ -47,22 +45,14 @@ class Run:
         self.path = Path(path)
 
     def require_new(self) -> None:
-        """Refuse a directory that holds something.
-
-        Raises:
-            RunError: it does.
-        """
+        """Refuse a directory that holds something, by a RunError."""
         if self.path.exists() and any(self.path.iterdir()):
             raise RunError(
                 f"{self.path} is not empty: choose another --run-dir, or --resume this one"
             )
 
     def create(self, description: dict) -> None:
-        """Make the directory and its ``run.json``.
-
-        Raises:
-            RunError: another run took it a moment ago.
-        """
+        """Make the directory and its ``run.json``, or RunError: another run was a moment faster."""
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             (self.path / "run.json").open("x").close()
@@ -71,11 +61,7 @@ class Run:
         write_json(self.path / "run.json", {"format": FORMAT, **description})
 
     def description(self) -> dict:
-        """What ``run.json`` says.
-
-        Raises:
-            RunError: there is no run here.
-        """
+        """What ``run.json`` says, or RunError: there is no run here."""
         try:
             description = json.loads((self.path / "run.json").read_text())
         except (OSError, ValueError) as error:
@@ -89,12 +75,12 @@ class Run:
         return sorted(self.path.glob("checkpoint-*.json"), reverse=True)
 
     def position(self) -> dict:
-        """How far the newest checkpoint is, see ``train.Position``.
-
-        Raises:
-            RunError: there is none, or it is damaged.
-        """
-        return _position(self._newest_checkpoint())
+        """``train.Position`` of the newest checkpoint, or RunError: none is there, or damaged."""
+        path = self._newest_checkpoint()
+        try:
+            return json.loads(path.read_text())["position"]
+        except (ValueError, KeyError) as error:
+            raise RunError(f"{path} is damaged: delete it and {path.stem}.pt") from error
 
     def is_finished(self) -> bool:
         """Whether training came to its end."""
@@ -117,8 +103,7 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Keep others from training the same run at the same time; a kill lets go of it.
 
-        Raises:
-            RunError: another process is at it, or the filesystem knows no locks.
+        RunError: another process is at it, or the filesystem knows no locks.
         """
         with (self.path / "lock").open("w") as file:
             try:
@@ -130,10 +115,9 @@ class Run:
             yield
 
     def load(self) -> tuple[dict[str, Any], dict]:
-        """State (on the CPU) and position of the newest checkpoint. Unpickles nothing but tensors.
+        """State (on the CPU) and position of the newest checkpoint; unpickles nothing but tensors.
 
-        Raises:
-            RunError: there is none, or its file can't be read.
+        RunError: there is none, or its file can't be read.
         """
         marker = self._newest_checkpoint()
         path = marker.with_suffix(".pt")
@@ -145,40 +129,28 @@ class Run:
                 f"{path} is damaged ({reason}): delete it and {marker.name} to use the "
                 "checkpoint before"
             ) from error
-        return state, _position(marker)
+        return state, self.position()
 
     def _newest_checkpoint(self) -> Path:
-        found = self.checkpoints()
-        if not found:
-            raise RunError(f"{self.path} has no checkpoint: --resume it, or train anew")
-        return found[0]
+        if found := self.checkpoints():
+            return found[0]
+        raise RunError(f"{self.path} has no checkpoint: --resume it, or train anew")
 
 
 def newest(parent: Path, kinds: tuple[str, ...], finished: bool) -> Run | None:
     """The newest run of some kinds (``pretrain``, ``finetune``) below ``parent`` that came to its
     end, or that did not; one without a checkpoint only if there is no other."""
-    runs = [run for run in _runs(parent) if run.description().get("kind") in kinds]
+    runs = []
+    for path in Path(parent).glob("*/run.json"):
+        with suppress(RunError):  # another program's run.json
+            if Run(path.parent).description().get("kind") in kinds:
+                runs.append(Run(path.parent))
     runs = [run for run in runs if run.is_finished() == finished]
 
     def order(run: Run) -> tuple:
         return bool(run.checkpoints()), run.description()["created"], run.path.name
 
     return max(runs, key=order, default=None)
-
-
-def _position(path: Path) -> dict:
-    """Of a checkpoint's JSON file."""
-    try:
-        return json.loads(path.read_text())["position"]
-    except (ValueError, KeyError) as error:
-        raise RunError(f"{path} is damaged: delete it and {path.stem}.pt") from error
-
-
-def _runs(parent: Path) -> Iterator[Run]:
-    for path in Path(parent).glob("*/run.json"):
-        with suppress(RunError):  # another program's run.json
-            Run(path.parent).description()
-            yield Run(path.parent)
 
 
 def identity(store: TargetStore) -> dict:
@@ -194,24 +166,14 @@ def identity(store: TargetStore) -> dict:
 
 
 def check_same_store(stored: dict, store: TargetStore) -> None:
-    """Refuse to resume on other targets.
-
-    Raises:
-        RunError: naming what differs.
-    """
-    changed = differences(stored, identity(store))
-    if changed:
-        raise RunError(
-            f"{store.url} is not the store this run was started on; {'; '.join(changed)}"
-        )
+    """Refuse to resume on other targets, by a RunError that names what differs."""
+    if changed := differences(stored, identity(store)):
+        listed = "; ".join(changed)
+        raise RunError(f"{store.url} is not the store this run was started on; {listed}")
 
 
 def check_same_grid(run: Run, store: TargetStore) -> None:
-    """Refuse weights of a network for another voxel grid.
-
-    Raises:
-        RunError: naming both grids.
-    """
+    """Refuse weights of a network for another voxel grid, by a RunError that names both."""
     grid = run.description()["store_identity"]["grid"]
     if grid != store.attrs["grid"]:
         raise RunError(
@@ -222,13 +184,8 @@ def check_same_grid(run: Run, store: TargetStore) -> None:
 
 def versions() -> dict[str, str]:
     """Of occfeat and what decides its numbers."""
-    return {
-        "occfeat": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "zarr": zarr.__version__,
-        "python": platform.python_version(),
-    }
+    libraries = {module.__name__: module.__version__ for module in (torch, np, zarr)}
+    return {"occfeat": __version__, **libraries, "python": platform.python_version()}
 
 
 def timestamp() -> str:
@@ -238,8 +195,7 @@ def timestamp() -> str:
 
 def write_json(path: Path, value: dict) -> None:
     """Write indented JSON atomically."""
-    text = json.dumps(value, indent=1) + "\n"
-    replace(path, lambda part: part.write_text(text))
+    replace(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n"))
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:

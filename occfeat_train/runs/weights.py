@@ -1,11 +1,11 @@
 """The network of a job or run, and the weights it starts with or has learned."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from occfeat_targets.store.reader import TargetStore
 from occfeat_train.models.encoder_weights import load_encoder_weights
@@ -49,25 +49,20 @@ def trained_network(job: Job, run: Run, store: TargetStore) -> tuple[Network, di
     check_same_grid(run, store)
     network = build_network(job, store, load_weights=False)[0]
     state, position = run.load()
-    require_same_tensors(network.state_dict(), state["network"], str(run.path))
-    network.load_state_dict(state["network"])
+    load_same_tensors(network, state["network"], run.path)
     return network, position
 
 
 def copy_bev_net(network: Network, run: Run, store: TargetStore) -> str:
     """Copy encoder, lifting and decoder from a run; the objective stays fresh.
 
-    Returns:
-        What was loaded, what is fresh and what was not used, by part.
-
-    Raises:
-        RunError: the run is of another grid, or a tensor is missing or of another shape.
+    Returns what was loaded, what is fresh and what was not used, by part, or RunError: the run is
+    of another grid, or a tensor is missing or of another shape.
     """
     check_same_grid(run, store)
     state = run.load()[0]["network"]
     theirs = bev_net_state(state)
-    require_same_tensors(network.bev_net.state_dict(), theirs, str(run.path))
-    network.bev_net.load_state_dict(theirs)
+    load_same_tensors(network.bev_net, theirs, run.path)
     fresh = network.objective.state_dict()
     return (
         f"loaded from {run.path}: {_by_part(theirs)}; fresh: {_by_part(fresh)}; "
@@ -75,12 +70,9 @@ def copy_bev_net(network: Network, run: Run, store: TargetStore) -> str:
     )
 
 
-def require_same_tensors(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> None:
-    """Refuse weights whose names or shapes differ from the network's.
-
-    Raises:
-        RunError: naming the first few.
-    """
+def load_same_tensors(module: nn.Module, theirs: Mapping[str, Any], where: Path) -> None:
+    """Load weights, or RunError: names or shapes differ from the module's; it names a few."""
+    ours = module.state_dict()
     wrong = [f"{k} is missing" for k in ours if k not in theirs]
     wrong += [f"{k} is unknown" for k in theirs if k not in ours]
     for k in ours.keys() & theirs.keys():
@@ -92,6 +84,7 @@ def require_same_tensors(ours: Mapping[str, Any], theirs: Mapping[str, Any], whe
             f"the network in {where} is another one ({'; '.join(sorted(wrong)[:3])}; {len(wrong)} "
             "in all): use the model settings it was trained with"
         )
+    module.load_state_dict(theirs)
 
 
 def _by_part(state: Mapping[str, Any]) -> str:

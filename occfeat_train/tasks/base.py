@@ -1,10 +1,9 @@
 """What a downstream task is: an objective that can be evaluated."""
 
-from __future__ import annotations
-
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from occfeat_train.objectives.base import Batch, Objective
 
@@ -31,7 +30,7 @@ class Task(Objective):
     eval_arrays: tuple[str, ...]
     """The store's arrays that its meter compares with."""
 
-    def predict(self, bev: torch.Tensor) -> Any:
+    def predict(self, bev: Tensor) -> Any:
         """What its head makes of BEV features (B, C, X, Y) that nothing augmented."""
         return self.head(bev)
 

@@ -7,21 +7,19 @@ The store has the map in the ego frame only. Polygons are not stored, so where t
 a cell takes the value of the stored cell that holds its centre.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor
 
 from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.settings import Settings
 from occfeat_train.geometry import flat_index, rotation_z
-from occfeat_train.objectives.base import Batch, Targets, divisors
-from occfeat_train.tasks.masks import MaskTask, branch, iou_rows, mean_row, segmentation_sum
+from occfeat_train.objectives.base import Batch, Loss, Targets, divisors
+from occfeat_train.tasks.masks import Branches, MaskTask, iou_rows, mean_row, segmentation_sum
 
 
 class MapSettings(Settings):
@@ -46,50 +44,41 @@ class MapSegmentation(MaskTask):
         if not store.attrs["map_classes"]:
             raise StoreError(f"{store.url} has no map: rebuild it with the map expansion")
         self.classes = tuple(store.attrs["map_classes"])
-        self.head = MapHead(channels, len(self.classes))
+        self.head = Branches(channels, mask=len(self.classes))
 
-    def targets(self, batch: Batch, angle: torch.Tensor) -> Targets:
+    def targets(self, batch: Batch, angle: Tensor) -> Targets:
         """See :func:`map_targets`."""
         return map_targets(batch, angle, self.grid)
 
-    def truth(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def truth(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Masks uint8 (B, K, X, Y), and (B, X, Y) that all cells count: a map is not hidden."""
         return batch["map"], torch.ones_like(batch["map"][:, 0])
 
-    def rows(self, counts: torch.Tensor) -> dict[str, dict]:
+    def rows(self, counts: Tensor) -> dict[str, dict]:
         """Each class, and ``mean`` over those of which IoU is defined."""
         return iou_rows(self.classes, counts[:, 1]) | {"mean": mean_row(counts[:, 1])}
 
-    def counts(self, targets: Targets) -> torch.Tensor:
+    def counts(self, targets: Targets) -> Tensor:
         """Cells whose map is known, the same for all classes."""
         return targets["known"].sum().double().cpu()[None]
 
-    def forward(
-        self, bev: torch.Tensor, targets: Targets, counts: Sequence[float], share: float
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and its terms, one for each class, for BEV features (B, C, X, Y)."""
-        logits = self.head(bev)["mask"]
+    def forward(self, bev: Tensor, targets: Targets, counts: Sequence[float], share: float) -> Loss:
+        """A term for each class."""
+        logits, known, weight = self.head(bev)["mask"], targets["known"], self.settings.pos_weight
         (n_known,) = divisors(counts)
         terms = {}
         for k, name in enumerate(self.classes):
-            summed = segmentation_sum(
-                logits[:, k], targets["map"][:, k], targets["known"], self.settings.pos_weight
-            )
+            summed = segmentation_sum(logits[:, k], targets["map"][:, k], known, weight)
             terms[name] = summed / n_known
         return torch.stack(list(terms.values())).mean(), terms
 
 
-def map_targets(batch: Batch, angle: torch.Tensor, grid: VoxelGrid) -> Targets:
+def map_targets(batch: Batch, angle: Tensor, grid: VoxelGrid) -> Targets:
     """Map masks in the BEV frame, and where they are known.
 
-    Args:
-        batch: collated ``map`` uint8 (B, K, X, Y), 0 or 1, in the ego frame.
-        angle: float32 (B,), by which the BEV frame is turned.
-        grid: the store's.
-
-    Returns:
-        ``map`` float (B, K, X, Y), 0 where it is not known; ``known`` bool (B, X, Y), False for
-        cells whose centre lies outside of the stored map.
+    From collated ``map`` uint8 (B, K, X, Y), 0 or 1, in the ego frame: ``map`` float (B, K, X, Y),
+    0 where it is not known; ``known`` bool (B, X, Y), False for cells whose centre lies outside of
+    the stored map. ``angle`` as in :meth:`Objective.targets`.
     """
     stored = batch["map"]
     if not angle.any():
@@ -100,15 +89,10 @@ def map_targets(batch: Batch, angle: torch.Tensor, grid: VoxelGrid) -> Targets:
     return {"map": (moved.unflatten(2, shape) * known[:, None]).float(), "known": known}
 
 
-def _sources(angle: torch.Tensor, grid: VoxelGrid) -> tuple[torch.Tensor, torch.Tensor]:
+def _sources(angle: Tensor, grid: VoxelGrid) -> tuple[Tensor, Tensor]:
     """Where each cell of the turned frame is in the stored map.
 
-    Args:
-        angle: float (B,), on the device.
-        grid: the store's.
-
-    Returns:
-        Flat stored cell int64 (B, X, Y), 0 where there is none; and whether there is one.
+    Returns the flat stored cell int64 (B, X, Y), 0 where there is none; and whether there is one.
     """
     axes = [torch.from_numpy(axis).to(angle.device) for axis in grid.bev_centres()]
     xy_bev = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
@@ -120,15 +104,3 @@ def _sources(angle: torch.Tensor, grid: VoxelGrid) -> tuple[torch.Tensor, torch.
     index, known = flat_index(torch.cat([xy_ego, z], dim=-1).reshape(-1, 3), grid)
     shape = (len(angle), *grid.bev_shape)
     return torch.where(known, index, 0).view(shape), known.view(shape)
-
-
-class MapHead(nn.Module):
-    """One branch with a channel per map class."""
-
-    def __init__(self, channels: int, n_classes: int):
-        super().__init__()
-        self.mask = branch(channels, n_classes)
-
-    def forward(self, bev: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Predict from (B, C, X, Y): ``mask`` logits (B, K, X, Y) of K classes."""
-        return {"mask": self.mask(bev)}

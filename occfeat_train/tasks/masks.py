@@ -3,26 +3,25 @@
 IoU comes from whole numbers: counts over the split, summed over processes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_train.distributed import all_reduce_sum
 from occfeat_train.models.instance_norm import InstanceNorm
 from occfeat_train.objectives.base import Batch, Panel
-from occfeat_train.tasks.base import Task, as_text
+from occfeat_train.tasks.base import Meter, Task, as_text
 
 THRESHOLDS = (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65)
 """BEVFusion's; 0.5 is the headline."""
 HEADLINE = THRESHOLDS.index(0.5)
+_CELLS = "true_positive, false_positive, false_negative"
 RANGES_M = (20.0, 35.0, 50.0)
 """Edges of the distance rings around ego in which IoU is also given."""
 
@@ -40,23 +39,22 @@ class MaskTask(Task):
     headline: ClassVar[tuple[str, str]]
     """The row that is the headline, and what to call that."""
 
-    def truth(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def truth(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Masks uint8 (B, K, X, Y) in ego, and which cells are not hidden, (B, X, Y)."""
         raise NotImplementedError
 
-    def rows(self, counts: torch.Tensor) -> dict[str, dict[str, Any]]:
+    def rows(self, counts: Tensor) -> dict[str, dict[str, Any]]:
         """What is reported of :meth:`IoUCounter.counts`; see :func:`iou_rows`."""
         raise NotImplementedError
 
-    def meter(self, device: torch.device) -> MaskMeter:
+    def meter(self, device: torch.device) -> Meter:
         """IoU at probability 0.5, by distance, and at the best threshold."""
         return MaskMeter(self, device)
 
-    def panels(self, bev: torch.Tensor, batch: Batch) -> list[Panel]:
+    def panels(self, bev: Tensor, batch: Batch) -> list[Panel]:
         """Each class; a target that does not count (hidden) is darker."""
         target, visible = self.truth(batch)
-        mask = self.predict(bev)["mask"]
-        probability = mask.float().sigmoid().view_as(target)[0].cpu().numpy()
+        probability = self.predict(bev)["mask"].float().sigmoid().view_as(target)[0].cpu().numpy()
         shown = (target * torch.where(visible.bool(), 1.0, 0.4)[:, None])[0].cpu().numpy()
         return list(map(Panel, self.classes, shown, probability))
 
@@ -80,7 +78,7 @@ class MaskMeter:
         self.task = task
         self.counter = IoUCounter(task.grid, device, len(task.classes))
 
-    def add(self, batch: Batch, predicted: dict[str, torch.Tensor]) -> None:
+    def add(self, batch: Batch, predicted: dict[str, Tensor]) -> None:
         """Count a batch on the device."""
         target, visible = self.task.truth(batch)
         probability = predicted["mask"].float().sigmoid()
@@ -111,7 +109,7 @@ class IoUCounter:
         self.histogram = torch.zeros(shape, dtype=torch.int64, device=device)
         self.thresholds = torch.tensor(THRESHOLDS, device=device)
 
-    def add(self, probability: torch.Tensor, target: torch.Tensor, visible: torch.Tensor) -> None:
+    def add(self, probability: Tensor, target: Tensor, visible: Tensor) -> None:
         """Count a batch: probability float and target 0 or 1, (B, K, X, Y); visible (B, X, Y)."""
         exceeded = torch.bucketize(probability.float().contiguous(), self.thresholds)
         axes = (self.classes, visible.long()[:, None], self.ring, target.long(), exceeded)
@@ -121,7 +119,7 @@ class IoUCounter:
         counts = torch.bincount(index.flatten(), minlength=self.histogram.numel())
         self.histogram += counts.view_as(self.histogram)
 
-    def counts(self) -> torch.Tensor:
+    def counts(self) -> Tensor:
         """int64 (K, 2, R, T, 3) over all processes.
 
         Axes: class; visible cells only, all cells; ring of distance (the last is beyond the last
@@ -136,30 +134,27 @@ class IoUCounter:
         return torch.stack([true_positive, false_positive, false_negative], dim=-1)
 
 
-def iou(counts: torch.Tensor) -> torch.Tensor:
+def iou(counts: Tensor) -> Tensor:
     """TP / (TP + FP + FN) of counts (..., 3) as float64 (...,); NaN where all are 0."""
     counts = counts.double()
     return counts[..., 0] / counts.sum(-1)
 
 
-def iou_rows(names: Sequence[str], counts: torch.Tensor) -> dict[str, dict[str, Any]]:
-    """IoU in per cent, None where undefined, a row for each name.
+def iou_rows(names: Sequence[str], counts: Tensor) -> dict[str, dict[str, Any]]:
+    """IoU in per cent, None where undefined, a row for each of n names.
 
-    Args:
-        names: n of them.
-        counts: int64 (n, R, T, 3), as of :meth:`IoUCounter.counts`.
+    ``counts`` are int64 (n, R, T, 3), as of :meth:`IoUCounter.counts`.
     """
     rows = {}
     for name, row, *scores in zip(names, counts, *_scores(counts), strict=True):
         by_range, by_threshold, best = scores
         at = None if best.isnan() else THRESHOLDS[by_threshold.tolist().index(best.item())]
         headline = row.sum(dim=0)[HEADLINE].tolist()
-        rows[name] = _row(by_range, by_threshold, best, at)
-        rows[name]["true_positive, false_positive, false_negative"] = headline
+        rows[name] = _row(by_range, by_threshold, best, at) | {_CELLS: headline}
     return rows
 
 
-def mean_row(counts: torch.Tensor) -> dict[str, Any]:
+def mean_row(counts: Tensor) -> dict[str, Any]:
     """The mean over the n classes of which IoU is defined; counts as of :func:`iou_rows`.
 
     Its best is BEVFusion's mean over classes of the maximum over thresholds.
@@ -168,7 +163,7 @@ def mean_row(counts: torch.Tensor) -> dict[str, Any]:
     return _row(by_range, by_threshold, best)
 
 
-def _scores(counts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _scores(counts: Tensor) -> tuple[Tensor, ...]:
     """IoU float64 at 0.5 by range (n, R), by threshold (n, T), and the best (n,)."""
     by_range, by_threshold = iou(counts[:, :, HEADLINE]), iou(counts.sum(dim=1))
     best = by_threshold.nan_to_num(-1).amax(dim=1)
@@ -176,12 +171,9 @@ def _scores(counts: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _row(
-    by_range: torch.Tensor,
-    by_threshold: torch.Tensor,
-    best: torch.Tensor,
-    best_threshold: float | None = None,
+    by_range: Tensor, by_threshold: Tensor, best: Tensor, best_threshold: float | None = None
 ) -> dict[str, Any]:
-    """One row of a summary from IoU as float64: (R,) at 0.5, (T,), and a number."""
+    """From IoU as of :func:`_scores` of one class."""
     return {
         "iou": _percent(by_threshold[HEADLINE]),
         "by_range": dict(zip(_ring_names(), map(_percent, by_range), strict=True)),
@@ -196,13 +188,11 @@ def _ring_names() -> list[str]:
     return [*inner, f"> {edges[-1]} m"]
 
 
-def _percent(value: torch.Tensor) -> float | None:
+def _percent(value: Tensor) -> float | None:
     return None if value.isnan() else round(100 * value.item(), 2)
 
 
-def segmentation_sum(
-    logits: torch.Tensor, target: torch.Tensor, valid: torch.Tensor, pos_weight: float
-) -> torch.Tensor:
+def segmentation_sum(logits: Tensor, target: Tensor, valid: Tensor, pos_weight: float) -> Tensor:
     """Weighted binary cross-entropy summed over valid cells; all float (B, X, Y)."""
     logits = logits.float()
     weight = logits.new_tensor(pos_weight)
@@ -210,11 +200,15 @@ def segmentation_sum(
     return (loss * valid).sum()
 
 
-def branch(channels: int, out_channels: int) -> nn.Sequential:
-    """A head: conv 3x3, InstanceNorm, ReLU, conv 1x1."""
-    return nn.Sequential(
-        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        InstanceNorm(),
-        nn.ReLU(),
-        nn.Conv2d(channels, out_channels, 1),
-    )
+class Branches(nn.ModuleDict):
+    """A head of branches of a name and so many channels: conv 3x3, InstanceNorm, ReLU, conv 1x1."""
+
+    def __init__(self, channels: int, **out_channels: int):
+        super().__init__()
+        for name, out in out_channels.items():
+            mix = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+            self[name] = nn.Sequential(mix, InstanceNorm(), nn.ReLU(), nn.Conv2d(channels, out, 1))
+
+    def forward(self, bev: Tensor) -> dict[str, Tensor]:
+        """What each branch makes of (B, C, X, Y), by name."""
+        return {name: branch(bev) for name, branch in self.items()}

@@ -11,21 +11,19 @@
   of a hidden box is left out), and learns the visible one's offset.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.schema import INVISIBLE
 from occfeat_targets.store.settings import Settings
-from occfeat_train.objectives.base import Batch, Targets, divisors
-from occfeat_train.tasks.masks import MaskTask, branch, iou_rows, segmentation_sum
+from occfeat_train.objectives.base import Batch, Loss, Targets, divisors
+from occfeat_train.tasks.masks import Branches, MaskTask, iou_rows, segmentation_sum
 
 CENTRE_SIGMA = 3.0
 """Width of the Gaussian around a vehicle's centre, in cells (Simple-BEV)."""
@@ -50,68 +48,57 @@ class VehicleSegmentation(MaskTask):
     heading = "cells"
     labels: ClassVar = {"visible": "visible (as Simple-BEV)"}
     headline = ("visible", "visible cells")
-    _is_vehicle: torch.Tensor
+    _is_vehicle: Tensor
 
     def __init__(self, settings: VehicleSettings, store: TargetStore, channels: int, turned: bool):
         super().__init__(settings, store, channels, turned)
-        names, vehicles = store.attrs["box_classes"], {*store.attrs["vehicle_classes"]}
-        is_vehicle = torch.tensor([name in vehicles for name in names], dtype=torch.bool)
+        vehicles = store.attrs["vehicle_classes"]
+        is_vehicle = torch.tensor([name in vehicles for name in store.attrs["box_classes"]]).bool()
         self.register_buffer("_is_vehicle", is_vehicle, persistent=False)
         self.head = SegmentationHead(channels)
         self.log_weights = nn.Parameter(torch.zeros(3))
 
-    def targets(self, batch: Batch, angle: torch.Tensor) -> Targets:
+    def targets(self, batch: Batch, angle: Tensor) -> Targets:
         """See :func:`vehicle_targets`."""
         chosen, n_boxes = self._is_vehicle[batch["box_class"].long()], batch["n_boxes"]
         sample = torch.arange(len(n_boxes), device=n_boxes.device).repeat_interleave(n_boxes)
         n_vehicles = torch.bincount(sample[chosen], minlength=len(n_boxes))
         return vehicle_targets(batch["boxes"][chosen], n_vehicles, angle, self.grid)
 
-    def truth(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def truth(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Masks uint8 (B, 1, X, Y), and which cells count as visible, (B, X, Y)."""
         return batch["vehicle"][:, None], batch["vehicle_visible"]
 
-    def rows(self, counts: torch.Tensor) -> dict[str, dict]:
+    def rows(self, counts: Tensor) -> dict[str, dict]:
         """``visible`` and ``all``, by which cells count."""
         return iou_rows(("visible", "all"), counts[0])
 
-    def counts(self, targets: Targets) -> torch.Tensor:
+    def counts(self, targets: Targets) -> Tensor:
         """Visible cells, cells near and far from a centre, visible vehicle cells."""
         near = targets["centre"] > 0.5
         masks = (targets["visible"], near, ~near, targets["has_offset"])
         return torch.stack([mask.sum() for mask in masks]).double().cpu()
 
-    def forward(
-        self, bev: torch.Tensor, targets: Targets, counts: Sequence[float], share: float
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and its terms ``mask``, ``centre`` and ``offset`` for BEV features (B, C, X, Y)."""
+    def forward(self, bev: Tensor, targets: Targets, counts: Sequence[float], share: float) -> Loss:
+        """Terms ``mask``, ``centre`` and ``offset``."""
         predicted = self.head(bev)
         n_visible, n_near, n_far, n_offset = divisors(counts)
-        mask = segmentation_sum(
-            predicted["mask"], targets["vehicle"], targets["visible"], self.settings.pos_weight
-        )
+        truth = targets["vehicle"], targets["visible"]
+        mask = segmentation_sum(predicted["mask"], *truth, self.settings.pos_weight)
         near, far = centre_sums(predicted["centre"], targets["centre"])
         offset = offset_sum(predicted["offset"], targets["offset"], targets["has_offset"])
-        terms = {
-            "mask": mask / n_visible,
-            "centre": 0.5 * (near / n_near + far / n_far),
-            "offset": offset / n_offset,
-        }
+        centre = 0.5 * (near / n_near + far / n_far)
+        terms = {"mask": mask / n_visible, "centre": centre, "offset": offset / n_offset}
         scale = bev.new_tensor([10.0, 0.5, 0.5]).float() * torch.exp(-self.log_weights)
         loss = (scale * torch.stack(list(terms.values()))).sum()
         return loss + share * 0.5 * self.log_weights.sum(), terms
 
 
-def vehicle_targets(
-    boxes: torch.Tensor, counts: torch.Tensor, angle: torch.Tensor, grid: VoxelGrid
-) -> Targets:
+def vehicle_targets(boxes: Tensor, counts: Tensor, angle: Tensor, grid: VoxelGrid) -> Targets:
     """Vehicle mask, validity, centre heat map and offsets, in the BEV frame.
 
-    Args:
-        boxes: float32 (M, 8) of vehicles, as the store's ``boxes``, sample by sample.
-        counts: int64 (B,), how many each sample has.
-        angle: float32 (B,), by which the BEV frame is turned, rad.
-        grid: the store's.
+    Of vehicles float32 (M, 8), as the store's ``boxes``, sample by sample; ``counts`` int64 (B,),
+    how many each sample has; ``angle`` as in :meth:`Objective.targets`.
 
     Returns:
         ``vehicle`` float (B, X, Y); ``visible`` bool (B, X, Y), False where only vehicles of
@@ -125,24 +112,24 @@ def vehicle_targets(
     return targets
 
 
-def _turned_boxes(boxes: torch.Tensor, counts: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+def _turned_boxes(boxes: Tensor, counts: Tensor, angle: Tensor) -> Tensor:
     """Boxes (M, 8) in the BEV frame."""
     turn = angle.to(boxes.device).repeat_interleave(counts)
-    cos, sin, boxes = turn.cos(), turn.sin(), boxes.clone()
-    x, y = boxes[:, 0].clone(), boxes[:, 1].clone()
+    (cos, sin), (x, y) = (turn.cos(), turn.sin()), boxes[:, :2].unbind(1)
+    boxes = boxes.clone()
     boxes[:, 0], boxes[:, 1] = cos * x - sin * y, sin * x + cos * y
     boxes[:, 6] += turn
     return boxes
 
 
-def _vehicle_maps(boxes: torch.Tensor, grid: VoxelGrid) -> dict[str, torch.Tensor]:
+def _vehicle_maps(boxes: Tensor, grid: VoxelGrid) -> dict[str, Tensor]:
     """Maps (X, Y) of one sample's boxes (M, 8)."""
     x, y = (torch.from_numpy(c).float().to(boxes.device) for c in grid.bev_centres())
     (dx, dy, _), (lo_x, lo_y, _) = grid.cell_size, grid.lower
     if len(boxes) == 0:
         empty = boxes.new_zeros(len(x), len(y))
         none = {"vehicle": empty, "centre": empty, "visible": torch.ones_like(empty).bool()}
-        return none | {"offset": boxes.new_zeros(2, len(x), len(y))}
+        return none | {"offset": torch.stack([empty, empty])}
     inside = _footprints(boxes, x, y)
     seen = boxes[:, 7] != INVISIBLE
     is_seen = (inside & seen[:, None, None]).any(dim=0)
@@ -164,7 +151,7 @@ def _vehicle_maps(boxes: torch.Tensor, grid: VoxelGrid) -> dict[str, torch.Tenso
     }
 
 
-def _footprints(boxes: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def _footprints(boxes: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Which cell centres lie in which box on the ground plane: bool (M, X, Y)."""
     cos, sin = boxes[:, 6].cos()[:, None, None], boxes[:, 6].sin()[:, None, None]
     to_x = x[:, None] - boxes[:, 0, None, None]
@@ -174,33 +161,23 @@ def _footprints(boxes: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.
     return (along.abs() <= half[:, 0]) & (across.abs() <= half[:, 1])
 
 
-class SegmentationHead(nn.Module):
-    """Three branches.
-
-    Simple-BEV's fourth branch, an embedding that no loss reads, is left out.
-    """
+class SegmentationHead(Branches):
+    """Simple-BEV's, without its fourth branch, an embedding that no loss reads."""
 
     def __init__(self, channels: int):
-        super().__init__()
-        self.mask = branch(channels, 1)
-        self.centre = branch(channels, 1)
-        self.offset = branch(channels, 2)
+        super().__init__(channels, mask=1, centre=1, offset=2)
 
-    def forward(self, bev: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Predict from (B, C, X, Y).
+    def forward(self, bev: Tensor) -> dict[str, Tensor]:
+        """``mask`` logits (B, X, Y), ``centre`` (B, X, Y) in 0..1, ``offset`` (B, 2, X, Y), cells.
 
-        Returns:
-            ``mask`` logits (B, X, Y), ``centre`` (B, X, Y) in 0..1, ``offset`` (B, 2, X, Y) in
-            cells.
+        Of BEV features (B, C, X, Y).
         """
-        return {
-            "mask": self.mask(bev).squeeze(1),
-            "centre": self.centre(bev).squeeze(1).float().sigmoid(),
-            "offset": self.offset(bev),
-        }
+        predicted = super().forward(bev)
+        mask, centre = (predicted[name].squeeze(1) for name in ("mask", "centre"))
+        return predicted | {"mask": mask, "centre": centre.float().sigmoid()}
 
 
-def centre_sums(predicted: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def centre_sums(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Squared error of the centre heat map, (B, X, Y), summed where the target is above and
     below one half (Simple-BEV's balanced MSE is half the sum of the two means)."""
     error = (predicted.float() - target).square()
@@ -208,6 +185,6 @@ def centre_sums(predicted: torch.Tensor, target: torch.Tensor) -> tuple[torch.Te
     return (error * positive).sum(), (error * ~positive).sum()
 
 
-def offset_sum(predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def offset_sum(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """L1 error of the offsets (B, 2, X, Y), both components, summed over ``mask`` (B, X, Y)."""
     return ((predicted.float() - target).abs().sum(dim=1) * mask).sum()

@@ -1,9 +1,8 @@
 """What a lift is: image features of any number of cameras to BEV features."""
 
-from __future__ import annotations
+from typing import ClassVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from occfeat_targets.store.grid import VoxelGrid
 
@@ -16,30 +15,21 @@ class Lift(nn.Module):
         channels: C, of the image features.
     """
 
-    out_channels: int
-    """Of what it returns. If these are not C, as of a volume with its heights side by side,
-    ``BEVNet`` adds a compressor."""
+    returns_volume: ClassVar[bool] = False
+    """Whether it returns a volume, its heights side by side as channels z·C + c, which ``BEVNet``
+    compresses (also where Z = 1)."""
 
     def __init__(self, grid: VoxelGrid, channels: int):
         super().__init__()
         self.grid = grid
-        self.out_channels = channels
 
     @classmethod
     def check(cls, channels: int) -> None:
-        """Refuse a number of channels that it can't have, while settings are read.
-
-        Raises:
-            ConfigError: naming ``model.channels`` and the rule.
-        """
+        """Raise ConfigError if ``model.channels`` is a number that it can't have, and say why."""
 
     def forward(
-        self,
-        features: torch.Tensor,
-        K: torch.Tensor,
-        cam_T_bev: torch.Tensor,
-        image_hw: tuple[int, int],
-    ) -> torch.Tensor:
+        self, features: Tensor, K: Tensor, cam_T_bev: Tensor, image_hw: tuple[int, int]
+    ) -> Tensor:
         """Lift.
 
         Args:
@@ -49,6 +39,7 @@ class Lift(nn.Module):
             image_hw: (H, W) of those images, which the features cover.
 
         Returns:
-            (B, ``out_channels``, X, Y), channels last in memory; dtype of ``features``.
+            (B, C, X, Y), or (B, Z·C, X, Y) if a volume; channels last in memory; dtype of
+            ``features``.
         """
         raise NotImplementedError

@@ -18,12 +18,10 @@ nothing: the published code projects it far outside the image. That it reads the
 time in place of their position embedding was mended upstream (a08998f), as it is here.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from occfeat_targets.store.grid import VoxelGrid
@@ -36,6 +34,22 @@ from occfeat_train.models.lifts.simplebev import in_image, project
 LAYERS, HEADS, POINTS, DROPOUT = 6, 4, 8, 0.1
 
 
+class Views(NamedTuple):
+    """The S (query, camera) pairs where the camera sees the query; B samples, Q queries each."""
+
+    query: Tensor
+    """int64 (S,), b·Q + q, ascending; q = x·Y + y."""
+    camera: Tensor
+    """int64 (S,), b·N + n."""
+    centres: Tensor
+    """float32 (S, Z, 2), anchors as ``(column, row)`` of the feature map, see ``deformable``;
+    -inf behind the camera."""
+    start: Tensor
+    """int64 (B·Q,), first pair of each query."""
+    seen: Tensor
+    """bool (B·Q,), whether any camera sees the query."""
+
+
 class BEVFormerLift(Lift):
     """Image features to BEV features by learned queries and deformable attention."""
 
@@ -44,36 +58,28 @@ class BEVFormerLift(Lift):
         shape = (channels, *grid.bev_shape)
         self.bev_queries = nn.Parameter(0.1 * torch.randn(shape))
         self.bev_queries_pos = nn.Parameter(0.1 * torch.randn(shape))
-        heights = grid.shape[0]
-        self.layers = nn.ModuleList(BEVFormerLayer(channels, heights) for _ in range(LAYERS))
+        layers = (BEVFormerLayer(channels, heights=grid.shape[0]) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(layers)
 
     @classmethod
     def check(cls, channels: int) -> None:
         """A head has a share of the channels."""
         if channels % HEADS:
-            raise ConfigError(
-                f"model.channels must be a multiple of {HEADS}, the attention heads of bevformer, "
-                f"got {channels}"
-            )
+            rule = f"model.channels must be a multiple of {HEADS}, the attention heads of bevformer"
+            raise ConfigError(f"{rule}, got {channels}")
 
     def forward(
-        self,
-        features: torch.Tensor,
-        K: torch.Tensor,
-        cam_T_bev: torch.Tensor,
-        image_hw: tuple[int, int],
-    ) -> torch.Tensor:
-        """As :meth:`Lift.forward`: (B, C, X, Y)."""
+        self, features: Tensor, K: Tensor, cam_T_bev: Tensor, image_hw: tuple[int, int]
+    ) -> Tensor:
+        """As :meth:`Lift.forward`."""
         B, _, _, h, w = features.shape
         with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
             centres = volume_centres(self.grid, features.device)
             heights = self.grid.shape[0]
             views = seen_queries(centres, heights, K.float(), cam_T_bev.float(), image_hw, (h, w))
         images = features.flatten(0, 1).permute(0, 2, 3, 1)  # (B·N, h, w, C)
-        queries, position = (
-            parameter.permute(1, 2, 0).expand(B, -1, -1, -1)
-            for parameter in (self.bev_queries, self.bev_queries_pos)
-        )
+        learned = self.bev_queries, self.bev_queries_pos
+        queries, position = (p.permute(1, 2, 0).expand(B, -1, -1, -1) for p in learned)
         for layer in self.layers:
             queries = layer(queries, position, images, views)
         return queries.permute(0, 3, 1, 2).to(features.dtype)
@@ -88,16 +94,11 @@ class BEVFormerLayer(nn.Module):
         self.norm1 = nn.LayerNorm(channels)
         self.cross_attention = CrossAttention(channels, heights)
         self.norm2 = nn.LayerNorm(channels)
-        self.ffn = nn.Sequential(
-            nn.Linear(channels, 8 * channels),
-            nn.ReLU(inplace=True),
-            nn.Linear(8 * channels, channels),
-        )
+        widen, narrow = nn.Linear(channels, 8 * channels), nn.Linear(8 * channels, channels)
+        self.ffn = nn.Sequential(widen, nn.ReLU(inplace=True), narrow)
         self.norm3 = nn.LayerNorm(channels)
 
-    def forward(
-        self, queries: torch.Tensor, position: torch.Tensor, images: torch.Tensor, views: Views
-    ) -> torch.Tensor:
+    def forward(self, queries: Tensor, position: Tensor, images: Tensor, views: Views) -> Tensor:
         """Queries and their position embedding (B, X, Y, C), images (B·N, h, w, C)."""
         queries = self.norm1(self.self_attention(queries, position))
         queries = self.norm2(self.cross_attention(queries, position, images, views))
@@ -117,7 +118,7 @@ class SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.attention_proj.weight)
         nn.init.zeros_(self.attention_proj.bias)
 
-    def forward(self, queries: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    def forward(self, queries: Tensor, position: Tensor) -> Tensor:
         """(B, X, Y, C) to the same; ``position`` (B, X, Y, C) is not in the residual."""
         B, X, Y, C = queries.shape
         embedded = queries + position
@@ -146,9 +147,7 @@ class CrossAttention(nn.Module):
         self.output_proj = nn.Linear(channels, channels)
         self.dropout = nn.Dropout(DROPOUT)
 
-    def forward(
-        self, queries: torch.Tensor, position: torch.Tensor, images: torch.Tensor, views: Views
-    ) -> torch.Tensor:
+    def forward(self, queries: Tensor, position: Tensor, images: Tensor, views: Views) -> Tensor:
         """(B, X, Y, C) to the same; images (B·N, h, w, C)."""
         embedded = (queries + position).flatten(0, 2)
         sampled = self.attention(embedded, images, views.centres, views.camera, views.query)
@@ -159,39 +158,18 @@ class CrossAttention(nn.Module):
         return queries + self.dropout(update.view(queries.shape))
 
 
-class Views(NamedTuple):
-    """The S (query, camera) pairs where the camera sees the query; B samples, Q queries each."""
-
-    query: torch.Tensor
-    """int64 (S,), b·Q + q, ascending; q = x·Y + y."""
-    camera: torch.Tensor
-    """int64 (S,), b·N + n."""
-    centres: torch.Tensor
-    """float32 (S, Z, 2), anchors as ``(column, row)`` of the feature map, see ``deformable``;
-    -inf behind the camera."""
-    start: torch.Tensor
-    """int64 (B·Q,), first pair of each query."""
-    seen: torch.Tensor
-    """bool (B·Q,), whether any camera sees the query."""
-
-
 def seen_queries(
-    centres: torch.Tensor,
+    centres: Tensor,
     heights: int,
-    K: torch.Tensor,
-    cam_T_bev: torch.Tensor,
+    K: Tensor,
+    cam_T_bev: Tensor,
     image_hw: tuple[int, int],
     feature_hw: tuple[int, int],
 ) -> Views:
     """Which cameras see which queries, and where the voxel centres above them project.
 
-    Args:
-        centres: float32 (Q·Z, 4), homogeneous, metres, z fastest.
-        heights: Z.
-        K: float32 (B, N, 3, 3).
-        cam_T_bev: float32 (B, N, 4, 4).
-        image_hw: (H, W) of the images.
-        feature_hw: (h, w) of the feature maps that cover them.
+    ``centres`` are float32 (Q·Z, 4), homogeneous, metres, z fastest; ``heights`` is Z,
+    ``feature_hw`` (h, w) of the feature maps; the rest as in :meth:`Lift.forward`.
     """
     B, N = K.shape[:2]
     Q = len(centres) // heights

@@ -6,12 +6,10 @@ weights a pair (bilinear corners over the number of cameras), applied by ``embed
 never holds more than the result.
 """
 
-from __future__ import annotations
-
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from occfeat_targets.store.grid import VoxelGrid
 from occfeat_train.geometry import volume_centres
 from occfeat_train.models.lifts.base import Lift
 
@@ -26,61 +24,44 @@ class SimpleBEVLift(Lift):
     voxel that no camera sees is zero.
     """
 
-    def __init__(self, grid: VoxelGrid, channels: int):
-        super().__init__(grid, channels)
-        self.out_channels = grid.shape[0] * channels
+    returns_volume = True
 
     def forward(
-        self,
-        features: torch.Tensor,
-        K: torch.Tensor,
-        cam_T_bev: torch.Tensor,
-        image_hw: tuple[int, int],
-    ) -> torch.Tensor:
-        """As :meth:`Lift.forward`: (B, Z·C, X, Y), channel z·C + c."""
+        self, features: Tensor, K: Tensor, cam_T_bev: Tensor, image_hw: tuple[int, int]
+    ) -> Tensor:
+        """As :meth:`Lift.forward`."""
         B, _, C, h, w = features.shape
         with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
             centres = volume_centres(self.grid, features.device)
             voxel, camera, uv = visible_pairs(centres, K.float(), cam_T_bev.float(), image_hw)
             cells, weights = bilinear_corners(uv, (h, w), image_hw)
-            n_rows = B * len(centres)
-            seen_by = torch.bincount(voxel, minlength=n_rows)
+            seen_by = torch.bincount(voxel, minlength=B * len(centres))
             weights = weights / seen_by[voxel, None]
             cells = cells + (camera * (h * w))[:, None]
             start = 4 * (seen_by.cumsum(0) - seen_by)
         table = features.permute(0, 1, 3, 4, 2).reshape(-1, C)
+        shares = weights.flatten().to(table)
         volume = F.embedding_bag(
-            cells.flatten(),
-            table,
-            start,
-            mode="sum",
-            per_sample_weights=weights.flatten().to(table),
+            cells.flatten(), table, start, mode="sum", per_sample_weights=shares
         )
         nz, nx, ny = self.grid.shape
         return volume.view(B, nx, ny, nz * C).permute(0, 3, 1, 2)
 
 
 def visible_pairs(
-    centres: torch.Tensor, K: torch.Tensor, cam_T_bev: torch.Tensor, image_hw: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    centres: Tensor, K: Tensor, cam_T_bev: Tensor, image_hw: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """The (voxel, camera) pairs whose centre projects into the camera's image.
 
-    Args:
-        centres: float32 (V, 4), homogeneous, metres.
-        K: float32 (B, N, 3, 3).
-        cam_T_bev: float32 (B, N, 4, 4).
-        image_hw: height and width of the images.
-
-    Returns:
-        ``(voxel, camera, uv)``: int64 (P,) rows b·V + v, ascending, and b·N + n; float32
-        (P, 2) continuous pixels.
+    ``centres`` are float32 (V, 4), homogeneous, metres, the rest as in :meth:`Lift.forward`.
+    Returns ``(voxel, camera, uv)``: int64 (P,) rows b·V + v, ascending, and b·N + n; float32
+    (P, 2) continuous pixels.
     """
     B, N = K.shape[:2]
     pairs, pixels = [], []
     for b in range(B):
         u, v, depth = project(centres, K[b], cam_T_bev[b])
-        inside = in_image(u, v, depth, image_hw)
-        voxel, camera = inside.nonzero(as_tuple=True)
+        voxel, camera = in_image(u, v, depth, image_hw).nonzero(as_tuple=True)
         scale = 1 / depth[voxel, camera]
         pixels.append(torch.stack([u[voxel, camera] * scale, v[voxel, camera] * scale], dim=1))
         pairs.append((voxel + b * len(centres), camera + b * N))
@@ -88,18 +69,10 @@ def visible_pairs(
     return voxel, camera, torch.cat(pixels)
 
 
-def project(
-    centres: torch.Tensor, K: torch.Tensor, cam_T_bev: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Points in the cameras of one sample.
+def project(centres: Tensor, K: Tensor, cam_T_bev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Points (V, 4), homogeneous, in the N cameras of one sample: K (N, 3, 3), cam_T_bev (N, 4, 4).
 
-    Args:
-        centres: float32 (V, 4), homogeneous, metres.
-        K: float32 (N, 3, 3).
-        cam_T_bev: float32 (N, 4, 4).
-
-    Returns:
-        ``(u·depth, v·depth, depth)``, each (V, N): not divided, so that depth may be 0.
+    Returns ``(u·depth, v·depth, depth)``, each (V, N): not divided, so that depth may be 0.
     """
     image_T_bev = K @ cam_T_bev[:, :3]  # (N, 3, 4)
     # One matmul for all cameras: (V, 4) x (4, 3·N), no copy of the centres per camera.
@@ -108,27 +81,19 @@ def project(
     return u, v, depth
 
 
-def in_image(
-    u: torch.Tensor, v: torch.Tensor, depth: torch.Tensor, image_hw: tuple[int, int]
-) -> torch.Tensor:
+def in_image(u: Tensor, v: Tensor, depth: Tensor, image_hw: tuple[int, int]) -> Tensor:
     """Whether what :func:`project` returned has depth > 0 and lies in the image; bool, as ``u``."""
     H, W = image_hw
     return (depth > 0) & (u >= 0) & (u < W * depth) & (v >= 0) & (v < H * depth)
 
 
 def bilinear_corners(
-    uv: torch.Tensor, feature_hw: tuple[int, int], image_hw: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The four feature cells around a pixel and their bilinear weights.
+    uv: Tensor, feature_hw: tuple[int, int], image_hw: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The four cells of a feature map (h, w) around pixels (P, 2) of the image (H, W) it covers.
 
-    Args:
-        uv: float (P, 2), continuous image pixels.
-        feature_hw: (h, w) of the feature map that covers the image.
-        image_hw: (H, W).
-
-    Returns:
-        int64 (P, 4) indices i·w + j, and float (P, 4) weights that sum to 1. Beyond the border
-        the nearest cell counts (``padding_mode="border"``).
+    Returns int64 (P, 4) indices i·w + j, and float (P, 4) bilinear weights that sum to 1. Beyond
+    the border the nearest cell counts (``padding_mode="border"``).
     """
     (h, w), (H, W) = feature_hw, image_hw
     x = (uv[:, 0] * (w / W) - 0.5).clamp(0, w - 1)
@@ -136,8 +101,7 @@ def bilinear_corners(
     left, top = x.long().clamp(max=max(w - 2, 0)), y.long().clamp(max=max(h - 2, 0))
     fx, fy = x - left, y - top
     right, bottom = (left + 1).clamp(max=w - 1), (top + 1).clamp(max=h - 1)
-    cells = torch.stack(
-        [top * w + left, top * w + right, bottom * w + left, bottom * w + right], dim=1
-    )
+    corners = (top, left), (top, right), (bottom, left), (bottom, right)
+    cells = torch.stack([row * w + column for row, column in corners], dim=1)
     weights = torch.stack([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy], dim=1)
     return cells, weights

@@ -1,0 +1,311 @@
+"""README, docs/ and CONTRIBUTING: every command and example runs as it stands there.
+
+In this process, since starting one takes longer than most commands.
+"""
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from tiny_store import make_tiny_store
+
+from occfeat_targets import cluster
+from occfeat_targets.cli import main as occfeat_targets
+from occfeat_targets.config import TargetsConfig
+from occfeat_targets.frame import layout_of, make_outputs
+from occfeat_targets.sources.nuscenes import CAMERAS
+from occfeat_targets.sources.nuscenes_map import MAP_CLASSES
+from occfeat_train.cli import main as occfeat_train
+from occfeat_train.config import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+PAGES = {p.stem: p for p in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))}
+TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
+PROGRAMS = {"occfeat-targets": occfeat_targets, "occfeat-train": occfeat_train}
+ELSEWHERE = {
+    "source .venv/bin/activate": "the shell's own",
+    "dask scheduler --port 8786": "test_cluster",
+    "dask worker tcp://HOST:8786 --nthreads 1 --nworkers 8": "test_cluster",
+    "occfeat-targets build small-world all.zarr --teacher random:0 --scheduler tcp://HOST:8786": (
+        "test_cluster"
+    ),
+    "sbatch --array=1-10 pipelines/slurm.sh --table 1 --store /fast/targets.zarr": "test_reproduce",
+}
+
+
+def _blocks(page, kind):
+    return re.findall(rf"```{kind}\n(.*?)```", TEXTS[page], flags=re.DOTALL)
+
+
+def _commands(*pages, starts=""):
+    """Lines of bash blocks, each once, but those that are run elsewhere."""
+    lines = [line for page in pages for text in _blocks(page, "bash") for line in text.splitlines()]
+    return [line for line in dict.fromkeys(lines) if line.startswith(starts)]
+
+
+TARGETS = [
+    line
+    for line in _commands("store", "robustness", starts="occfeat-targets ")
+    if line not in ELSEWHERE
+]
+TRAINING = _commands("README", "training", "robustness", starts=("occfeat-train ", "torchrun "))
+EXTENDING = _commands("extending")
+MAKE = _commands(*PAGES, starts="make ")
+SCRIPTS = _commands("README", "reproduce", "benchmarks", starts="python pipelines/")
+
+
+def test_every_command_is_run():
+    here = {*TARGETS, *TRAINING, *EXTENDING, *MAKE, *SCRIPTS}
+    assert here.isdisjoint(ELSEWHERE)
+    assert {*_commands(*PAGES)} == here | ELSEWHERE.keys()
+    programs = {line.split()[0] for line in EXTENDING}
+    assert programs == {"export", "python", *PROGRAMS}
+
+
+def run(line):
+    """Run a command line in this process and folder; returns what it printed."""
+    program, *arguments = shlex.split(line, comments=True)
+    if program == "python":
+        return _run_script(*arguments)
+    result = CliRunner().invoke(PROGRAMS[program], arguments, catch_exceptions=False)
+    assert result.exit_code == 0, f"{line}\n{result.output}"
+    return result.output
+
+
+def _run_script(path, *arguments):
+    before = sys.argv, sys.path[:]
+    sys.argv, sys.path[:0] = [path, *arguments], [str(Path(path).parent)]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, f"{path} {arguments}: {end.code}"
+    finally:
+        sys.argv, sys.path[:] = before
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Builds that name no number of workers have none: processes are ``test_cluster``'s."""
+    executor = cluster.executor
+    monkeypatch.setattr(
+        cluster, "executor", lambda n, *args: executor(0 if n is None else n, *args)
+    )
+
+
+# Commands
+
+
+def test_targets_commands_run_in_order(demo_root, demo_store, tmp_path, in_process):
+    # What `make targets` makes, but smaller; and the world that the first command would render.
+    (tmp_path / "demo-world").symlink_to(demo_root)
+    shutil.copytree(demo_root, tmp_path / "small-world")
+    shutil.copytree(demo_store, tmp_path / "targets.zarr")
+    with chdir(tmp_path):
+        printed = {line: run(line) for line in TARGETS}
+    assert len(printed) == 8
+    assert "0 problem(s)" in printed["occfeat-targets verify targets.zarr"]
+    assert (tmp_path / "view.png").exists()
+    assert (tmp_path / "corrupted" / "fog-easy.zarr").exists()
+
+
+def test_training_commands_run_in_order(tmp_path):
+    _small_stores(tmp_path)
+    printed = {}
+    with chdir(tmp_path):
+        for line in TRAINING:
+            if "--resume" in line:
+                _make_unfinished(Path("runs"))
+            printed[line] = _torchrun(line) if line.startswith("torchrun ") else run(line)
+        names = _an_exported_network_sees_a_frame()
+    assert len(printed) == 11
+    assert "vehicle IoU in per cent" in printed["occfeat-train evaluate"]
+    assert "mRR over 0 of 8 corruptions" in printed["occfeat-train evaluate --corrupted corrupted"]
+    assert (tmp_path / "prediction.png").exists()
+    assert names["images"].shape[:3] == (1, 6, 3) and 0.3 < names["images"].max() <= 1
+    assert names["bev"].shape == (1, 32, 16, 16)
+
+
+def _an_exported_network_sees_a_frame():
+    loading, preparing = _blocks("training", "python")
+    names: dict = {}
+    exec(preparing, names)
+    exec(loading, names)
+    return names
+
+
+def _small_stores(folder):
+    """The store that the commands train on, and one of corrupted images."""
+    splits = {"mini_train": 1, "mini_val": 1}
+    preset = {
+        "model": {"encoder_weights": "random", "image_size": [64, 96], "channels": 32},
+        "data": {"workers": 0},
+        "augment": {"rotate_bev_deg": 0},
+        "pretrain": {"epochs": 2, "batch": 2},
+        "finetune": {"epochs": 2, "batch": 2, "accumulate": 1, "lr": 0.001},
+        "run": {"save_minutes": 0},
+    }
+    (folder / "quick.yaml").write_text(yaml.safe_dump(preset))
+    # The demo preset in small: a store may name any file as its preset, though only ours are told.
+    make_tiny_store(folder / "targets.zarr", splits=splits, preset=str(folder / "quick"))
+    fog = folder / "corrupted" / "fog-easy.zarr"
+    make_tiny_store(fog, settings=["images.corruption=fog-easy"], splits=splits, dim=0)
+
+
+def _torchrun(line):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        shlex.split(line), env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def _make_unfinished(runs):
+    """Take the newest pretraining back to the checkpoint before its last."""
+    newest = max(runs.glob("pretrain-*"))
+    last = max(newest.glob("checkpoint-*.pt"))
+    last.with_suffix(".json").unlink()
+    last.unlink()
+
+
+def test_the_examples_of_extending_run_together(tmp_path, monkeypatch, in_process):
+    files = {}
+    for kind in ("python", "yaml"):
+        for text in _blocks("extending", kind):
+            files[text.splitlines()[0].removeprefix("# ")] = text
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert EXTENDING[0] == "export PYTHONPATH=."
+    monkeypatch.syspath_prepend(str(tmp_path))
+    modules = {Path(name).stem for name in files}
+    try:
+        with chdir(tmp_path):
+            printed = {line: run(line) for line in EXTENDING[1:]}
+    finally:
+        for name in modules:
+            sys.modules.pop(name, None)
+    assert len(files) == 8
+    assert "find_tall:FindTall IoU in per cent" in printed["occfeat-train evaluate"]
+    assert {p.name for p in tmp_path.glob("*.png")} == {"drives.png", "guessed.png", "found.png"}
+
+
+def test_make_commands_are_the_makefile_s():
+    for line in MAKE:
+        command = [*shlex.split(line, comments=True), "--dry-run"]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("line", SCRIPTS)
+def test_scripts_are_understood(line, tmp_path, capsys):
+    """Reproduction is run by ``test_reproduce`` at toy size; benchmarks take minutes."""
+    (tmp_path / "pipelines").symlink_to(ROOT / "pipelines")
+    if "reproduce" in line:
+        make_tiny_store(tmp_path / "targets.zarr", preset="paper")
+    with chdir(tmp_path):
+        run(line + (" --report-only" if "reproduce" in line else " --help"))
+    if "reproduce" in line:
+        assert capsys.readouterr().out.count("SimpleBEV") == 8
+
+
+# Examples
+
+
+@pytest.mark.parametrize("page", ["README", "store"])
+def test_the_examples_of_reading_a_store_run(page, tiny_store, tmp_path, monkeypatch):
+    (tmp_path / "targets.zarr").symlink_to(tiny_store)
+    monkeypatch.chdir(tmp_path)
+    results = []
+    for code in _blocks(page, "python"):
+        names: dict = {}
+        exec(code, names)
+        results.append(names["features"])
+    assert results[0].dtype == "float32" and results[0].shape[1] == 8
+    assert all((other == results[0]).all() for other in results)
+
+
+def test_code_quoted_as_an_example_is_in_the_code():
+    code = "\n".join(p.read_text() for p in ROOT.glob("occfeat_*/**/*.py"))
+    assert len(_blocks("CONTRIBUTING", "python")) == 3
+    for text in _blocks("CONTRIBUTING", "python"):
+        assert text in code
+
+
+# What is said of the code
+
+
+def test_the_table_of_arrays_is_the_outputs():
+    config, classes = TargetsConfig(), ("vehicle.car",)
+    shared = {"cameras": CAMERAS, "box_classes": classes, "vehicle_classes": classes}
+    layout = layout_of(config, shared | {"map_classes": MAP_CLASSES}, feature_dim=384)
+    specs = [spec for output in make_outputs(config, layout) for spec in output.specs()]
+    wanted = [(s.name, s.dtype, ", ".join(s.axes), s.rows or "") for s in specs]
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| ([\w, ]*)\| (?:`(\w+)` )?\|", TEXTS["store"], re.M)
+    assert [(name, dtype, axes.strip(), rows) for name, dtype, axes, rows in rows] == wanted
+
+
+def test_new_names_of_settings_are_settings():
+    rows = re.findall(r"^\| `(\S+)` \| `(\S+)` \| (\S+) \|", TEXTS["CHANGELOG"], re.M)
+    assert len(rows) == 10
+    for _, name, program in rows:
+        config = TargetsConfig if program == "occfeat-targets" else TrainConfig
+        section, *key = name.split(".")
+        if len(key) == 2:  # of an objective or task
+            sections = config.of({section: {key[0]: {}}}).plain()[section]
+            assert key[1] in sections[key[0]], name
+        else:
+            assert key[0] in config().plain()[section], name
+
+
+def _anchors(text):
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_their_anchors_exist(page):
+    prose = re.sub(r"```.*?```", "", TEXTS[page], flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (PAGES[page].parent / path).resolve() if path else PAGES[page]
+        assert target.exists(), link
+        if anchor:
+            assert anchor in _anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_every_page_is_linked_from_the_readme():
+    for page in PAGES.keys() - {"README"}:
+        assert f"({PAGES[page].relative_to(ROOT)})" in TEXTS["README"], page
+
+
+def test_the_readme_is_short():
+    assert len(TEXTS["README"].split()) <= 900
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_are_short(page):
+    """But rows of tables, which can't be broken."""
+    lines = TEXTS[page].splitlines()
+    assert not [line for line in lines if len(line) > 100 and not line.startswith("|")]
+
+
+def test_the_workflow_and_hooks_call_what_exists():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    commands = " ".join(step["run"] for step in steps if "run" in step)
+    for path in re.findall(r"tests/\w+\.py|\.ci/run", commands):
+        assert (ROOT / path).exists(), path
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert {hook["entry"].split()[0] for hook in hooks} == {".venv/bin/ruff", "make"}
