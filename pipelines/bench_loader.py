@@ -41,14 +41,15 @@ def main(store: str, dataroot: str, workers: int, samples: int, repetitions: int
     if find_spec("cv2"):
         few = frames[: max(BATCH, samples // 4)]  # these take long
         datasets["original images"] = OriginalImages(store, few, dataroot)
+    samplers = {name: ShardSampler(len(d), BATCH, seed=0) for name, d in datasets.items()}
     loaders = {
-        name: make_loader(d, ShardSampler(len(d), BATCH, 0), workers, "forkserver", False)
+        name: make_loader(d, samplers[name], workers, "forkserver", pin_memory=False)
         for name, d in datasets.items()
     }
     speeds: dict[str, list[float]] = {name: [] for name in loaders}
     for epoch in range(1 + repetitions):
         for name, loader in loaders.items():
-            loader.batch_sampler.set_epoch(epoch)
+            samplers[name].set_epoch(epoch)
             start = time.perf_counter()
             n = sum(len(batch["frame"]) for batch in loader)
             speeds[name].append(n / (time.perf_counter() - start))
@@ -64,7 +65,8 @@ class BarePread(FrameDataset):
     def __getitem__(self, position: int) -> dict[str, Any]:
         """A sample like the real one, but of compressed bytes."""
         i, store = int(self.frames[position]), self.reader.store
-        sample = {"frame": i} | {name: store.per_frame[name][i] for name in ("K", "cam_T_ego")}
+        sample: dict[str, Any] = {"frame": i}
+        sample |= {name: store.per_frame[name][i] for name in ("K", "cam_T_ego")}
         for name in ARRAYS:
             key, ranges = store.sharded[name].ranges(i, store.n_rows(i, name))
             with open(f"{self.reader.url}/{key}", "rb", buffering=0) as file:  # but for checksums
@@ -78,7 +80,7 @@ class BarePread(FrameDataset):
 class OriginalImages(FrameDataset):
     """As without a store of images: whole JPEGs, OpenCV, INTER_AREA; the rest from the store."""
 
-    def __init__(self, url: str, frames: np.ndarray, dataroot: str):
+    def __init__(self, url: str, frames: list[int], dataroot: str):
         super().__init__(url, frames, ARRAYS)
         store = open_store(url)
         self.size = store.attrs["config"]["images"]["size"][::-1]

@@ -153,6 +153,7 @@ class DenseHead(OccFeatHead):
 
     def forward(self, bev: Tensor, voxel: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`OccFeatHead.forward`, for one sample."""
+        assert self.occupancy is not None and self.features is not None
         rows = self.mix(bev)[0].permute(1, 2, 0)
         volume = self.unsplat(rows).unflatten(-1, (self.heights, -1)).permute(2, 0, 1, 3)
         volume = self.reduce(F.softplus(self.expand(volume)))  # (Z, X, Y, C)

@@ -38,9 +38,9 @@ def apart(function: Callable, *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def some_frames(store: TargetStore, n: int) -> np.ndarray:
+def some_frames(store: TargetStore, n: int) -> list[int]:
     """Numbers of ``n`` frames that have targets, again from the first if there are fewer."""
-    return np.resize(np.flatnonzero(store.per_frame["n_voxels"] > 0), n)
+    return np.resize(np.flatnonzero(store.per_frame["n_voxels"] > 0), n).tolist()
 
 
 def peak_memory(pid: int | str = "self") -> int:

@@ -90,7 +90,9 @@ class Experiment:
         The result on corrupted images may lack some that were not made then: its ``missing``.
         """
         path = self.trainings[-1].path / ("corrupted.json" if corrupted else "result.json")
-        result = json.loads(path.read_text()) if path.exists() else {"finished": False}
+        result: dict[str, Any] = {"finished": False}
+        if path.exists():
+            result = json.loads(path.read_text())
         is_of_these = not corrupted or result.get("corrupted") == absolute(corrupted)
         return result if is_of_these and result.get("clean", result)["finished"] else {}
 

@@ -106,10 +106,10 @@ class ShardedArray:
                 raise StoreError(f"{self.url}/{key} is damaged: {error}") from error
         return out.reshape(-1, *self.shape[2:])[:rows]
 
-    def ranges(self, i: int, n: int) -> tuple[str, Ranges]:
-        """Where the first n rows of frame i are: a file below the store, and byte ranges in it."""
-        key = self._key(i)
-        return key, self._entries(key, i)[: -(-n // self._chunk_rows)].tolist()
+    def ranges(self, i: int, n: int | None = None) -> tuple[str, Ranges]:
+        """Where :meth:`read` finds its rows: a file below the store, and byte ranges in it."""
+        key, rows = self._key(i), self.shape[1] if n is None else n
+        return key, self._entries(key, i)[: -(-rows // self._chunk_rows)].tolist()
 
     def _key(self, i: int) -> str:
         """The shard of frame i, as a path below the store."""
