@@ -157,6 +157,7 @@ class DenseHead(OccFeatHead):
         rows = self.mix(bev)[0].permute(1, 2, 0)
         volume = self.unsplat(rows).unflatten(-1, (self.heights, -1)).permute(2, 0, 1, 3)
         volume = self.reduce(F.softplus(self.expand(volume)))  # (Z, X, Y, C)
+        assert self.occupancy and self.features
         features = self.features(volume).flatten(0, 2)
         return self.occupancy(volume)[None, ..., 0], features[voxel]
 
