@@ -73,7 +73,7 @@ def compare(title: str, part: Callable, ways: tuple, store: str, rounds: int) ->
     for way, (seconds, peak) in zip(ways, np.median(figures, axis=0), strict=True):
         name = getattr(way, "__name__", str(way))
         print(f"  {name:14} {seconds * 1e3:8.0f} ms   peak {peak / 1e6:7.0f} MB")
-    slower, larger = np.median(figures[:, 1] / figures[:, 0], axis=0)
+    slower, larger = np.median(figures[:, 1] / np.maximum(figures[:, 0], 1e-9), axis=0)
     print(f"  the second takes {slower:.1f} times the time and {larger:.1f} times the memory")
 
 

@@ -319,6 +319,7 @@ class Endless:
     path: Path
 
     job = SimpleNamespace(plan=SimpleNamespace(batch=1))
+    recipe = "endless"
 
     @property
     def trainings(self):
@@ -329,6 +330,9 @@ class Endless:
 
     def is_finished(self):
         return False
+
+    def require_weights(self, _row):
+        pass
 
     def command(self):
         return [self.path.name]
@@ -346,14 +350,16 @@ def test_sigterm_stops_everything(tmp_path, monkeypatch):
     machine = _machine(tmp_path, monkeypatch, SLEEPS)
     experiments = [Endless(tmp_path / name) for name in "abc"]
 
+    before, started = signal.getsignal(signal.SIGTERM), time.monotonic()
+
     def interrupt():
         while len([p for p in tmp_path.glob("*.txt") if p.read_text()]) < 2:
+            if time.monotonic() - started > 30:
+                return
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.getsignal(signal.SIGTERM)
-    threading.Thread(target=interrupt).start()
-    started = time.monotonic()
+    threading.Thread(target=interrupt, daemon=True).start()
     try:
         with pytest.raises(KeyboardInterrupt):
             reproduce.run_all(experiments, machine, None)
