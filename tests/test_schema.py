@@ -133,7 +133,7 @@ def test_any_number_of_cameras_has_bits_and_none_of_them_is_the_fill(n, dtype, f
     bits = specs["feature_cameras"]
     assert (bits.dtype, bits.fill) == (dtype, fill)
     assert 2**n - 1 < fill
-    assert specs["K"].axes == {"camera": n, "row": 3, "column": 3}
+    assert specs["K"].axes == {"camera": n, "uvw": 3, "xyz": 3}
     assert specs["image_offset"].shape == (n + 1,)
 
 
@@ -184,3 +184,12 @@ def test_urls_work_wherever_a_path_does(demo_root, demo_store):
     ours, theirs = open_store(url).frame(3), open_store(demo_store).frame(3)
     assert ours["images"] == theirs["images"]
     assert np.array_equal(ours["features"], theirs["features"])
+
+
+def test_an_axis_of_a_name_has_one_length(demo_store):
+    """Else xarray, which reads a store as one data set, refuses it."""
+    lengths = {}
+    for _, array in zarr.open_group(demo_store, mode="r").arrays():
+        for name, length in zip(array.metadata.dimension_names, array.shape, strict=True):
+            assert lengths.setdefault(name, length) == length, (array.name, name)
+    assert len(lengths) > 15

@@ -55,7 +55,7 @@ def test_a_store_of_another_dataset_says_what_it_has(two_camera_store):
     }
     assert {key: store.attrs[key] for key in wanted} == wanted
     assert [store.split(i) for i in range(len(store))] == ["train"] * 4 + ["val"] * 2
-    assert store.specs["K"].axes == {"camera": 2, "row": 3, "column": 3}
+    assert store.specs["K"].axes == {"camera": 2, "uvw": 3, "xyz": 3}
     assert store.specs["feature_cameras"].dtype == "uint8"
     frame = store.frame(0)
     assert [Image.open(io.BytesIO(jpeg)).size for jpeg in frame["images"]] == [(96, 64)] * 2

@@ -12,7 +12,7 @@ from occfeat_targets.sources.base import Dataset, FrameRecord
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.schema import ArraySpec
 
-_MATRIX = {"row": 4, "column": 4}
+_POSE = {"to": 4, "from": 4}
 
 
 class Calibration(Output):
@@ -21,16 +21,16 @@ class Calibration(Output):
     def specs(self) -> tuple[ArraySpec, ...]:
         """See :class:`Output`."""
         cameras = {"camera": len(self.layout.cameras)}
-        K = cameras | {"row": 3, "column": 3}
+        K = cameras | {"uvw": 3, "xyz": 3}
         return (
-            ArraySpec("token", "uint8", {"byte": 16}, "sample token, 32 hex digits", 0),
+            ArraySpec("token", "uint8", {"token_byte": 16}, "sample token, 32 hex digits", 0),
             ArraySpec("scene", "uint16", {}, "index into attribute `scenes`", 65535),
             ArraySpec("split", "uint8", {}, "index into attribute `splits`", 255),
             ArraySpec("timestamp_us", "int64", {}, "lidar keyframe time", -1),
             ArraySpec("K", "float32", K, "of stored images, continuous pixels", np.nan),
-            ArraySpec("cam_T_ego", "float32", cameras | _MATRIX, "at camera's time", np.nan),
-            ArraySpec("ego_T_lidar", "float32", _MATRIX, "keyframe lidar pose", np.nan),
-            ArraySpec("global_T_ego", "float64", _MATRIX, "ego at lidar's time", np.nan),
+            ArraySpec("cam_T_ego", "float32", cameras | _POSE, "at camera's time", np.nan),
+            ArraySpec("ego_T_lidar", "float32", _POSE, "keyframe lidar pose", np.nan),
+            ArraySpec("global_T_ego", "float64", _POSE, "ego at lidar's time", np.nan),
         )
 
     def of_records(self, dataset: Dataset) -> dict[str, np.ndarray]:

@@ -63,7 +63,7 @@ class Images(Output):
         ragged: dict[str, Any] = {"rows": "image_offset", "chunk": _CHUNK, "codec": "none"}
         return (
             ArraySpec("image_offset", "int32", offsets, doc, -1),
-            ArraySpec("images", "uint8", {"byte": self.room}, data, 0, **ragged),
+            ArraySpec("images", "uint8", {"image_byte": self.room}, data, 0, **ragged),
         )
 
     def compute(self, frame: FrameInputs) -> dict[str, np.ndarray]:

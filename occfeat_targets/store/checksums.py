@@ -61,7 +61,7 @@ def write_checksums(
         dtype="uint8",
         compressors=None,
         fill_value=0,
-        dimension_names=("byte",),
+        dimension_names=("checksum_byte",),
         attributes={"description": "crc32, size and key of every other object, a line each"},
         overwrite=True,
     )
