@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from matplotlib import rc_context, rcParamsDefault
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -118,14 +119,15 @@ def test_a_term_that_was_off_has_no_picture(store, kept):
 
 def test_forward_is_up_and_left_is_left(store):
     """A bright cell ahead and a little to the left of ego is seen above and a little left of it."""
-    figure = Figure(figsize=(4, 4), dpi=100)
-    canvas = FigureCanvasAgg(figure)
     picture = np.zeros((16, 16, 3))
     picture[14, 10] = 1  # x 6.5 m, y 2.5 m
-    axis = figure.subplots()
-    view._draw_bev(axis, store.grid, picture, "")
-    axis.lines[0].remove()  # ego
-    canvas.draw()
+    with rc_context(rcParamsDefault):  # the devkit's maps, if a test loads them, turn on grid lines
+        figure = Figure(figsize=(4, 4), dpi=100)
+        canvas = FigureCanvasAgg(figure)
+        axis = figure.subplots()
+        view._draw_bev(axis, store.grid, picture, "")
+        axis.lines[0].remove()  # ego
+        canvas.draw()
     (left, bottom), (right, top) = axis.get_window_extent().get_points().round().astype(int)
     pixels = np.asarray(canvas.buffer_rgba())[400 - top : 400 - bottom, left:right, 0]
     rows, columns = np.nonzero(pixels[3:-3, 3:-3] > 200)
