@@ -45,6 +45,8 @@ def read_dataset(dataroot: Path, version: str | None, config: TargetsConfig) -> 
     dataset = source.read(Path(dataroot), version, config.frames, sweeps, mode)
     if len(dataset.cameras) > MAX_CAMERAS:
         raise SourceError(f"{dataroot} has {len(dataset.cameras)} cameras, at most {MAX_CAMERAS}")
+    if unknown := sorted({*dataset.vehicle_classes} - {*dataset.box_classes}):
+        raise SourceError(f"vehicle_classes that are no box_classes: {', '.join(unknown)}")
     return replace(dataset, records=[replace(r, source=name) for r in dataset.records])
 
 

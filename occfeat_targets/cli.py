@@ -164,7 +164,7 @@ def build(dataroot: Path, store: str, overwrite: bool, on_error: str, **options:
             )
         dataset = building.prepare(dataroot, store, options["dataset_version"], settings, overwrite)
         if not dataset.map_classes and settings.map.mode == "auto":
-            click.echo("note: no map expansion in this dataroot, so no map labels are stored")
+            click.echo("note: this dataset has no map, so no map labels are stored")
         if is_complete(store):
             click.echo(f"{store} is complete: {len(dataset.records)} frames, nothing to do")
             return
@@ -318,7 +318,7 @@ def verify(store: str, recompute: int, dataroot: Path | None, seed: int) -> None
 @click.option("--frame", default=0, help="Index of the frame.")
 @click.option("--out", type=path_type, help="Default: view-FRAME.png.")
 def view(store: str, frame: int, out: Path | None) -> None:
-    """Draw one frame of STORE to a PNG: six cameras with the voxels, and the BEV."""
+    """Draw one frame of STORE to a PNG: the cameras with the voxels, and the BEV."""
     from occfeat_targets.view import draw_frame
 
     out = out or Path(f"view-{frame}.png")

@@ -46,7 +46,7 @@ set_option = click.option(
     "overrides",
     multiple=True,
     metavar="SECTION.KEY=VALUE",
-    help="One setting, over --config; repeatable. occfeat_train/presets/paper.yaml lists all.",
+    help="One setting, over --config; repeatable. occfeat-train settings lists all.",
 )
 TRAINING_OPTIONS = (
     store_option,
@@ -78,6 +78,17 @@ def main() -> None:
 
     On several GPUs: torchrun --nproc-per-node 4 -m occfeat_train pretrain ...
     """
+
+
+@main.command()
+@click.argument("config", default="paper")
+def settings(config: str) -> None:
+    """Print the settings CONFIG, a file or preset (paper, demo, miniature): all with their
+    defaults in paper, to read or to change a copy of."""
+    with _session() as (_, say):
+        from occfeat_targets.store.settings import settings_file
+
+        say(settings_file(config, "occfeat_train").read_text(encoding="utf-8"))
 
 
 @main.command()

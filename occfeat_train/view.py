@@ -94,7 +94,7 @@ def _draw(
         shown = _draw_bev(column[1], grid, panel.predicted, f"{panel.title}: predicted")
         if panel is panels[0] and panel.predicted.ndim == 2:  # colours of features mean nothing
             bev.colorbar(shown, ax=axes, shrink=0.6, label="probability")
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=10, wrap=True)
     figure.savefig(out, dpi=75, format="png")
 
 

@@ -54,7 +54,7 @@ def _set(where, value):
 DAMAGE = {
     "unsorted voxels": ("voxel_index", _swap, "not ascending"),
     "voxel outside": ("voxel_index", _set(0, 320_000), "leaves the grid"),
-    "voxels moved": ("voxel_index", _shift, "hold a stored point"),
+    "voxels moved": ("voxel_index", _shift, "hold no stored point"),
     "scale NaN": ("feature_scale", _set(5, np.nan), "not finite"),
     "camera 7": ("feature_cameras", _set(5, 64), "bits of no camera"),
     "camera 8": ("feature_cameras", _set(5, 128), "bits of no camera"),

@@ -98,6 +98,8 @@ class FrameInputs:
         record = self.record
         for path, ego_T_sensor in zip(record.sweep_paths, record.ego_T_sweep, strict=True):
             rows = self.source.read_lidar(Path(path))
+            if rows.shape[1:] != (4,):
+                raise ValueError(f"{path}: read_lidar gave shape {rows.shape}, should be (M, 4)")
             bad = np.count_nonzero(~np.isfinite(rows).all(axis=1))
             if bad:
                 raise ValueError(f"{path} has {bad} points with NaN or infinite coordinates")
