@@ -8,6 +8,8 @@ import pytest
 import zarr
 from conftest import reseal
 
+from occfeat_targets.frame import stored_outputs
+from occfeat_targets.outputs.points import Points
 from occfeat_targets.store.files import zarr_store
 from occfeat_targets.store.reader import open_store
 from occfeat_targets.verify import recompute_frames, verify_store
@@ -151,3 +153,35 @@ def test_recomputing_with_another_teacher_says_so(store, demo_root):
     assert recompute_frames(store, demo_root, 1, 0) == [
         "the teacher here is not the store's: weights: others -> none"
     ]
+
+
+def _points_check(store, points, voxel_index):
+    """What the points' output says of a frame of just these points and voxels."""
+    _, outputs = stored_outputs(store.attrs)
+    (output,) = (o for o in outputs if isinstance(o, Points))
+    return list(output.check(store, {"points": points, "voxel_index": voxel_index}))
+
+
+def test_a_stored_point_whose_voxel_is_missing_is_found(demo_store):
+    store = open_store(demo_store)
+    frame = store.frame(0)
+    points, index = frame["points"], frame["voxel_index"]
+    assert _points_check(store, points, index) == []
+    counts = np.bincount(store.grid.flat_index(points[:, :3] * store.attrs["point_step_m"])[0])
+    (problem,) = _points_check(store, points, index[index != counts.argmax()])
+    assert problem == "1 voxels that hold stored points are missing"
+    free = np.setdiff1d(np.arange(store.grid.n_voxels, dtype=np.uint32), index)[-1:]
+    (problem,) = _points_check(store, points, np.append(index, free))
+    assert problem == f"1 of {len(index) + 1} voxels hold no stored point"
+
+
+@pytest.mark.parametrize("side", [-1e-7, 1e-7])
+def test_flat_ground_on_the_edge_between_two_cells_is_no_damage(demo_store, side):
+    """The build sees it before it is rounded to whole steps, on either side."""
+    store = open_store(demo_store)
+    step, edge = store.attrs["point_step_m"], store.grid.z[0] + 4 * store.grid.cell_size[2]
+    assert edge % step == pytest.approx(0, abs=1e-9) or edge % step == pytest.approx(step)
+    xyz = np.column_stack([*np.random.default_rng(0).uniform(5, 40, (2, 500)), np.full(500, edge)])
+    voxels = store.grid.occupied(np.rint(xyz / step) * step + (0, 0, side))
+    points = np.column_stack([np.rint(xyz / step), np.zeros(500)]).astype(np.int16)
+    assert _points_check(store, points, voxels) == []
