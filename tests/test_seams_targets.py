@@ -206,6 +206,30 @@ def test_a_source_that_gives_a_wrong_shape_is_told_so(
         _build(drive, tmp_path / "targets.zarr")
 
 
+def test_a_vehicle_class_that_is_no_class_is_told_before_any_work(
+    drive, toys, tmp_path, monkeypatch
+):
+    import two_cameras
+
+    read = two_cameras.TwoCameras.read
+
+    def misspelt(*arguments):
+        return dataclasses.replace(read(*arguments), vehicle_classes=("tarm",))
+
+    monkeypatch.setattr(two_cameras.TwoCameras, "read", misspelt)
+    with pytest.raises(SourceError, match="vehicle_classes that are no box_classes: tarm"):
+        _build(drive, tmp_path / "targets.zarr")
+
+
+def test_lidar_without_intensity_is_told_with_the_file(drive, toys, tmp_path, monkeypatch):
+    import two_cameras
+
+    read = two_cameras.TwoCameras.read_lidar
+    monkeypatch.setattr(two_cameras.TwoCameras, "read_lidar", lambda *a: read(*a)[:, :3])
+    with pytest.raises(BuildStopped, match=r"\.npy: read_lidar gave shape \(\d+, 3\), should be"):
+        _build(drive, tmp_path / "targets.zarr")
+
+
 def _build(drive, store, *more):
     settings = [f"{k}={json.dumps(v)}" for k, v in two_camera_drive.SETTINGS.items()]
     return build_store(drive, store, *settings, *more)

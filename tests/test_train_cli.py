@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_store import change_attributes, make_tiny_store
 from train_runs import SMALL, assert_same_state, final_state, options, run, start, stop_at_step
 
+from occfeat_targets.store.settings import settings_file
 from occfeat_train.cli import main
 from occfeat_train.config import TrainConfig
 from occfeat_train.export import export, load_bev_net
@@ -322,3 +323,11 @@ print("LOADED", *sorted(sys.modules))
     assert not {m.split(".")[0] for m in loaded} & {"nuscenes", "dask", "distributed", "cv2"}
     ours = {m for m in loaded if m.startswith("occfeat_targets.")}
     assert {m.split(".")[1] for m in ours} == {"store"}
+
+
+def test_settings_prints_what_can_be_given_back(tmp_path):
+    (tmp_path / "mine.yaml").write_text(run("settings", cwd=tmp_path))
+    assert TrainConfig.load(tmp_path / "mine.yaml") == TrainConfig.load(
+        settings_file("paper", "occfeat_train")
+    )
+    assert "no preset 'papre'" in run("settings", "papre", cwd=tmp_path, code=1)
