@@ -21,7 +21,11 @@ _GPU_THREADS = 8
 _RETRIES = 2
 _RECOUNT_SECONDS = 10
 _CONNECT_SECONDS = 10
-_WORKER_SETTINGS = {
+_GONE_SECONDS = 300
+"""How long all workers may be away: a dead one is started again, in minutes on a busy machine."""
+_SETTINGS = {
+    # Dask gives a worker up for good that is not back after so long, by default 15 s.
+    "distributed.deploy.lost-worker-timeout": "1 week",
     # Dask makes malloc give every freed buffer back at once; the teacher's activations are then
     # paged in again for each layer. glibc's largest thresholds keep them.
     "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 1 << 30,
@@ -62,6 +66,22 @@ class DaskExecutor:
         self._client = client
         self._n_threads, self._recount_at = 1, 0.0
 
+    def _wait(self, futures: list, how: str) -> set:
+        """Those of the futures that are done, if ``how`` all are or the first one is. Raises
+        ClusterError if there are no workers any more."""
+        from distributed import wait
+
+        seen = time.monotonic()
+        while True:
+            try:
+                return wait(futures, timeout=_RECOUNT_SECONDS, return_when=how).done
+            except TimeoutError:
+                if self._client.nthreads():
+                    seen = time.monotonic()
+                elif time.monotonic() - seen > _GONE_SECONDS:
+                    text = f"all workers are gone, for {_GONE_SECONDS} s now: run it again to go on"
+                    raise ClusterError(text) from None
+
     def _threads(self) -> int:
         """Threads of all workers; asked anew now and then, as workers of a cluster come and go."""
         if time.monotonic() > self._recount_at:
@@ -76,6 +96,7 @@ class DaskExecutor:
         # Not pinned to addresses: a worker that dies comes back under another one.
         n = max(1, len(self._client.nthreads()))  # if all are being started again: waits for one
         futures = [self._client.submit(function, argument, pure=False) for _ in range(n)]
+        self._wait(futures, "ALL_COMPLETED")
         try:
             return self._client.gather(futures)
         except (KilledWorker, ImportError) as error:
@@ -83,11 +104,8 @@ class DaskExecutor:
 
     def run(self, function: Callable, jobs: Iterable) -> Iterator[tuple[Any, Any]]:
         """See :class:`InProcess`. A task whose worker dies is run again elsewhere."""
-        from distributed import as_completed
-
         jobs = iter(jobs)
         running: dict[Any, Any] = {}
-        finished = as_completed()
 
         def top_up() -> None:
             # One waiting task per thread hides the round trip; more would only hold memory.
@@ -96,14 +114,14 @@ class DaskExecutor:
                 call = (_unpack_and_run, function, pickle.dumps(job))
                 future = self._client.submit(*call, retries=_RETRIES, pure=False)
                 running[future] = job
-                finished.add(future)
 
         top_up()
-        for future in finished:
-            job = running.pop(future)
-            error = future.exception()
-            yield job, future.result() if error is None else _readable(error)
-            top_up()
+        while running:
+            for future in self._wait(list(running), "FIRST_COMPLETED"):
+                job = running.pop(future)
+                error = future.exception()
+                yield job, future.result() if error is None else _readable(error)
+                top_up()
 
 
 Executor = InProcess | DaskExecutor
@@ -143,9 +161,14 @@ def executor(
     elif workers == 0:
         yield InProcess()
     else:
+        import dask.config
         from distributed import Client
 
-        with _local_cluster(workers, threads) as cluster, Client(cluster) as client:
+        with (
+            dask.config.set(_SETTINGS),
+            _local_cluster(workers, threads) as cluster,
+            Client(cluster) as client,
+        ):
             yield DaskExecutor(client)
 
 
@@ -165,7 +188,6 @@ def _connect(scheduler: str) -> Any:
 
 
 def _local_cluster(workers: int | None, threads: int | None) -> Any:
-    import dask.config
     from dask.system import CPU_COUNT  # both know of containers' limits
     from distributed import Nanny, Scheduler, SpecCluster
     from distributed.system import MEMORY_LIMIT
@@ -183,8 +205,7 @@ def _local_cluster(workers: int | None, threads: int | None) -> Any:
     http = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}
     scheduler = {"cls": Scheduler, "options": http}
     quiet: Any = logging.CRITICAL
-    with dask.config.set(_WORKER_SETTINGS):
-        return SpecCluster(workers=specs, scheduler=scheduler, silence_logs=quiet)
+    return SpecCluster(workers=specs, scheduler=scheduler, silence_logs=quiet)
 
 
 def choose(cores: int, memory: int, gpus: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 
+import dask.config
 import psutil
 import pytest
 import teachers
@@ -216,3 +217,20 @@ def test_a_cluster_whose_workers_are_all_starting_again_is_waited_for(one):
         time.sleep(0.01)
     (other,) = one.everywhere(_pid, None)
     assert other != victim
+
+
+def test_a_build_without_workers_ends(monkeypatch):
+    """Dask closes a local worker for good that is late to come back; ours never are."""
+    monkeypatch.setattr(cluster_module, "_GONE_SECONDS", 1)
+    monkeypatch.setattr(cluster_module, "_RECOUNT_SECONDS", 1)
+    with executor(workers=1) as cluster:
+        assert dask.config.get("distributed.deploy.lost-worker-timeout") == "1 week"
+        with dask.config.set({"distributed.deploy.lost-worker-timeout": "1 ms"}):
+            (victim,) = cluster.everywhere(_pid, None)
+            os.kill(victim, signal.SIGKILL)
+            while cluster._client.nthreads():
+                time.sleep(0.01)
+            with pytest.raises(ClusterError, match="all workers are gone, for 1 s now"):
+                cluster.everywhere(_pid, None)
+        with pytest.raises(ClusterError, match="all workers are gone"):
+            list(cluster.run(_square, [1, 2]))
