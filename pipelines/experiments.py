@@ -90,17 +90,17 @@ class Experiment:
         The result on corrupted images may lack some that were not made then: its ``missing``.
         """
         path = self.trainings[-1].path / ("corrupted.json" if corrupted else "result.json")
-        result: dict[str, Any] = {"finished": False}
-        if path.exists():
-            result = json.loads(path.read_text())
+        result: dict = json.loads(path.read_text()) if path.exists() else {"finished": False}
         is_of_these = not corrupted or result.get("corrupted") == absolute(corrupted)
         return result if is_of_these and result.get("clean", result)["finished"] else {}
 
     def scores(self, corrupted: str | None) -> dict[str, float | None]:
-        """Column -> IoU; empty as long as it has not been evaluated."""
+        """Column -> IoU; None, or on corrupted images no column, before it has been evaluated."""
         result = self.result(corrupted)
-        if not result or not corrupted:
-            return {self.column: headline(result)} if result else {}
+        if not corrupted:
+            return {self.column: headline(result) if result else None}
+        if not result:
+            return {}
         return {"clean": headline(result["clean"]), **result["mean"], "mRR": result["mRR"]}
 
 
@@ -148,9 +148,8 @@ class Planner:
         init = str(trainings[0].path) if trainings else None
         settings, what = (*common, *recipe.finetune), {"task": task, "fraction": used, "init": init}
         trainings.append(self._training("finetune", recipe.finetune_store, settings, **what))
-        column = f"{task}, {100 * fraction:g} %"
-        column += f" (here {100 * used:g} %)" if used != fraction else ""
-        paper = recipe.paper[task][fraction]
+        here = f" (here {100 * used:g} %)" if used != fraction else ""
+        column, paper = f"{task}, {100 * fraction:g} %{here}", recipe.paper[task][fraction]
         return Experiment(name, recipe.label, column, paper, tuple(trainings))
 
     def _training(

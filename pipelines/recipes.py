@@ -64,11 +64,6 @@ class Preset(Settings):
     """Stand-ins for the paper's label fractions; those not named stay as they are."""
 
 
-def load_preset(name: str) -> Preset:
-    """The preset of a name."""
-    return Preset.load(HERE / f"reproduce_{name}.yaml")
-
-
 def load_recipes(table: str, rows: tuple[str, ...]) -> dict[str, Recipe]:
     """Recipes of a table by name, in its order: those that any of ``rows`` names, by number or by a
     pattern such as ``bevformer-*``.

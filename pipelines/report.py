@@ -37,11 +37,10 @@ def cells(experiments: list[Experiment], corrupted: str | None) -> list[Cell]:
     """The table: a cell per recipe and column, with the values of the seeds that are done."""
     found: dict[tuple[str, str], Cell] = {}
     for e in experiments:
-        scores = e.scores(corrupted)
-        for column in scores if corrupted else [e.column]:
+        for column, value in e.scores(corrupted).items():
             cell = Cell(e.label, column, None if corrupted else e.paper)
             cell = found.setdefault((e.recipe, column), cell)
-            if (value := scores.get(column)) is not None:
+            if value is not None:
                 cell.ours.append(value)
     return [cell for cell in found.values() if cell.ours or not corrupted]
 

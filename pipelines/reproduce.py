@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import count
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from occfeat_pipelines.recipes import PRESETS, TABLES, load_preset, load_recipes
+from occfeat_pipelines.recipes import HERE, PRESETS, TABLES, Preset, load_recipes
 from occfeat_targets.store.settings import ConfigError
 from occfeat_train.tasks import TASKS
 
@@ -41,11 +41,7 @@ LOOK_AGAIN_S = 2.0
 
 
 class Stopped(RuntimeError):
-    """All were asked to stop before they were done."""
-
-
-class Failed(Stopped):
-    """A command failed; the message names it."""
+    """A command failed, or all were asked to stop before they were done: see the message."""
 
 
 class Machine:
@@ -66,7 +62,7 @@ class Machine:
         """Run a command to its end, on as many GPUs of a share as divide the batch (0: all).
 
         Raises:
-            Failed: it failed. Stopped: :meth:`stop` was called.
+            Stopped: it failed, or :meth:`stop` was called.
         """
         gpus, where = self._shares.get(), os.environ.copy()
         if gpus:
@@ -92,7 +88,7 @@ class Machine:
         self._go_on()
         if status:
             see = f"; its output is in {log}" if output else ""
-            raise Failed(f"this failed with status {status}{see}: {shlex.join(command)}")
+            raise Stopped(f"this failed with status {status}{see}: {shlex.join(command)}")
 
     def _go_on(self) -> None:
         if self._stopping.is_set():
@@ -132,7 +128,7 @@ def run_all(experiments: list[Experiment], machine: Machine, corrupted: str | No
     """Run what is missing; Ctrl-C and SIGTERM save and stop.
 
     Raises:
-        Failed: a run failed; the others were stopped. KeyboardInterrupt: all were.
+        Stopped: a run failed; the others were stopped. KeyboardInterrupt: all were.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     chains: dict[Path, list[Experiment]] = {}
@@ -142,35 +138,29 @@ def run_all(experiments: list[Experiment], machine: Machine, corrupted: str | No
         # Those that share a pretraining run one after another.
         chains.setdefault(experiment.trainings[0].path, []).append(experiment)
 
-    def run(chain: list[Experiment]) -> None:
-        for experiment in chain:
-            run_experiment(experiment, machine, corrupted)
-
     with ThreadPoolExecutor(machine.jobs) as pool:
-        futures = [pool.submit(run, chain) for chain in chains.values()]
+        futures = [pool.submit(run_chain, c, machine, corrupted) for c in chains.values()]
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            if not all(future.done() and not future.exception() for future in futures):
-                machine.stop()
-                pool.shutdown(wait=False, cancel_futures=True)
-    errors = [e for future in futures if not future.cancelled() and (e := future.exception())]
-    # One that failed stopped the others.
-    for error in sorted(errors, key=lambda error: type(error) is Stopped):
-        raise error
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            machine.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def run_experiment(experiment: Experiment, machine: Machine, corrupted: str | None) -> None:
-    """Pretrain, finetune and evaluate; what is done is left out."""
-    for training in experiment.trainings:
-        with machine.alone_with(training.path):
-            result = experiment.result(corrupted)
-            if result and not result.get("missing"):
-                return
-            if not training.is_finished():
-                machine.run(training.command(), training.job.plan.batch, training.path.name)
-            if training is experiment.trainings[-1]:
-                machine.run(training.evaluation(corrupted), 0, training.path.name)
+def run_chain(chain: list[Experiment], machine: Machine, corrupted: str | None) -> None:
+    """Pretrain, finetune and evaluate, one after another; what is done is left out."""
+    for experiment in chain:
+        for training in experiment.trainings:
+            with machine.alone_with(training.path):
+                result = experiment.result(corrupted)
+                if result and not result.get("missing"):
+                    break
+                if not training.is_finished():
+                    machine.run(training.command(), training.job.plan.batch, training.path.name)
+                if training is experiment.trainings[-1]:
+                    machine.run(training.evaluation(corrupted), 0, training.path.name)
 
 
 CLICK = {"help_option_names": ["-h", "--help"], "show_default": True}
@@ -218,7 +208,7 @@ def reproduce(asked: SimpleNamespace) -> None:
         raise ConfigError(
             "--table c needs --corrupted DIR (what occfeat-targets corrupt made), no other does"
         )
-    preset = load_preset(asked.preset)
+    preset = Preset.load(HERE / f"reproduce_{asked.preset}.yaml")
     recipes = load_recipes(asked.table, asked.rows or preset.rows)
     planner = Planner(preset, asked.store or preset.store, out.resolve(), asked.overrides)
     seeds, tasks = asked.seeds or preset.seeds, asked.tasks or preset.tasks

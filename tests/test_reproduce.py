@@ -23,7 +23,7 @@ from train_runs import SMALL
 
 from occfeat_pipelines import recipes, report, reproduce
 from occfeat_pipelines.experiments import Planner, beside
-from occfeat_pipelines.recipes import HERE, TABLES, load_preset, load_recipes
+from occfeat_pipelines.recipes import HERE, TABLES, Preset, load_recipes
 from occfeat_pipelines.report import Cell
 from occfeat_targets import cluster
 from occfeat_targets.store.schema import SEVERITIES
@@ -55,7 +55,9 @@ def stores(store_for, tmp_path):
 def _experiments(
     store, table, rows=("*",), seeds=1, preset="paper", tasks=TASKS, fractions=(), overrides=()
 ):
-    planner = Planner(load_preset(preset), store, Path("/runs"), overrides)
+    planner = Planner(
+        Preset.load(HERE / f"reproduce_{preset}.yaml"), store, Path("/runs"), overrides
+    )
     return planner.experiments(load_recipes(table, rows), seeds, tasks, fractions)
 
 
@@ -159,7 +161,7 @@ def test_a_setting_for_all_runs_makes_others_where_it_counts(stores):
 
 def test_a_run_goes_on_with_the_settings_of_now_that_change_no_result(stores, tmp_path):
     overrides = ("data.workers=1", "model.channels=64")
-    planner = Planner(load_preset("paper"), stores, tmp_path, overrides)
+    planner = Planner(Preset.load(HERE / "reproduce_paper.yaml"), stores, tmp_path, overrides)
     (e,) = planner.experiments(load_recipes("4", ("1",)), 1, TASKS, ())
     pretraining = e.trainings[0]
     here = ["--store", stores, "--run-dir", str(pretraining.path), "--set", "data.workers=1"]
@@ -294,7 +296,7 @@ def _machine(tmp_path, monkeypatch, code, jobs=2):
 
 def test_a_failure_names_command_and_log(tmp_path, monkeypatch):
     machine = _machine(tmp_path, monkeypatch, "raise SystemExit('no such store')")
-    with pytest.raises(reproduce.Failed, match=r"status 1; its output is in .*one\.txt: .*x y"):
+    with pytest.raises(reproduce.Stopped, match=r"status 1; its output is in .*one\.txt: .*x y"):
         machine.run(["x y"], 1, "one")
     assert (tmp_path / "one.txt").read_text() == "no such store\n"
 
@@ -372,7 +374,7 @@ def test_sigterm_stops_everything(tmp_path, monkeypatch):
 def test_the_error_that_stopped_the_others_is_the_one_reported(tmp_path, monkeypatch):
     machine = _machine(tmp_path, monkeypatch, SLEEPS)
     experiments = [Endless(tmp_path / name) for name in ("endless", "bad")]
-    with pytest.raises(reproduce.Failed, match=r"bad\.txt"):
+    with pytest.raises(reproduce.Stopped, match=r"bad\.txt"):
         reproduce.run_all(experiments, machine, None)
 
 
