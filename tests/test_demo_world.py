@@ -12,13 +12,12 @@ import pytest
 from PIL import Image
 from pyquaternion import Quaternion
 
-from occfeat_targets.demo_world import make_demo_world
-from occfeat_targets.demo_world.frames import visibility_level, write_atomically
+from occfeat_targets.demo_world import make_demo_world, visibility_level, write_atomically
 from occfeat_targets.demo_world.render import cast_rays, ground_material, render_camera, sweep
 from occfeat_targets.demo_world.scene import Plan, frame_world
-from occfeat_targets.demo_world.solids import Part, Shape, intersect, place, side_planes
-from occfeat_targets.demo_world.surface import Material
+from occfeat_targets.demo_world.solids import EGO_ID, intersect, place, side_planes
 from occfeat_targets.demo_world.tables import scene_names
+from occfeat_targets.demo_world.things import Material, Part, Shape
 
 nuscenes = pytest.importorskip("nuscenes.nuscenes")
 # What the fixture demo_root holds (see conftest).
@@ -190,7 +189,7 @@ def test_intersection_is_on_the_surface(shape, taper):
     half = np.array([0.9, 0.9, 0.6]) if shape == Shape.CYLINDER else np.array([1.1, 0.7, 0.5])
     extent = [(-extent, extent) for extent in half]
     part = Part(shape, Material.METAL, None, *extent, taper=taper)
-    solids = place([part], (0, 0, 0), object_id=1)
+    solids = place(1, [part], (0, 0, 0))
 
     def level(points):  # < 1 inside, 1 on the surface
         q = np.abs(points) / half
@@ -248,8 +247,8 @@ def test_cast_rays_overlooks_no_solid(worlds):
     d = rng.standard_normal((600, 3)) * [1, 1, 0.1]
     d /= np.linalg.norm(d, axis=1, keepdims=True)
     nearest = np.where(d[:, 2] < 0, -origin[2] / d[:, 2], np.inf)
-    for index in np.flatnonzero(~world.solids.lidar_only):
-        rotation = world.solids.local_R_global(index)
+    for index in np.flatnonzero(world.solids.object_id != EGO_ID):
+        rotation = world.solids.global_R_local[index].T
         start = rotation @ (origin - world.solids.centre[index])
         t = intersect(world.solids, index, start, (rotation @ d.T).astype(np.float32))
         nearest = np.minimum(nearest, t)
@@ -369,7 +368,7 @@ def test_num_lidar_pts_is_counted(nusc):
 def test_boxes_hold_their_things(nusc, worlds):
     """Nearly all returns of an annotated thing lie in its box: the box encloses what is drawn."""
     scene, number, sample = next(samples_of(nusc))
-    _, ids, _ = sweep(worlds[scene, number], np.random.default_rng(0))
+    _, ids = sweep(worlds[scene, number], np.random.default_rng(0))
     hits = (ids > 0) & (ids < 90_000)
     counted = sum(nusc.get("sample_annotation", key)["num_lidar_pts"] for key in sample["anns"])
     assert hits.sum() > 300
@@ -387,7 +386,8 @@ def test_visibility_is_measured(nusc, worlds):
         )
         seen |= set(np.unique(ids))
     by_place = {
-        tuple(np.round(p.centre, 3)): p.actor.object_id for p in worlds[scene, number].placed
+        tuple(np.round((x, y, actor.size[2] / 2), 3)): actor.object_id
+        for actor, (x, y, _) in worlds[scene, number].placed
     }
     levels = {}
     for key in sample["anns"]:
@@ -502,7 +502,7 @@ def test_same_bytes_with_any_number_of_workers(demo_root, tmp_path):
 
 def test_seeds_differ():
     first, second = (frame_world(Plan(2, 1, seed, "v1.0-mini"), 0, 0) for seed in (0, 1))
-    assert len(first.solids) != len(second.solids) or not np.allclose(
+    assert len(first.solids.shape) != len(second.solids.shape) or not np.allclose(
         first.solids.centre, second.solids.centre
     )
 

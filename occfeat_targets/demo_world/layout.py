@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from occfeat_targets.demo_world.surface import Material
+from occfeat_targets.demo_world.solids import Pose
+from occfeat_targets.demo_world.things import Material
 
 #: Where the crosswalk of an arm begins and ends, and its stop line, metres from the junction.
 CROSSWALK, STOP_LINE = (4.3, 7.5), 8.4
@@ -21,18 +22,14 @@ SHADOW = 128
 
 
 class Section(NamedTuple):
-    """Cross-section of a street: lanes per direction, widths of a lane and the median in metres.
+    """Cross-section of a street, metres; ``road`` to ``edge`` are distances from its middle."""
 
-    From the centre line the carriageway reaches to ``road``, the parking places to ``kerb``, the
-    sidewalk to ``edge``.
-    """
-
-    lanes: int
-    lane: float
-    median: float
-    road: float
-    kerb: float
-    edge: float
+    lanes: int  # per direction
+    lane: float  # width of a lane
+    median: float  # width of the median
+    road: float  # where the carriageway ends
+    kerb: float  # where the parking places end
+    edge: float  # where the sidewalk ends
 
     def lane_centre(self, lane: int) -> float:
         """Distance of a lane's centre from the centre line; lane 0 is the innermost."""
@@ -43,17 +40,16 @@ class Section(NamedTuple):
 class Arm:
     """One arm of the junction, in its own coordinates (s, t), metres.
 
-    s runs from the junction's centre ``origin`` (x, y) outwards in direction ``heading`` (radians),
-    t to its left. The road begins at ``start`` and the sidewalks at ``corner``; all end at ``end``.
-    Traffic drives outwards where t < 0.
+    s runs from ``origin`` outwards in direction ``heading``, t to its left. Traffic drives outwards
+    where t < 0.
     """
 
     section: Section
-    origin: tuple[float, float]
-    heading: float
-    start: float
-    corner: float
-    end: float
+    origin: tuple[float, float]  # the junction's centre (x, y)
+    heading: float  # radians
+    start: float  # where the road begins along s
+    corner: float  # where the sidewalks begin
+    end: float  # where all ends
 
     def xy(self, s, t) -> np.ndarray:
         """Global coordinates (..., 2) of arm coordinates s, t (...,)."""
@@ -62,8 +58,8 @@ class Arm:
         x, y = self.origin
         return np.stack([x + cos * s - sin * t, y + sin * s + cos * t], axis=-1)
 
-    def pose(self, s: float, t: float, turn: float = 0.0) -> tuple[float, float, float]:
-        """Pose (x, y, heading) at (s, t), turned from the arm's direction by ``turn`` radians."""
+    def pose(self, s: float, t: float, turn: float = 0.0) -> Pose:
+        """Pose at (s, t), turned from the arm's direction by ``turn`` radians."""
         x, y = self.xy(s, t)
         return float(x), float(y), self.heading + turn
 
@@ -77,23 +73,21 @@ class Arm:
 class Layout:
     """Streets of one scene with their map layers.
 
-    ``arms`` are counter-clockwise, the main street's are those of even number; ``polygons``
-    and ``lines`` map a layer's name in the map expansion to its shapes (N, 2), not closed;
-    ``paint`` lists (material, polygon (N, 2)) in painting order for what the map does not hold as
-    areas; ``bays`` poses of parking places; ``holes`` the islands (4, 2) on the median, which are
-    cut out of the drivable area.
+    ``polygons`` and ``lines`` map a layer's name in the map expansion to its shapes (N, 2), not
+    closed; ``paint`` is what the map does not hold as areas, (material, polygon (N, 2)), in
+    painting order.
     """
 
-    arms: list[Arm]
+    arms: list[Arm]  # counter-clockwise, the main street's are those of even number
     polygons: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
     lines: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
     paint: list[tuple[Material, np.ndarray]] = field(default_factory=list)
-    bays: list[tuple[float, float, float]] = field(default_factory=list)
-    holes: list[np.ndarray] = field(default_factory=list)
+    bays: list[Pose] = field(default_factory=list)  # parking places
+    holes: list[np.ndarray] = field(default_factory=list)  # of the drivable area: islands (4, 2)
 
-    def mark(self, material: Material, area: np.ndarray) -> None:
-        """Paint an area (N, 2) with a material that the map does not hold."""
-        self.paint.append((material, area))
+    def mark(self, material: Material, arm: Arm, *sides: float) -> None:
+        """Paint a rectangle on an arm (s0, s1, t0, t1) that the map does not hold."""
+        self.paint.append((material, arm.rectangle(*sides)))
 
 
 def _section(lanes: int, lane: float, median: float, walk: float) -> Section:
@@ -114,8 +108,7 @@ def build_layout(rng: np.random.Generator, origin: tuple[float, float], radius: 
         arm = Arm(own, origin, yaw + number * math.pi / 2, other.road, other.edge, radius)
         layout.arms.append(arm)
         outline += [arm.xy([arm.end, arm.end], [-own.road, own.road]), _corner(layout, arm)]
-        _crosswalk(layout, arm)
-        _dividers(layout, arm)
+        _road(layout, arm)
         for flip in (-1, 1):
             _kerbside(layout, arm, flip, rng)
     layout.polygons["drivable_area"].append(np.concatenate(outline))
@@ -135,44 +128,36 @@ def _corner(layout: Layout, arm: Arm) -> np.ndarray:
     return arm.xy(s, t)
 
 
-def _crosswalk(layout: Layout, arm: Arm) -> None:
-    """An arm's road, its crosswalk with stripes and the stop line before it."""
-    hw, (s0, s1) = arm.section.road, np.add(arm.start, CROSSWALK)
+def _road(layout: Layout, arm: Arm) -> None:
+    """An arm's road: crosswalk, stop line, dividers and, on a median, raised islands."""
+    section, hw, (s0, s1) = arm.section, arm.section.road, np.add(arm.start, CROSSWALK)
     layout.polygons["road_segment"].append(arm.rectangle(arm.start, arm.end, -hw, hw))
-    area = arm.rectangle(s0, s1, -hw, hw)
-    layout.polygons["ped_crossing"].append(area)
-    layout.mark(Material.CROSSING, area)
+    layout.polygons["ped_crossing"].append(arm.rectangle(s0, s1, -hw, hw))
+    layout.mark(Material.CROSSING, arm, s0, s1, -hw, hw)
     count = int(2 * hw / 1.1)
     for t in (np.arange(count) + 0.5) * 2 * hw / count - hw:
-        stripe = arm.rectangle(s0 + 0.1, s1 - 0.1, t - 0.27, t + 0.27)
-        layout.mark(Material.CROSSING_STRIPE, stripe)
-    s = arm.start + STOP_LINE
-    stop = arm.rectangle(s, s + 0.4, arm.section.median / 2 + 0.1, hw - 0.1)
-    layout.mark(Material.LANE_LINE, stop)
-
-
-def _dividers(layout: Layout, arm: Arm) -> None:
-    """Dividers as map lines and as paint; raised islands on the median, if there is one."""
-    section, s0 = arm.section, arm.start + STOP_LINE + 0.6
-    s = s0
+        layout.mark(Material.CROSSING_STRIPE, arm, s0 + 0.1, s1 - 0.1, t - 0.27, t + 0.27)
+    stop = arm.start + STOP_LINE
+    layout.mark(Material.LANE_LINE, arm, stop, stop + 0.4, section.median / 2 + 0.1, hw - 0.1)
+    s = first = stop + 0.6
     while section.median and s + 36 < arm.end:
         half = section.median / 2 - 0.2
         layout.holes.append(arm.rectangle(s, s + 22, -half, half)[::-1])
-        layout.mark(Material.ISLAND, arm.rectangle(s + 0.2, s + 21.8, 0.2 - half, half - 0.2))
+        layout.mark(Material.ISLAND, arm, s + 0.2, s + 21.8, 0.2 - half, half - 0.2)
         _double_line(layout, arm, s + 22, s + 36)
         s += 36
     _double_line(layout, arm, s, arm.end)
     offsets = section.median / 2 + section.lane * np.arange(1, section.lanes)
     for t in [*-offsets, *offsets]:
-        layout.lines["lane_divider"].append(arm.xy([s0, arm.end], t))
-        for dash in np.arange(s0, arm.end - 3, 9.0):
-            layout.mark(Material.LANE_LINE, arm.rectangle(dash, dash + 3, t - 0.07, t + 0.07))
+        layout.lines["lane_divider"].append(arm.xy([first, arm.end], t))
+        for dash in np.arange(first, arm.end - 3, 9.0):
+            layout.mark(Material.LANE_LINE, arm, dash, dash + 3, t - 0.07, t + 0.07)
 
 
 def _double_line(layout: Layout, arm: Arm, s0: float, s1: float) -> None:
     layout.lines["road_divider"].append(arm.xy([s0, s1], 0.0))
     for t in (-0.16, 0.16):
-        layout.mark(Material.DIVIDER_LINE, arm.rectangle(s0, s1, t - 0.07, t + 0.07))
+        layout.mark(Material.DIVIDER_LINE, arm, s0, s1, t - 0.07, t + 0.07)
 
 
 def _kerbside(layout: Layout, arm: Arm, flip: int, rng: np.random.Generator) -> None:
@@ -191,8 +176,7 @@ def _kerbside(layout: Layout, arm: Arm, flip: int, rng: np.random.Generator) -> 
         layout.polygons["carpark_area"].append(arm.rectangle(s0, s, t0, t1))
         borders = np.linspace(s0, s, count + 1)
         for border in np.clip(borders, s0 + 0.06, s - 0.06):
-            line = arm.rectangle(border - 0.06, border + 0.06, t0, t1)
-            layout.mark(Material.PARKING_LINE, line)
+            layout.mark(Material.PARKING_LINE, arm, border - 0.06, border + 0.06, t0, t1)
         turn = math.pi if flip > 0 else 0.0  # as the traffic on this side
         layout.bays += [arm.pose(m, (t0 + t1) / 2, turn) for m in (borders[1:] + borders[:-1]) / 2]
         s0 = s + float(rng.uniform(3, 9))
@@ -201,12 +185,10 @@ def _kerbside(layout: Layout, arm: Arm, flip: int, rng: np.random.Generator) -> 
 
 @dataclass
 class Raster:
-    """A square texture around ``centre`` (x, y) up to ``reach``, metres.
-
-    ``values`` (n, n) uint8, row along y: a Material, and the bit SHADOW in the shadow of things.
-    """
+    """A square texture around ``centre`` (x, y) up to ``reach``, metres."""
 
     values: np.ndarray
+    """(n, n) uint8, row along y: a Material, and the bit SHADOW in the shadow of things."""
     centre: tuple[float, float]
     reach: float
 
@@ -233,23 +215,23 @@ def paint_ground(
         # Pillow cuts coordinates to whole texels: round first.
         return [tuple(p) for p in np.rint((points - corner) / texel - 0.5).tolist()]
 
-    def fill(draw: ImageDraw.ImageDraw, points: np.ndarray, value: int) -> None:
-        if (points.max(axis=0) > corner).all() and (points.min(axis=0) < corner + 2 * reach).all():
-            draw.polygon(texels(points), fill=int(value))
+    def fill(draw: ImageDraw.ImageDraw, value: int, *polygons: np.ndarray) -> None:
+        for points in polygons:
+            low, high = points.min(axis=0), points.max(axis=0)
+            if (high > corner).all() and (low < corner + 2 * reach).all():
+                draw.polygon(texels(points), fill=int(value))
 
-    polygons = layout.polygons
-    for points in polygons["walkway"]:
-        fill(paint, points, Material.SIDEWALK)
-    for points in polygons["drivable_area"] + polygons["carpark_area"]:
+    roads, parking = layout.polygons["drivable_area"], layout.polygons["carpark_area"]
+    fill(paint, Material.SIDEWALK, *layout.polygons["walkway"])
+    for points in roads + parking:
         rim = texels(np.vstack([points, points[:2]]))
         paint.line(rim, fill=int(Material.KERB), width=max(1, round(0.36 / texel)))
-    areas = [(Material.ASPHALT, points) for points in polygons["drivable_area"]]
-    areas += [(Material.KERB, points) for points in layout.holes]
-    areas += [(Material.PARKING, points) for points in polygons["carpark_area"]]
-    for material, points in areas + layout.paint:
-        fill(paint, points, material)
-    for outline in shadows:
-        fill(darken, outline, SHADOW)
+    fill(paint, Material.ASPHALT, *roads)
+    fill(paint, Material.KERB, *layout.holes)
+    fill(paint, Material.PARKING, *parking)
+    for material, points in layout.paint:
+        fill(paint, material, points)
+    fill(darken, SHADOW, *shadows)
     return Raster(np.asarray(ground) | np.asarray(shade), centre, reach)
 
 
@@ -258,12 +240,9 @@ def sample_ground(rasters: list[Raster], x: np.ndarray, y: np.ndarray) -> np.nda
 
     Rasters go from the finest, around the car, to the coarsest, which serves all the rest.
     """
-    out, rest = np.empty(len(x), np.uint8), np.arange(len(x))
-    for raster in rasters:
-        distance = [
-            np.abs(c[rest] - np.float32(m)) for c, m in zip((x, y), raster.centre, strict=True)
-        ]
-        inside = np.maximum(*distance) < (raster.reach if raster is not rasters[-1] else np.inf)
-        chosen, rest = rest[inside], rest[~inside]
-        out[chosen] = raster.sample(x[chosen], y[chosen])
-    return out
+    values = rasters[-1].sample(x, y)
+    for raster in rasters[-2::-1]:
+        dx, dy = (np.abs(c - np.float32(m)) for c, m in zip((x, y), raster.centre, strict=True))
+        inside = np.maximum(dx, dy) < raster.reach
+        values[inside] = raster.sample(x[inside], y[inside])
+    return values

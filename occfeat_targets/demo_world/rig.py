@@ -10,35 +10,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from occfeat_targets.geometry import rigid
-
-IMAGE_WIDTH, IMAGE_HEIGHT = 1600, 900
+IMAGE_HW = 900, 1600
 KEYFRAME_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Sensor:
-    """One calibrated sensor: its place on the car, its intrinsics, its firing time.
-
-    ``translation`` (3,) metres and ``rotation`` (4,) wxyz give ``ego_T_sensor``; ``intrinsics`` is
-    ``(focal, centre_u, centre_v)`` in pixels of a 1600x900 image, or () for the lidar;
-    ``early_us`` says how many microseconds before the keyframe's timestamp the sensor fires.
-    """
+    """One calibrated sensor: its place on the car, its intrinsics, its firing time."""
 
     channel: str
-    translation: tuple[float, float, float]
-    rotation: tuple[float, float, float, float]
-    intrinsics: tuple[float, ...]
-    early_us: int
+    translation: tuple[float, float, float]  # of ego_T_sensor, metres
+    rotation: tuple[float, float, float, float]  # of ego_T_sensor, wxyz
+    intrinsics: tuple[float, ...]  # focal, centre_u, centre_v in pixels of 1600x900; lidar: ()
+    early_us: int  # microseconds before the keyframe's timestamp at which it fires
 
     def camera_matrix(self) -> np.ndarray:
         """A camera's K, (3, 3) float64, from camera coordinates to continuous pixels (u, v)."""
         focal, centre_u, centre_v = self.intrinsics
         return np.array([[focal, 0, centre_u], [0, focal, centre_v], [0, 0, 1]], dtype=np.float64)
-
-    def ego_T_sensor(self) -> np.ndarray:
-        """Pose of the sensor on the car, (4, 4) float64."""
-        return rigid(np.array(self.rotation), np.array(self.translation))
 
 
 # Translation (3) and rotation (4) of every sensor.
@@ -51,21 +40,20 @@ _POSES = {
     "CAM_BACK_RIGHT": (1.014878, -0.480568, 1.562395, 0.122810, -0.132401, -0.700431, 0.690496),
     "LIDAR_TOP": (0.943713, 0.0, 1.840230, 0.707796, -0.006492, 0.010646, -0.706307),
 }
-# Intrinsics (3) of every camera, and by how much it fires before the lidar.
+# Intrinsics (3) of every camera, and by how many microseconds it fires before the lidar.
 _CAMERAS = {
-    "CAM_FRONT_LEFT": (1272.597947, 826.615493, 479.751654, 43107),
-    "CAM_FRONT": (1266.417203, 816.267020, 491.507066, 35491),
-    "CAM_FRONT_RIGHT": (1260.847445, 807.968245, 495.334427, 27612),
-    "CAM_BACK_LEFT": (1256.741481, 792.112574, 492.775747, 528),
-    "CAM_BACK": (809.220991, 829.219600, 481.778424, 10426),
-    "CAM_BACK_RIGHT": (1259.513741, 807.252905, 501.195799, 20058),
+    "CAM_FRONT_LEFT": ((1272.597947, 826.615493, 479.751654), 43107),
+    "CAM_FRONT": ((1266.417203, 816.267020, 491.507066), 35491),
+    "CAM_FRONT_RIGHT": ((1260.847445, 807.968245, 495.334427), 27612),
+    "CAM_BACK_LEFT": ((1256.741481, 792.112574, 492.775747), 528),
+    "CAM_BACK": ((809.220991, 829.219600, 481.778424), 10426),
+    "CAM_BACK_RIGHT": ((1259.513741, 807.252905, 501.195799), 20058),
 }
-CAMERAS = tuple(
-    Sensor(channel, _POSES[channel][:3], _POSES[channel][3:], (*intrinsics,), early)
-    for channel, (*intrinsics, early) in _CAMERAS.items()
+SENSORS = tuple(
+    Sensor(channel, pose[:3], pose[3:], *_CAMERAS.get(channel, ((), 0)))
+    for channel, pose in _POSES.items()
 )
-LIDAR_SENSOR = Sensor("LIDAR_TOP", _POSES["LIDAR_TOP"][:3], _POSES["LIDAR_TOP"][3:], (), 0)
-SENSORS = (*CAMERAS, LIDAR_SENSOR)
+CAMERAS, LIDAR_SENSOR = SENSORS[:-1], SENSORS[-1]
 
 LIDAR_BEAMS = 32
 LIDAR_COLUMNS = 1084
@@ -84,19 +72,3 @@ def quaternion_from_euler(yaw: float, pitch: float = 0.0, roll: float = 0.0) -> 
         cr * sp * cy + sr * cp * sy,
         cr * cp * sy - sr * sp * cy,
     ]
-
-
-def lidar_directions() -> tuple[np.ndarray, np.ndarray]:
-    """The rays of one lidar turn.
-
-    Returns unit directions (columns * beams, 3) float64 in the lidar frame (x right, y forward,
-    z up) in firing order, column by column, and the ring number (columns * beams,) of each;
-    ring 0 is the lowest beam.
-    """
-    elevation = np.deg2rad(np.linspace(-30.67, 10.67, LIDAR_BEAMS))
-    azimuth = np.arange(LIDAR_COLUMNS) * (-2 * np.pi / LIDAR_COLUMNS)
-    directions = np.empty((LIDAR_COLUMNS, LIDAR_BEAMS, 3))
-    directions[..., 0] = np.cos(azimuth)[:, None] * np.cos(elevation)
-    directions[..., 1] = np.sin(azimuth)[:, None] * np.cos(elevation)
-    directions[..., 2] = np.sin(elevation)
-    return directions.reshape(-1, 3), np.tile(np.arange(LIDAR_BEAMS), LIDAR_COLUMNS)

@@ -9,23 +9,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 
 from occfeat_targets.demo_world import solids, things
-from occfeat_targets.demo_world.layout import (
-    SHADOW,
-    Arm,
-    Layout,
-    Raster,
-    build_layout,
-    paint_ground,
-)
+from occfeat_targets.demo_world.layout import SHADOW, Layout, Raster, build_layout, paint_ground
 from occfeat_targets.demo_world.rig import KEYFRAME_SECONDS, Sensor, quaternion_from_euler
-from occfeat_targets.demo_world.solids import Solids, place, shadow_outlines
-from occfeat_targets.demo_world.surface import FACADES, Material
-from occfeat_targets.demo_world.traffic import Actor, Pose, in_the_way, populate
+from occfeat_targets.demo_world.solids import Pose, Solids, place, shadow_outlines
+from occfeat_targets.demo_world.things import Material
+from occfeat_targets.demo_world.traffic import Actor, in_the_way, populate
 from occfeat_targets.geometry import rigid
 
 MAP_SIZE = (2979.5, 2118.1)
@@ -54,13 +46,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Drive:
-    """The ego car's way: ``before`` metres straight on, a left turn by 90 degrees, straight on.
+    """The ego car's way: ``before`` metres straight on, a left turn by 90 degrees, straight on."""
 
-    ``start`` is the pose at the first keyframe; ``speed`` in m/s.
-    """
-
-    start: Pose
-    speed: float
+    start: Pose  # at the first keyframe
+    speed: float  # m/s
     before: float = math.inf
 
     def pose(self, time: float) -> Pose:
@@ -77,20 +66,15 @@ class Drive:
 
 @dataclass
 class Scene:
-    """A scene, fixed but for the time.
-
-    ``actors`` are annotated things, ids from 1; ``sun`` (3,) is the unit vector towards the sun,
-    global; ``solids`` what stands still and is not annotated, ids from FIRST_STATIC_ID; ``ground``
-    the coarse texture of the whole scene with the shadows of buildings.
-    """
+    """A scene, fixed but for the time."""
 
     index: int
     layout: Layout
     drive: Drive
-    actors: list[Actor]
-    sun: np.ndarray
-    solids: Solids
-    ground: Raster
+    actors: list[Actor]  # annotated things, ids from 1
+    sun: np.ndarray  # (3,) unit vector towards the sun, global
+    solids: Solids  # what stands still and is not annotated, ids from FIRST_STATIC_ID
+    ground: Raster  # coarse texture of the whole scene with the shadows of buildings
 
     def timestamp(self, sample: int) -> int:
         """Timestamp of a keyframe (that of its lidar turn), microseconds."""
@@ -120,10 +104,11 @@ class Scene:
         roll = wobble * 0.7 * math.sin(1.7 * time + 2 * self.index)
         return [x, y, 0.0], quaternion_from_euler(heading, pitch, roll)
 
-    def global_T_ego(self, timestamp: int) -> np.ndarray:
-        """The car's pose at a time in microseconds, (4, 4) float64."""
-        translation, rotation = self.ego_pose(timestamp)
-        return rigid(np.array(rotation), np.array(translation))
+    def global_T_sensor(self, timestamp: int, sensor: Sensor) -> np.ndarray:
+        """Pose of a sensor when it fires for the keyframe of a timestamp, (4, 4) float64."""
+        xyz, wxyz = self.ego_pose(timestamp - sensor.early_us)
+        ego_T_sensor = rigid(np.array(sensor.rotation), np.array(sensor.translation))
+        return rigid(np.array(wxyz), np.array(xyz)) @ ego_T_sensor
 
 
 def _cell(plan: Plan, index: int) -> tuple[tuple[float, float], float]:
@@ -142,7 +127,7 @@ def build_scene(plan: Plan, index: int) -> Scene:
     origin, radius = _cell(plan, index)
     layout = build_layout(rng, origin, radius)
     duration = (plan.samples - 1) * KEYFRAME_SECONDS + 0.1
-    drive = _drive(layout, rng, index % 4 == 2, duration, radius)
+    drive = _drive(layout, rng, index % 4 == 2, duration)
     ego = [(time, drive.pose(time)) for time in np.arange(-0.25, duration + 0.25, 0.25)]
     actors = [
         actor
@@ -152,23 +137,18 @@ def build_scene(plan: Plan, index: int) -> Scene:
     elevation, azimuth = rng.uniform(0.6, 1.05), rng.uniform(-math.pi, math.pi)
     level = math.cos(elevation)
     sun = np.array([math.cos(azimuth) * level, math.sin(azimuth) * level, math.sin(elevation)])
-    scenery = enumerate(_scenery(layout, rng, radius), start=solids.FIRST_STATIC_ID)
-    still = solids.join(
-        place(parts, pose, object_id, colour, scale)
-        for object_id, (parts, pose, colour, scale) in scenery
-    )
+    scenery = enumerate(_scenery(layout, rng), start=solids.FIRST_STATIC_ID)
+    still = solids.join(place(object_id, *thing) for object_id, thing in scenery)
     shadows = shadow_outlines(still, sun)[still.material == Material.MASONRY]
     ground = paint_ground(layout, shadows, origin, 0.2, radius + 45)
     return Scene(index, layout, drive, actors, sun, still, ground)
 
 
-def _drive(
-    layout: Layout, rng: np.random.Generator, turns: bool, duration: float, radius: float
-) -> Drive:
+def _drive(layout: Layout, rng: np.random.Generator, turns: bool, duration: float) -> Drive:
     """A drive of ``duration`` seconds along the main street, or by a turn off it."""
     arm, side = layout.arms[0], layout.arms[1].section
     speed = float(rng.uniform(4, 6) if turns else rng.uniform(6, 12))
-    speed = min(speed, 2 * (radius - 75) / duration)
+    speed = min(speed, 2 * (arm.end - 75) / duration)
     length, t = speed * duration, -arm.section.lane_centre(0)
     if not turns:
         return Drive(arm.pose(-0.6 * length - float(rng.uniform(5, 35)), t), speed)
@@ -176,17 +156,32 @@ def _drive(
     return Drive(arm.pose(side.lane_centre(0) - _TURN_RADIUS - before, t), speed, before)
 
 
-def _scenery(layout: Layout, rng: np.random.Generator, radius: float) -> Iterator[tuple]:
+def _scenery(layout: Layout, rng: np.random.Generator) -> Iterator[tuple]:
     """What stands along the streets: yields (parts, pose, colour, scale)."""
     for number, arm in enumerate(layout.arms):
-        # The main street's buildings own the corners.
-        first = arm.corner + (0.5 if number % 2 == 0 else 24)
         for side in (-1, 1):
-            yield from _buildings(arm, side, first, rng)
-            yield from _kerb(arm, side, rng)
+            turn = math.pi if side > 0 else 0.0
+            # The main street's buildings own the corners.
+            s = arm.corner + (0.5 if number % 2 == 0 else 24)
+            setback = float(rng.choice([0.1, 0.5, 3.0]))
+            while s < arm.end - 11:
+                length = min(float(rng.uniform(11, 26)), arm.end - s)
+                depth = float(rng.uniform(11, 17))
+                t = side * (arm.section.edge + setback + depth / 2)
+                storeys = (3, 7) if rng.random() < 0.8 else (7, 14)
+                yield _building(rng, arm.pose(s + length / 2, t, turn), (length, depth), storeys)
+                s += length + (0.0 if rng.random() < 0.55 else float(rng.uniform(2, 9)))
+            # Trees and lamps on the sidewalk.
+            spacing, trees = float(rng.uniform(8, 16)), rng.uniform(0.35, 0.95)
+            first, t = arm.start + 9.5, side * (arm.section.kerb + 0.55)
+            for s in np.arange(first, arm.end - 2, spacing):
+                if rng.random() < trees:
+                    yield _tree(rng, arm.pose(s, t), (0.75, 1.25))
+            for s in np.arange(first + spacing / 2, arm.end - 2, 2 * spacing):
+                yield things.LAMP, arm.pose(s, t, turn), None, 1.0
         yield _building(rng, arm.pose(arm.end + 8, 0.0, math.pi / 2), (44.0, 12.0), (3, 8))
         # A few towers behind the first row.
-        for s, t in rng.uniform((60, 55), (radius - 10, radius - 10), (6, 2)):
+        for s, t in rng.uniform((60, 55), (arm.end - 10, arm.end - 10), (6, 2)):
             yield _building(rng, arm.pose(s, t), rng.uniform(14, 26, 2), (7, 19))
     for island in layout.holes:
         for share in (0.15, 0.5, 0.85):
@@ -197,31 +192,8 @@ def _scenery(layout: Layout, rng: np.random.Generator, radius: float) -> Iterato
 def _building(rng: np.random.Generator, pose: Pose, footprint, storeys: tuple[int, int]) -> tuple:
     """A building with its front along its x axis, ``footprint`` (length, depth) in metres."""
     wall = np.array(_WALLS[rng.integers(len(_WALLS))]) * rng.uniform(0.85, 1.12)
-    parts = things.building(FACADES[rng.integers(len(FACADES))])
+    parts = things.BUILDINGS[rng.integers(len(things.BUILDINGS))]
     return parts, pose, wall, (*footprint, 3.2 * rng.integers(*storeys))
-
-
-def _buildings(arm: Arm, side: int, s: float, rng: np.random.Generator) -> Iterator[tuple]:
-    """Buildings along one side of an arm from ``s`` on."""
-    setback = float(rng.choice([0.1, 0.5, 3.0]))
-    while s < arm.end - 11:
-        length, depth = min(float(rng.uniform(11, 26)), arm.end - s), float(rng.uniform(11, 17))
-        t = side * (arm.section.edge + setback + depth / 2)
-        pose = arm.pose(s + length / 2, t, math.pi if side > 0 else 0.0)
-        storeys = (3, 7) if rng.random() < 0.8 else (7, 14)
-        yield _building(rng, pose, (length, depth), storeys)
-        s += length + (0.0 if rng.random() < 0.55 else float(rng.uniform(2, 9)))
-
-
-def _kerb(arm: Arm, side: int, rng: np.random.Generator) -> Iterator[tuple]:
-    """Trees and lamps on one sidewalk."""
-    t, turn = side * (arm.section.kerb + 0.55), math.pi if side > 0 else 0.0
-    spacing, trees = float(rng.uniform(8, 16)), rng.uniform(0.35, 0.95)
-    for s in np.arange(arm.start + 9.5, arm.end - 2, spacing):
-        if rng.random() < trees:
-            yield _tree(rng, arm.pose(s, t), (0.75, 1.25))
-    for s in np.arange(arm.start + 9.5 + spacing / 2, arm.end - 2, 2 * spacing):
-        yield things.LAMP, arm.pose(s, t, turn), None, 1.0
 
 
 def _tree(rng: np.random.Generator, pose: Pose, sizes: tuple[float, float]) -> tuple:
@@ -233,29 +205,16 @@ def _tree(rng: np.random.Generator, pose: Pose, sizes: tuple[float, float]) -> t
     return things.TREE, turned, leaves, (spread, spread, height)
 
 
-class Placed(NamedTuple):
-    """An actor at the keyframe's time: global box ``centre`` (3,) metres and ``yaw`` radians."""
-
-    actor: Actor
-    centre: tuple[float, float, float]
-    yaw: float
-
-
 @dataclass
 class World:
-    """Everything that a keyframe's sensors see.
-
-    ``timestamp`` microseconds; ``lit`` (P,) bool, whether the sun reaches each of ``solids`` past
-    the buildings; ``ground`` rasters as for sample_ground; ``placed`` the annotated things within
-    100 m of the car.
-    """
+    """Everything that a keyframe's sensors see."""
 
     scene: Scene
-    timestamp: int
+    timestamp: int  # microseconds
     solids: Solids
-    lit: np.ndarray
-    ground: list[Raster]
-    placed: list[Placed]
+    lit: np.ndarray  # (P,) bool, whether the sun reaches each of ``solids`` past the buildings
+    ground: list[Raster]  # as for sample_ground
+    placed: list[tuple[Actor, Pose]]  # the annotated things within 100 m of the car
 
 
 def frame_world(plan: Plan, scene_index: int, sample: int) -> World:
@@ -265,14 +224,14 @@ def frame_world(plan: Plan, scene_index: int, sample: int) -> World:
     timestamp = scene.timestamp(sample)
     time = scene.seconds(timestamp)
     ego = scene.drive.pose(time)
-    placed, groups = [], [scene.solids, place(things.EGO_BODY, ego, solids.EGO_ID)]
+    placed, groups = [], [scene.solids, place(solids.EGO_ID, things.EGO_BODY, ego)]
     for actor in scene.actors:
         pose = actor.pose(time)
         beyond = math.dist(pose[:2], arm.origin) > arm.end - 7  # where buildings stand
         if beyond or math.dist(pose[:2], ego[:2]) > ANNOTATED_WITHIN:
             continue
-        placed.append(Placed(actor, (*pose[:2], actor.size[2] / 2), pose[2]))
-        groups.append(place(actor.model.parts, pose, actor.object_id, actor.colour, actor.scale))
+        placed.append((actor, pose))
+        groups.append(place(actor.object_id, actor.model.parts, pose, actor.colour, actor.scale))
     everything = solids.join(groups)
     x, y, z = everything.centre.T
     shaded = (scene.ground.sample(x, y) >= SHADOW) & (z < 5)

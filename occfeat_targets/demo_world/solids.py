@@ -1,114 +1,61 @@
 """Solids, their intersection with rays and their shadows: the one geometry of images and lidar.
 
 Every solid is convex, so a ray meets it along one interval, the intersection of a few simpler ones.
-A thing is a table of parts in its own frame: origin on the ground, x forward, y left, z up, metres.
 """
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from enum import IntEnum
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
+from occfeat_targets.demo_world.things import Colour, Part, Shape
+
 FIRST_STATIC_ID = 100_000
 EGO_ID = FIRST_STATIC_ID - 1
-Interval = tuple[float, float]
-Colour = tuple[float, float, float]
-
-
-class Shape(IntEnum):
-    """Shape of a solid; boxes may narrow towards the top, cylinders are upright."""
-
-    BOX = 0
-    CYLINDER = 1
-    ELLIPSOID = 2
-
-
-class Part(NamedTuple):
-    """One solid of a thing: its extent along x, y and z in the thing's frame, metres.
-
-    ``material`` is a ``surface.Material``; ``colour`` None is the thing's own; ``pattern`` is a key
-    of ``surface.PATTERNS``; ``taper`` says by how many metres a box's front, rear and both sides
-    are pulled in at the top.
-    """
-
-    shape: Shape
-    material: int
-    colour: Colour | None
-    x: Interval
-    y: Interval
-    z: Interval
-    pattern: str = "plain"
-    taper: tuple[float, float, float] = (0.0, 0.0, 0.0)
+Pose = tuple[float, float, float]
+"""x, y in metres and heading in radians, in the global frame."""
 
 
 @dataclass
 class Solids:
-    """P solids as parallel arrays.
+    """P solids as parallel arrays, in metres."""
 
-    ``shape`` (P,) uint8; ``centre`` (P, 3) float64, global, metres; ``half`` (P, 3) float64 half
-    extents; ``yaw`` (P,) radians; ``taper`` (P, 3) metres, as of Part; ``object_id`` (P,) int32,
-    from 1; ``material`` (P,) uint8; ``colour`` (P, 3) float32 in 0..1; ``pattern`` (P,) str.
-    """
-
-    shape: np.ndarray
-    centre: np.ndarray
-    half: np.ndarray
-    yaw: np.ndarray
-    taper: np.ndarray
-    object_id: np.ndarray
-    material: np.ndarray
-    colour: np.ndarray
-    pattern: np.ndarray
-
-    def __len__(self) -> int:
-        """Number of solids."""
-        return len(self.shape)
-
-    @property
-    def lidar_only(self) -> np.ndarray:
-        """Parts of the ego car (P,) bool, which no camera sees."""
-        return self.object_id == EGO_ID
-
-    def local_R_global(self, index: int) -> np.ndarray:
-        """Rotation (3, 3) float64 from the global frame to a solid's frame."""
-        return _rotation(self.yaw[index]).T
+    shape: np.ndarray  # (P,) uint8
+    centre: np.ndarray  # (P, 3) float64, global
+    half: np.ndarray  # (P, 3) float64, half extents in its own frame
+    global_R_local: np.ndarray  # (P, 3, 3) float64
+    taper: np.ndarray  # (P, 3) float64, as of Part
+    object_id: np.ndarray  # (P,) int32, from 1
+    material: np.ndarray  # (P,) uint8
+    colour: np.ndarray  # (P, 3) float32, 0..1
+    pattern: np.ndarray  # (P,) str
 
     def axes(self) -> np.ndarray:
         """Half axes of every solid as columns, (P, 3, 3) float64, global, metres."""
-        return np.array([_rotation(yaw) for yaw in self.yaw]) * self.half[:, None, :]
-
-    def corners(self) -> np.ndarray:
-        """Corners of the bounding box of every solid, (P, 8, 3) float64, global, metres."""
-        signs = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], float)
-        return self.centre[:, None] + np.einsum("pij,cj->pci", self.axes(), signs)
-
-
-def _rotation(yaw: float) -> np.ndarray:
-    cos, sin = math.cos(yaw), math.sin(yaw)
-    return np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
+        return self.global_R_local * self.half[:, None, :]
 
 
 def place(
-    parts: Sequence[Part],
-    pose: tuple[float, float, float],
     object_id: int,
+    parts: Sequence[Part],
+    pose: Pose,
     colour: Colour | None = None,
     scale: float | tuple[float, float, float] = 1.0,
 ) -> Solids:
-    """Solids of a thing that stands at a global pose (x, y in metres, yaw in radians).
+    """Solids of a thing that stands at a pose.
 
     ``colour`` is for parts without one of their own; ``scale`` is along x, y and z.
     """
-    scales = np.broadcast_to(scale, 3)
+    (x, y, yaw), scales = pose, np.broadcast_to(scale, 3)
+    cos, sin = math.cos(yaw), math.sin(yaw)
+    rotation = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
     extent = np.array([(part.x, part.y, part.z) for part in parts]) * scales[:, None]
     return Solids(
         np.array([part.shape for part in parts], np.uint8),
-        extent.mean(axis=2) @ _rotation(pose[2]).T + (*pose[:2], 0.0),
+        extent.mean(axis=2) @ rotation.T + (x, y, 0.0),
         (extent[..., 1] - extent[..., 0]) / 2,
-        np.full(len(parts), pose[2]),
+        np.tile(rotation, (len(parts), 1, 1)),
         np.array([part.taper for part in parts]) * scales[[0, 0, 1]],
         np.full(len(parts), object_id, np.int32),
         np.array([part.material for part in parts], np.uint8),
@@ -119,10 +66,8 @@ def place(
 
 def join(groups: Iterable[Solids]) -> Solids:
     """The solids of all groups, in order."""
-    groups = list(groups)
-    return Solids(
-        *[np.concatenate([getattr(g, field.name) for g in groups]) for field in fields(Solids)]
-    )
+    columns = zip(*(vars(group).values() for group in groups), strict=True)
+    return Solids(*[np.concatenate(column) for column in columns])
 
 
 def intersect(solids: Solids, index: int, origin: np.ndarray, direction) -> np.ndarray:
@@ -194,10 +139,9 @@ def surface_normals(solids: Solids, index: int, point: np.ndarray) -> tuple[np.n
     """
     shape, half = solids.shape[index], solids.half[index].astype(np.float32)
     if shape == Shape.BOX:
-        planes = side_planes(half, solids.taper[index])
-        planes += [(np.array([0, 0, 1.0]), half[2]), (np.array([0, 0, -1.0]), half[2])]
-        table = np.array([normal for normal, _ in planes], dtype=np.float32)
-        offset = np.array([value for _, value in planes], dtype=np.float32)
+        normals, offsets = zip(*side_planes(half, solids.taper[index]), strict=True)
+        table = np.array([*normals, (0, 0, 1), (0, 0, -1)], dtype=np.float32)
+        offset = np.array([*offsets, half[2], half[2]], dtype=np.float32)
         face = (table @ point - offset[:, None]).argmax(axis=0)
         return table[face].T, face
     normal = point / (half * half)[:, None]

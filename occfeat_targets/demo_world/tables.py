@@ -1,7 +1,6 @@
 """The JSON tables of a dataroot and its map expansion, with nuScenes' fixed names."""
 
 import hashlib
-from collections import defaultdict
 
 import numpy as np
 
@@ -81,18 +80,13 @@ def token(*parts: object) -> str:
     return hashlib.md5("/".join(map(str, parts)).encode(), usedforsecurity=False).hexdigest()
 
 
-def map_image_name(plan: Plan) -> str:
-    """File name of the map raster, which the devkit wants to exist."""
-    return f"maps/{token('map', plan.seed)}.png"
-
-
 def build_tables(
     plan: Plan, names: list[str], scenes: list[Scene], results: list[list[list[dict]]]
 ) -> Tables:
     """All records of a world: table name -> records, as written to <version>/<name>.json.
 
-    ``names`` are the official ones of ``scenes``; ``results`` what was measured in each frame, by
-    scene and sample (see ``frames.read_result``).
+    ``names`` are the official ones of ``scenes``; ``results`` what was measured, by scene and
+    sample: object_id, num_lidar_pts and visibility of what is seen.
     """
     tables: Tables = {name: [] for name in _COLUMNS}
     for table, groups in (("category", _CATEGORIES), ("attribute", _ATTRIBUTES)):
@@ -105,13 +99,18 @@ def build_tables(
         modality = "camera" if sensor.intrinsics else "lidar"
         _add(tables, "sensor", token("sensor", sensor.channel), sensor.channel, modality)
     for name, scene, measured in zip(names, scenes, results, strict=True):
-        owner = f"{plan.seed}/{name}"
+        owner = f"{plan.seed}/{name}"  # makes its tokens differ from other scenes'
+        log, key = token("log", owner), token("scene", owner)
         samples = [token("sample", owner, number) for number in range(plan.samples)]
-        _scene_records(tables, owner, name, scene, samples)
+        _add(tables, "log", log, scene.log, "n000", "2018-07-24", LOCATION)
+        text = f"Synthetic street, {scene.drive.speed:.1f} m/s"
+        _add(tables, "scene", key, log, name, text, len(samples), samples[0], samples[-1])
+        for number, links in enumerate(_chain(samples)):
+            _add(tables, "sample", *links, key, scene.timestamp(number))
         _sensor_records(tables, owner, scene, samples)
         _annotation_records(tables, owner, scene, samples, measured)
-    logs = [log["token"] for log in tables["log"]]
-    _add(tables, "map", token("map", plan.seed), "semantic_prior", map_image_name(plan), logs)
+    key, logs = token("map", plan.seed), [log["token"] for log in tables["log"]]
+    _add(tables, "map", key, "semantic_prior", f"maps/{key}.png", logs)
     return tables
 
 
@@ -125,16 +124,6 @@ def _chain(tokens: list[str]) -> list[tuple[str, str, str]]:
     return list(zip(tokens, ["", *tokens[:-1]], [*tokens[1:], ""], strict=True))
 
 
-def _scene_records(tables: Tables, owner: str, name: str, scene: Scene, samples: list[str]) -> None:
-    """A scene with its log and samples; ``owner`` makes its tokens differ from other scenes'."""
-    log, key = token("log", owner), token("scene", owner)
-    _add(tables, "log", log, scene.log, "n000", "2018-07-24", LOCATION)
-    text = f"Synthetic street, {scene.drive.speed:.1f} m/s"
-    _add(tables, "scene", key, log, name, text, len(samples), samples[0], samples[-1])
-    for number, links in enumerate(_chain(samples)):
-        _add(tables, "sample", *links, key, scene.timestamp(number))
-
-
 def _sensor_records(tables: Tables, owner: str, scene: Scene, samples: list[str]) -> None:
     """Calibration, poses and files of all sensors in one scene."""
     for sensor in rig.SENSORS:
@@ -143,7 +132,7 @@ def _sensor_records(tables: Tables, owner: str, scene: Scene, samples: list[str]
         pose = list(sensor.translation), list(sensor.rotation)
         matrix = sensor.camera_matrix().tolist() if camera else []
         _add(tables, "calibrated_sensor", calibrated, token("sensor", channel), *pose, matrix)
-        kind = ("jpg", rig.IMAGE_HEIGHT, rig.IMAGE_WIDTH) if camera else ("pcd", 0, 0)
+        kind = ("jpg", *rig.IMAGE_HW) if camera else ("pcd", 0, 0)
         chain = _chain([token("sample_data", owner, channel, n) for n in range(len(samples))])
         for number, links in enumerate(chain):
             timestamp = scene.timestamp(number) - sensor.early_us
@@ -157,16 +146,15 @@ def _annotation_records(
     tables: Tables, owner: str, scene: Scene, samples: list[str], measured: list[list[dict]]
 ) -> None:
     """Annotations of a scene, and an instance for everything that is annotated at least once."""
-    found: dict[int, list[tuple[int, dict]]] = defaultdict(list)
-    for number, entries in enumerate(measured):
-        for entry in entries:
-            found[entry["object_id"]].append((number, entry))
-    for actor in (actor for actor in scene.actors if actor.object_id in found):
-        entries = found[actor.object_id]
-        instance, category = token("instance", owner, actor.object_id), actor.category
-        keys = [token("annotation", owner, actor.object_id, number) for number, _ in entries]
-        ends = keys[0], keys[-1]
-        _add(tables, "instance", instance, token("category", category), len(keys), *ends)
+    frames = [{entry["object_id"]: entry for entry in entries} for entries in measured]
+    for actor in scene.actors:
+        key = actor.object_id
+        entries = [(number, found[key]) for number, found in enumerate(frames) if key in found]
+        if not entries:
+            continue
+        instance, category = token("instance", owner, key), token("category", actor.category)
+        keys = [token("annotation", owner, key, number) for number, _ in entries]
+        _add(tables, "instance", instance, category, len(keys), keys[0], keys[-1])
         attributes = [token("attribute", actor.attribute)] if actor.attribute else []
         for links, (number, entry) in zip(_chain(keys), entries, strict=True):
             x, y, yaw = actor.pose(scene.seconds(scene.timestamp(number)))
@@ -176,10 +164,7 @@ def _annotation_records(
 
 
 def map_expansion(scenes: list[Scene], seed: int) -> dict:
-    """Contents of maps/expansion/<LOCATION>.json for all scenes of a world.
-
-    Its areas are the very polygons that the ground is painted from.
-    """
+    """Contents of maps/expansion/<LOCATION>.json: the polygons that the ground is painted from."""
     layers: Tables = {name: [] for name in _MAP_LAYERS.split()}
 
     def add(layer: str, **fields: object) -> str:
@@ -193,8 +178,7 @@ def map_expansion(scenes: list[Scene], seed: int) -> dict:
     for scene in scenes:
         for layer, polygons in scene.layout.polygons.items():
             whole = layer == "drivable_area"
-            rings = [nodes(hole) for hole in scene.layout.holes] if whole else []
-            holes = [{"node_tokens": ring} for ring in rings]
+            holes = [{"node_tokens": nodes(hole)} for hole in scene.layout.holes if whole]
             for points in polygons:
                 key = add("polygon", exterior_node_tokens=nodes(points), holes=holes)
                 add(layer, **({"polygon_tokens": [key]} if whole else {"polygon_token": key}))

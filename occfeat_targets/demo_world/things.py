@@ -1,13 +1,142 @@
-"""What stands and drives in the streets, as tables of parts.
+"""What stands and drives in the streets, as tables of parts, their materials and what is on them.
 
-Parts are in the frame of their thing: origin on the ground below its centre, x forward, y left,
+A part is in the frame of its thing: origin on the ground below its centre, x forward, y left, z up,
 metres. Annotated things stay 3 cm inside their box, so that lidar noise on them does too.
 """
 
+from enum import IntEnum
 from typing import NamedTuple
 
-from occfeat_targets.demo_world.solids import Colour, Part, Shape
-from occfeat_targets.demo_world.surface import DARK, GREY, WHITE, Material
+Interval = tuple[float, float]
+Colour = tuple[float, float, float]
+
+
+class Material(IntEnum):
+    """Materials: those before METAL are of the ground, the others are coloured by their things."""
+
+    intensity: float  # mean of the lidar's, 0..255
+    colour: Colour  # 0..1
+
+    def __new__(cls, value: int, intensity: float, colour: Colour = (0.0, 0.0, 0.0)):
+        """A member with its number and properties."""
+        member = int.__new__(cls, value)
+        member._value_, member.intensity, member.colour = value, intensity, colour
+        return member
+
+    TERRAIN = 0, 22, (0.39, 0.42, 0.30)
+    ASPHALT = 1, 9, (0.31, 0.31, 0.325)
+    SIDEWALK = 2, 26, (0.60, 0.585, 0.56)
+    KERB = 3, 30, (0.70, 0.69, 0.66)
+    CROSSING = 4, 9, (0.29, 0.29, 0.305)
+    CROSSING_STRIPE = 5, 62, (0.88, 0.88, 0.86)
+    PARKING = 6, 12, (0.27, 0.26, 0.255)
+    PARKING_LINE = 7, 55, (0.80, 0.80, 0.78)
+    LANE_LINE = 8, 60, (0.86, 0.86, 0.84)
+    DIVIDER_LINE = 9, 48, (0.82, 0.66, 0.18)
+    ISLAND = 10, 24, (0.30, 0.38, 0.21)
+    METAL = 11, 40
+    GLASS = 12, 7
+    MASONRY = 13, 34
+    FOLIAGE = 14, 20
+    BARK = 15, 16
+    CLOTH = 16, 24
+    RUBBER = 17, 6
+    PLASTIC = 18, 90
+    NOTHING = 19, 0
+
+
+DARK, GREY, WHITE = (0.05, 0.05, 0.055), (0.35, 0.35, 0.36), (0.93, 0.93, 0.90)
+RED, SKIN = (0.68, 0.03, 0.04), (0.76, 0.55, 0.42)
+PANE, WINDOW, FRAME = (0.10, 0.12, 0.14), (0.19, 0.24, 0.29), (0.62, 0.60, 0.56)
+# Faces of a solid, as surface_normals numbers them.
+FRONT, REAR, SIDES, ENDS, WALLS = (0,), (1,), (2, 3), (0, 1), (0, 1, 2, 3)
+
+
+class Shape(IntEnum):
+    """Shape of a solid; boxes may narrow towards the top, cylinders are upright."""
+
+    BOX = 0
+    CYLINDER = 1
+    ELLIPSOID = 2
+
+
+class Part(NamedTuple):
+    """One solid of a thing: its extent along x, y and z in the thing's frame, metres."""
+
+    shape: Shape
+    material: Material
+    colour: Colour | None  # None: the thing's own
+    x: Interval
+    y: Interval
+    z: Interval
+    pattern: str = "plain"  # of PATTERNS
+    taper: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """By how many metres a box's front, rear and both sides are pulled in at the top."""
+
+
+class Decal(NamedTuple):
+    """A rectangle (or the ellipse in it) of another colour on some faces of a solid."""
+
+    faces: tuple[int, ...]
+    u: Interval  # distance from the face's middle line, 0..1, so that left equals right
+    v: Interval  # height, 0..1
+    colour: Colour
+    period: tuple[float, float] = (0.0, 0.0)
+    """Metres along u and v, 0: none. u and v count within each repetition instead."""
+    ellipse: bool = False
+
+
+def _facade(width: float, u: float, low: float, high: float) -> tuple[Decal, ...]:
+    """Windows with frames in storeys of 3.2 m, one every ``width`` metres."""
+    return (
+        Decal(WALLS, (0.0, u + 0.05), (low - 0.03, high + 0.02), FRAME, (width, 3.2)),
+        Decal(WALLS, (0.02, u), (low, high), WINDOW, (width, 3.2)),
+    )
+
+
+PATTERNS: dict[str, tuple[Decal, ...]] = {
+    "plain": (),
+    "car": (
+        Decal(WALLS, (0.0, 1.0), (0.0, 0.16), DARK),
+        Decal(SIDES, (0.43, 0.79), (-0.8, 0.75), DARK, ellipse=True),
+        Decal(FRONT, (0.0, 0.55), (0.30, 0.66), DARK),
+        Decal(FRONT, (0.58, 1.0), (0.58, 0.84), WHITE),
+        Decal(REAR, (0.62, 1.0), (0.55, 0.88), RED),
+        Decal(ENDS, (0.0, 0.29), (0.34, 0.52), WHITE),
+    ),
+    "cabin": (
+        Decal(SIDES, (0.05, 0.88), (0.06, 0.86), PANE),
+        Decal(ENDS, (0.0, 0.88), (0.05, 0.92), PANE),
+    ),
+    "bus": (
+        Decal(WALLS, (0.0, 1.0), (0.80, 1.0), WHITE),
+        Decal(SIDES, (0.0, 0.92), (0.42, 0.78), PANE, (1.45, 0.0)),
+        Decal(ENDS, (0.0, 0.9), (0.40, 0.80), PANE),
+        Decal(FRONT, (0.72, 1.0), (0.12, 0.22), WHITE),
+        Decal(REAR, (0.72, 1.0), (0.12, 0.22), RED),
+    ),
+    "cargo": (
+        Decal(SIDES, (0.9, 1.0), (0.0, 1.0), FRAME, (0.6, 0.0)),
+        Decal(REAR, (0.0, 0.02), (0.0, 1.0), DARK),
+        Decal(REAR, (0.78, 1.0), (0.0, 0.12), RED),
+    ),
+    "cab": (
+        Decal(SIDES, (0.0, 0.5), (0.55, 0.88), PANE),
+        Decal(FRONT, (0.0, 0.88), (0.55, 0.88), PANE),
+        Decal(FRONT, (0.0, 0.6), (0.2, 0.45), DARK),
+        Decal(FRONT, (0.66, 1.0), (0.10, 0.20), WHITE),
+    ),
+    "wheel": (Decal(SIDES, (-0.6, 0.6), (0.2, 0.8), GREY, ellipse=True),),
+    "face": (Decal(FRONT, (0.0, 1.0), (0.0, 0.72), SKIN),),
+    "bands": (
+        Decal(WALLS, (0.0, 1.0), (0.30, 0.50), WHITE),
+        Decal(WALLS, (0.0, 1.0), (0.64, 0.80), WHITE),
+    ),
+    "flats": _facade(2.6, 0.55, 0.28, 0.80),
+    "shops": _facade(3.3, 0.75, 0.20, 0.82),
+    "offices": _facade(1.9, 0.92, 0.25, 0.85),
+}
+
 
 BOX, CYLINDER, ELLIPSOID = Shape
 METAL, GLASS, MASONRY, FOLIAGE, BARK, CLOTH, RUBBER, PLASTIC = list(Material)[11:19]
@@ -16,15 +145,12 @@ BLUE, BLACK, ORANGE = (0.15, 0.2, 0.35), (0.14, 0.14, 0.17), (0.93, 0.36, 0.06)
 
 
 class Model(NamedTuple):
-    """An annotated thing: nominal box ``size`` (width, length, height) in metres, and its parts.
+    """How an annotated thing looks."""
 
-    ``share`` is its share among the models of its category; ``colour`` None is any colour.
-    """
-
-    size: tuple[float, float, float]
+    size: tuple[float, float, float]  # nominal width, length, height of its box, metres
     parts: tuple[Part, ...]
-    share: float = 1.0
-    colour: Colour | None = None
+    share: float = 1.0  # among the models of its category
+    colour: Colour | None = None  # None: any
 
 
 def _wheels(radius: float, outer: float, width: float, *axles: float) -> tuple[Part, ...]:
@@ -156,10 +282,12 @@ LAMP = (
 )
 
 
-def building(facade: str) -> tuple[Part, ...]:
-    """A building of 1 x 1 x 1 m, to be scaled, with its walls painted as ``facade``."""
-    return (
+#: Buildings of 1 x 1 x 1 m, to be scaled.
+BUILDINGS = tuple(
+    (
         Part(BOX, MASONRY, OWN, (-0.5, 0.5), (-0.5, 0.5), (0, 1), facade),
         Part(BOX, MASONRY, GREY, (-0.51, 0.51), (-0.51, 0.51), (0.99, 1.02)),
         Part(BOX, MASONRY, GREY, (-0.1, 0.15), (-0.2, 0.15), (1, 1.12)),
     )
+    for facade in ("flats", "shops", "offices")
+)

@@ -1,7 +1,4 @@
-"""Who is in the streets: parked, waiting and moving vehicles, people, cones and barriers.
-
-A pose is (x, y, heading) in the global frame, metres and radians.
-"""
+"""Who is in the streets: parked, waiting and moving vehicles, people, cones and barriers."""
 
 import math
 from collections.abc import Iterator
@@ -10,10 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from occfeat_targets.demo_world.layout import CROSSWALK, STOP_LINE, Arm, Layout
-from occfeat_targets.demo_world.solids import Colour
-from occfeat_targets.demo_world.things import MODELS, Model
-
-Pose = tuple[float, float, float]
+from occfeat_targets.demo_world.solids import Pose
+from occfeat_targets.demo_world.things import MODELS, Colour, Model
 
 # What drives in the lanes, what is parked, and how often.
 _MOVING = {
@@ -40,20 +35,16 @@ _SCALES = {"human.pedestrian.child": (0.63, 0.80), "human.pedestrian.adult": (0.
 
 @dataclass(frozen=True)
 class Actor:
-    """An annotated thing, which keeps its direction and its ``speed`` in m/s.
-
-    ``start`` is its pose at the first keyframe, ``scale`` its size relative to the nominal one of
-    its ``model``.
-    """
+    """An annotated thing, which keeps its direction and speed."""
 
     object_id: int
     category: str
     attribute: str
     model: Model
-    scale: float
+    scale: float  # relative to the model's nominal size
     colour: Colour
-    start: Pose
-    speed: float
+    start: Pose  # at the first keyframe
+    speed: float  # m/s
 
     @property
     def size(self) -> tuple[float, float, float]:
@@ -132,7 +123,14 @@ def populate(
         for lane in range(arm.section.lanes):
             speed = (ego_speed if main else 6.0) + (float(rng.uniform(0, 2.5)) if lane else 0.0)
             _in_lane(crowd, arm, lane, speed, ego_speed if main and not ego_turns else 0.0)
-        _on_sidewalks(crowd, arm)
+        for side in (-1, 1):  # people and parked bicycles on the sidewalks
+            for s in _places(rng, arm.start + 3, arm.end - 5, (3, 24)):
+                t = side * float(rng.uniform(arm.section.kerb + 1.3, arm.section.edge - 0.5))
+                speed = float(rng.uniform(0.8, 1.6)) if rng.random() < 0.8 else 0.0
+                crowd.person(arm.pose(s, t, math.pi * int(rng.integers(2))), speed)
+                if rng.random() < 0.12:
+                    bicycle = arm.pose(s + 2.4, side * (arm.section.edge - 0.4))
+                    crowd.add("vehicle.bicycle", bicycle, "cycle.without_rider")
         for _ in range(int(rng.integers(1, 4))):  # people who walk across the street
             s = arm.start + float(rng.uniform(CROSSWALK[0] + 0.6, CROSSWALK[1] - 0.6))
             turn = math.copysign(math.pi / 2, rng.uniform(-1, 1))
@@ -165,16 +163,3 @@ def _in_lane(crowd: _Crowd, arm: Arm, lane: int, outwards: float, inwards: float
     end = arm.end - 8 if inwards else line + 13.6 * crowd.rng.uniform(0, 3)
     for s in _places(crowd.rng, line, end, (13, 42) if inwards else (13.5, 15)):
         crowd.vehicle(arm.pose(s, t, math.pi), "moving" if inwards else "stopped", inwards)
-
-
-def _on_sidewalks(crowd: _Crowd, arm: Arm) -> None:
-    """People and parked bicycles on both sidewalks."""
-    rng, section = crowd.rng, arm.section
-    for side in (-1, 1):
-        for s in _places(rng, arm.start + 3, arm.end - 5, (3, 24)):
-            t = side * float(rng.uniform(section.kerb + 1.3, section.edge - 0.5))
-            speed = float(rng.uniform(0.8, 1.6)) if rng.random() < 0.8 else 0.0
-            crowd.person(arm.pose(s, t, math.pi * int(rng.integers(2))), speed)
-            if rng.random() < 0.12:
-                bicycle = arm.pose(s + 2.4, side * (section.edge - 0.4))
-                crowd.add("vehicle.bicycle", bicycle, "cycle.without_rider")
