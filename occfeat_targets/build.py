@@ -1,6 +1,8 @@
-"""The build: dataroot to finished store, resumed wherever it was left."""
+"""The build: dataroot to finished store, resumed wherever it was left; and a store's evaluation
+split again with corrupted images, one store for each corruption and severity."""
 
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -12,11 +14,12 @@ from occfeat_targets import writer
 from occfeat_targets.cluster import Executor
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.frame import layout_of, make_outputs
-from occfeat_targets.sources import SOURCES, source_of
+from occfeat_targets.sources import SOURCES
 from occfeat_targets.sources.base import Dataset, FrameRecord, SourceError
+from occfeat_targets.store.reader import open_store
 from occfeat_targets.store.schema import MAX_CAMERAS
 from occfeat_targets.store.settings import differences
-from occfeat_targets.teachers.base import TeacherError
+from occfeat_targets.teachers.base import NoTeacher, TeacherError
 
 _MAX_FAULTS_SHOWN = 20
 
@@ -29,8 +32,7 @@ def prepare(
     dataroot: Path, url: str, version: str | None, config: TargetsConfig, overwrite: bool
 ) -> Dataset:
     """All that can go wrong before any work: read the tables, check the files, begin the store.
-    Raises SourceError if the dataset is unusable or has faults (all listed), and StoreError if the
-    store's place can't be used."""
+    Raises SourceError (unusable dataset, or faults in it) and StoreError (unusable place)."""
     dataset = read_dataset(dataroot, version, config)
     check_records(dataset, config)
     writer.begin(url, config, dataset, overwrite)
@@ -38,11 +40,12 @@ def prepare(
 
 
 def read_dataset(dataroot: Path, version: str | None, config: TargetsConfig) -> Dataset:
-    """Read the tables. Raises SourceError if the dataset is unusable, and ConfigError if there is
-    no such source."""
-    name, source = source_of(config.source, Path(dataroot))
-    mode, sweeps = config.map.mode, config.lidar.sweeps
-    dataset = source.read(Path(dataroot), version, config.frames, sweeps, mode)
+    """Read the tables. Raises SourceError: unusable dataset; and ConfigError: no such source."""
+    dataroot, name, known = Path(dataroot), config.source, SOURCES.names
+    if name == "auto":  # where none recognises the dataroot, the first says what is missing
+        name = next((each for each in known if SOURCES(each)().detect(dataroot)), known[0])
+    sweeps, map_mode = config.lidar.sweeps, config.map.mode
+    dataset = SOURCES(name)().read(dataroot, version, config.frames, sweeps, map_mode)
     if len(dataset.cameras) > MAX_CAMERAS:
         raise SourceError(f"{dataroot} has {len(dataset.cameras)} cameras, at most {MAX_CAMERAS}")
     if unknown := sorted({*dataset.vehicle_classes} - {*dataset.box_classes}):
@@ -51,9 +54,8 @@ def read_dataset(dataroot: Path, version: str | None, config: TargetsConfig) -> 
 
 
 def check_records(dataset: Dataset, config: TargetsConfig) -> None:
-    """Before any work: files are there and sound by size or header, calibration is sane, maps can
-    be read, and nothing outgrows its room in the store. Raises SourceError, listing all faults at
-    once, each with scene, sample and file."""
+    """Before any work: files are there and sound by size or header, calibration is sane, maps are
+    readable, all fits. Raises SourceError with all faults, each with scene, sample and file."""
     outputs = make_outputs(config, layout_of(config, vars(dataset), 0))
 
     def faults_of(record: FrameRecord) -> list[str]:
@@ -75,28 +77,23 @@ def check_records(dataset: Dataset, config: TargetsConfig) -> None:
     if faults:
         shown = "\n".join(f"  {fault}" for fault in faults[:_MAX_FAULTS_SHOWN])
         more = len(faults) - _MAX_FAULTS_SHOWN
-        raise SourceError(
-            f"{len(faults)} fault(s) in the dataroot, nothing was built:\n{shown}"
-            + (f"\n  … and {more} more" if more > 0 else "")
-        )
+        shown += f"\n  … and {more} more" if more > 0 else ""
+        raise SourceError(f"{len(faults)} fault(s) in the dataroot, nothing was built:\n{shown}")
 
 
 def build(
     url: str, config: TargetsConfig, dataset: Dataset, executor: Executor, skip_errors: bool = False
 ) -> dict[int, str]:
-    """Write all blocks that are not done yet and finish the store, after :func:`prepare`.
-
-    With ``skip_errors`` the other frames are finished when one fails; else it stops after the
-    running blocks. Returns the frames that failed then, index to message. Raises BuildStopped if a
-    frame or block failed (run the same command again to continue), and TeacherError, ConfigError or
-    StoreError from the workers' side of the set-up.
-    """
+    """Write all blocks that are not done yet and finish the store, after :func:`prepare`. With
+    ``skip_errors`` the other frames are finished when one fails; else it stops after the running
+    blocks. Returns the frames that failed then, index to message. Raises BuildStopped if a frame or
+    block failed (run the same command again to continue), and TeacherError, ConfigError or
+    StoreError from the workers' side of the set-up."""
     # Loads the teacher on all workers at once, and finds out if they have different ones.
     teacher, *others = executor.everywhere(writer.describe_teacher, config)
     for other in others:
-        if other != teacher:
-            lines = "; ".join(differences(teacher, other))
-            raise TeacherError(f"the workers have different teachers: {lines}")
+        if lines := differences(teacher, other):
+            raise TeacherError(f"the workers have different teachers: {'; '.join(lines)}")
     writer.set_teacher(url, config, teacher)
     jobs = writer.plan(url, config, dataset.records, teacher, skip_errors)
     problems: list[str] = []
@@ -122,3 +119,61 @@ def build(
             "and run the same command again, or leave such frames out with --on-error skip"
         )
     return writer.finalise(url, config, dataset)
+
+
+def read_split(dataroot: Path, url: str, split: str | None) -> tuple[TargetsConfig, Dataset]:
+    """Settings and frames of a split of a store (default: ``val`` or ``mini_val``), to build it
+    again without features from its dataroot. Raises StoreError: the store can't be read;
+    ValueError: it has no such split; SourceError: the dataroot lacks its frames, or has faults."""
+    store = open_store(url)
+    splits = [store.split(i) for i in range(len(store))]
+    if split is None:
+        split = next((name for name in ("val", "mini_val") if name in splits), "val or mini_val")
+    if split not in splits:
+        there = ", ".join(sorted({*splits}))
+        raise ValueError(f"{url} has no frames of {split}; choose with --split: {there}")
+    config = TargetsConfig.of(store.attrs["config"])
+    tokens = [store.token(i) for i, name in enumerate(splits) if name == split]
+    # Frames are in table order: the first so many of all are the first so many of a split.
+    limit = None if config.frames.limit is None else len(tokens)
+    config = config.with_(
+        teacher=config.teacher.with_(name=NoTeacher.name),
+        map=config.map.with_(mode="required" if store.attrs["map_classes"] else "never"),
+        frames=config.frames.with_(splits=(split,), limit=limit),
+    )
+    dataset = read_dataset(dataroot, store.attrs["source"]["version"], config)
+    check_records(dataset, config)
+    found = [record.token for record in dataset.records]
+    if found != tokens:
+        raise SourceError(
+            f"{dataroot} is not what {url} was built from: it has {len(found)} such frames, the "
+            f"store {len(tokens)}, {len({*found} & {*tokens})} of them the same"
+        )
+    return config, dataset
+
+
+def build_corrupted(
+    config: TargetsConfig,
+    dataset: Dataset,
+    out: str,
+    names: Sequence[str],
+    executor: Executor,
+    skip_errors: bool,
+    say: Callable[[str], None],
+) -> dict[str, str]:
+    """Build a store ``OUT/<name>.zarr`` for each of ``corruptions.CORRUPTED`` in ``names``; those
+    that are complete are left alone. ``say`` gets a line for each; the other arguments are what
+    :func:`read_split` gives and :func:`build` takes, whose StoreError and BuildStopped it raises.
+    Returns frames left out (with ``skip_errors``): store and frame to message."""
+    failed = {}
+    for name in names:
+        url = f"{out.rstrip('/')}/{name}.zarr"
+        corrupted = config.with_(images=config.images.with_(corruption=name))
+        writer.begin(url, corrupted, dataset, overwrite=False)
+        if writer.is_complete(url):
+            say(f"{url} is complete: {len(dataset.records)} frames, nothing to do")
+            continue
+        messages = build(url, corrupted, dataset, executor, skip_errors)
+        failed |= {f"{url}, frame {i}": message for i, message in messages.items()}
+        say(f"{url}: {len(dataset.records)} frames, {len(messages)} failed")
+    return failed

@@ -6,11 +6,10 @@ imported where it is used: ``--help`` stays quick.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,20 +25,19 @@ EXIT_INTERRUPTED = 130
 EXIT_SKIPPED = 3
 """The store is finished, but some frames were left out (``--on-error skip``)."""
 
+CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 100}
 path_type = click.Path(path_type=Path)
 dataroot_argument = click.argument("dataroot", type=path_type)
 store_argument = click.argument("store")
 
 
 def _together(*options: Callable) -> Callable:
-    """One decorator of several options."""
     return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
 
 
 settings_options = _together(
     click.option(
         "--version",
-        "dataset_version",
         help="Dataset version, such as v1.0-mini. Needed only if the dataroot holds several.",
     ),
     click.option(
@@ -74,28 +72,31 @@ on_error_option = click.option(
 )
 
 
-@contextlib.contextmanager
-def _one_message() -> Iterator[None]:
+class _Commands(click.Group):
     """Expected errors become one message and exit status 1; anything else is a bug and raises."""
-    from occfeat_targets.build import BuildStopped
-    from occfeat_targets.cluster import ClusterError
-    from occfeat_targets.store.files import StoreError
-    from occfeat_targets.teachers.base import TeacherError
 
-    try:
-        yield
-    except (BuildStopped, ClusterError, StoreError, TeacherError, ValueError, OSError) as error:
-        click.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(EXIT_FAILED)
-    except KeyboardInterrupt:
-        click.echo("\ninterrupted; run the same command again to continue", err=True)
-        sys.exit(EXIT_INTERRUPTED)
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
+            raise  # click's own: usage, --help, the end of a pipe
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted; run the same command again to continue", err=True)
+            sys.exit(EXIT_INTERRUPTED)
+        except Exception as error:
+            from occfeat_targets.build import BuildStopped
+            from occfeat_targets.cluster import ClusterError
+            from occfeat_targets.store.files import StoreError
+            from occfeat_targets.teachers.base import TeacherError
+
+            known = (BuildStopped, ClusterError, StoreError, TeacherError, ValueError, OSError)
+            if not isinstance(error, known):
+                raise
+            click.secho(f"error: {error}", fg="red", err=True)
+            sys.exit(EXIT_FAILED)
 
 
-CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 100}
-
-
-@click.group(context_settings=CONTEXT)
+@click.group(cls=_Commands, context_settings=CONTEXT)
 @click.version_option(__version__, package_name="occfeat")
 def main() -> None:
     """Make OccFeat pretraining targets: lidar occupancy + image features per voxel, in Zarr."""
@@ -108,7 +109,6 @@ def main() -> None:
 @click.option("--seed", default=0, help="Same seed, same bytes.")
 @click.option(
     "--version",
-    "dataset_version",
     type=click.Choice(["v1.0-mini", "v1.0-trainval"]),
     default="v1.0-mini",
     help="Whose scene names and splits to use; mini has room for 10 scenes.",
@@ -122,8 +122,7 @@ def demo_data(out: Path, **options: Any) -> None:
     """
     from occfeat_targets.demo_world import make_demo_world
 
-    with _one_message():
-        make_demo_world(out, version=options.pop("dataset_version"), **options)
+    make_demo_world(out, **options)
 
 
 @main.command()
@@ -152,24 +151,24 @@ def build(dataroot: Path, store: str, overwrite: bool, on_error: str, **options:
     where they were when the same command is run again (without --overwrite).
     """
     from occfeat_targets import build as building
+    from occfeat_targets.cluster import executor
     from occfeat_targets.store.files import absolute
     from occfeat_targets.writer import is_complete
 
-    with _one_message():
-        settings, store = _settings(options), absolute(store)
-        if settings.teacher.name.startswith("random:"):
-            click.echo(
-                f"note: teacher {settings.teacher.name} has random weights; these are not DINOv2 "
-                "features (fine for trying things out, useless for results)"
-            )
-        dataset = building.prepare(dataroot, store, options["dataset_version"], settings, overwrite)
-        if not dataset.map_classes and settings.map.mode == "auto":
-            click.echo("note: this dataset has no map, so no map labels are stored")
-        if is_complete(store):
-            click.echo(f"{store} is complete: {len(dataset.records)} frames, nothing to do")
-            return
-        with _executor(options) as where:
-            failed = building.build(store, settings, dataset, where, on_error == "skip")
+    settings, store = _settings(options), absolute(store)
+    if settings.teacher.name.startswith("random:"):
+        click.echo(
+            f"note: teacher {settings.teacher.name} has random weights; these are not DINOv2 "
+            "features (fine for trying things out, useless for results)"
+        )
+    dataset = building.prepare(dataroot, store, options["version"], settings, overwrite)
+    if not dataset.map_classes and settings.map.mode == "auto":
+        click.echo("note: this dataset has no map, so no map labels are stored")
+    if is_complete(store):
+        click.echo(f"{store} is complete: {len(dataset.records)} frames, nothing to do")
+        return
+    with executor(options["workers"], options["threads"], options["scheduler"]) as where:
+        failed = building.build(store, settings, dataset, where, on_error == "skip")
     click.echo(f"{store}: {len(dataset.records)} frames, {len(failed)} failed")
     _leave_out(failed.values())
 
@@ -181,18 +180,10 @@ def _settings(options: dict[str, Any]) -> TargetsConfig:
 
     keys = {"teacher": "teacher.name", "precision": "teacher.precision"}
     keys |= {"limit": "frames.limit", "scenes": "frames.scenes"}
-    given = {
-        key: options[flag] for flag, key in keys.items() if options.get(flag) not in (None, ())
-    }
-    chosen = [f"{key}={json.dumps(value)}" for key, value in given.items()]
+    given = [flag for flag in keys if options.get(flag) not in (None, ())]
+    chosen = [f"{keys[flag]}={json.dumps(options[flag])}" for flag in given]
     path = settings_file(options["config"], "occfeat_targets")
     return TargetsConfig.load(path, [*options["overrides"], *chosen])
-
-
-def _executor(options: dict[str, Any]) -> contextlib.AbstractContextManager:
-    from occfeat_targets.cluster import executor
-
-    return executor(options["workers"], options["threads"], options["scheduler"])
 
 
 def _leave_out(messages: Collection[str]) -> None:
@@ -230,18 +221,18 @@ def corrupt(dataroot: Path, store: str, out: str, on_error: str, **options: Any)
     Run it again to continue; what is complete is left alone. For other random numbers build one
     by one: occfeat-targets build --set images.corruption=fog-easy --set images.corruption_seed=1.
     """
-    from occfeat_targets.corrupted_stores import build_corrupted, read_split
+    from occfeat_targets.build import build_corrupted, read_split
+    from occfeat_targets.cluster import executor
     from occfeat_targets.corruptions import CORRUPTED
     from occfeat_targets.store.files import absolute
 
     names = options["only"] or CORRUPTED
-    with _one_message():
-        if unknown := [name for name in names if name not in CORRUPTED]:
-            raise ValueError(f"no corruption {unknown[0]}; there are {', '.join(CORRUPTED)}")
-        config, dataset = read_split(dataroot, store, options["split"])
-        out, skip = absolute(out), on_error == "skip"
-        with _executor(options) as where:
-            failed = build_corrupted(config, dataset, out, names, where, skip, click.echo)
+    if unknown := [name for name in names if name not in CORRUPTED]:
+        raise ValueError(f"no corruption {unknown[0]}; there are {', '.join(CORRUPTED)}")
+    config, dataset = read_split(dataroot, store, options["split"])
+    out, skip = absolute(out), on_error == "skip"
+    with executor(options["workers"], options["threads"], options["scheduler"]) as where:
+        failed = build_corrupted(config, dataset, out, names, where, skip, click.echo)
     _leave_out([f"{place}: {message}" for place, message in failed.items()])
 
 
@@ -256,9 +247,7 @@ def settings(config: str) -> None:
     """
     from occfeat_targets.store.settings import settings_file
 
-    with _one_message():
-        text = settings_file(config, "occfeat_targets").read_text(encoding="utf-8")
-    click.echo(text, nl=False)
+    click.echo(settings_file(config, "occfeat_targets").read_text(encoding="utf-8"), nl=False)
 
 
 @main.command()
@@ -271,10 +260,9 @@ def check(dataroot: Path, **options: Any) -> None:
     """
     from occfeat_targets.build import check_records, read_dataset
 
-    with _one_message():
-        settings = _settings(options)
-        dataset = read_dataset(dataroot, options["dataset_version"], settings)
-        check_records(dataset, settings)
+    settings = _settings(options)
+    dataset = read_dataset(dataroot, options["version"], settings)
+    check_records(dataset, settings)
     n_scenes, n = len({record.scene for record in dataset.records}), len(dataset.records)
     click.echo(f"{dataroot}: {dataset.version}, {n_scenes} scenes, {n} keyframes: ok")
 
@@ -286,8 +274,7 @@ def info(store: str, as_json: bool) -> None:
     """Show what STORE holds: frames, splits, voxels a frame, bytes, teacher, config."""
     from occfeat_targets.info import as_text, summarise
 
-    with _one_message():
-        summary = summarise(store)
+    summary = summarise(store)
     click.echo(json.dumps(summary, indent=2) if as_json else as_text(summary))
 
 
@@ -302,10 +289,9 @@ def verify(store: str, recompute: int, dataroot: Path | None, seed: int) -> None
 
     if recompute and not dataroot:
         raise click.UsageError("--recompute needs --dataroot")
-    with _one_message():
-        n_frames, problems = verify_store(store)
-        if dataroot and recompute and not problems:
-            problems += recompute_frames(store, dataroot, recompute, seed)
+    n_frames, problems = verify_store(store)
+    if dataroot and recompute and not problems:
+        problems += recompute_frames(store, dataroot, recompute, seed)
     for problem in problems:
         click.secho(f"  {problem}", fg="red", err=True)
     again = f", {min(recompute, n_frames)} recomputed" if recompute and not problems else ""
@@ -322,8 +308,7 @@ def view(store: str, frame: int, out: Path | None) -> None:
     from occfeat_targets.view import draw_frame
 
     out = out or Path(f"view-{frame}.png")
-    with _one_message():
-        draw_frame(store, frame, out)
+    draw_frame(store, frame, out)
     click.echo(f"wrote {out}")
 
 

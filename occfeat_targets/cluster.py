@@ -1,7 +1,4 @@
-"""Where tasks run: in this process, on a local Dask cluster, or on a running scheduler.
-
-The only module that imports dask.
-"""
+"""Where tasks run: in this process or on Dask, local or not. Only this module imports dask."""
 
 import logging
 import os
@@ -46,11 +43,8 @@ class InProcess:
         return [function(argument)]
 
     def run(self, function: Callable, jobs: Iterable) -> Iterator[tuple[Any, Any]]:
-        """``(job, result)`` or ``(job, exception)`` as jobs end.
-
-        ``jobs`` is drawn from as workers come free, so it may end early: what is running then is
-        still finished and yielded.
-        """
+        """``(job, result)`` or ``(job, exception)`` as jobs end. ``jobs`` is drawn from as workers
+        come free, so it may end early: what is running then is still finished and yielded."""
         for job in jobs:
             try:
                 result = function(job)
@@ -152,39 +146,30 @@ def executor(
     """Executor for the ``with`` block: at ``scheduler``, a running Dask scheduler's address such as
     ``tcp://host:8786``; or as many ``workers`` here, 0 for none but this process, each with so many
     ``threads`` (tasks at a time). None chooses by cores, memory and GPUs (one worker per GPU).
-
-    Raises ClusterError if the scheduler can't be reached or has no workers.
-    """
-    if scheduler is not None:
-        with _connect(scheduler) as client:
-            yield DaskExecutor(client)
-    elif workers == 0:
+    Raises ClusterError if the scheduler can't be reached or has no workers."""
+    if workers == 0 and scheduler is None:
         yield InProcess()
-    else:
-        import dask.config
-        from distributed import Client
+        return
+    import dask.config
+    from distributed import Client
 
+    if scheduler is None:
         with (
             dask.config.set(_SETTINGS),
             _local_cluster(workers, threads) as cluster,
             Client(cluster) as client,
         ):
             yield DaskExecutor(client)
-
-
-def _connect(scheduler: str) -> Any:
-    from distributed import Client
-
+        return
     try:
         client = Client(scheduler, timeout=_CONNECT_SECONDS)
     except (OSError, ValueError) as error:
         raise ClusterError(f"no Dask scheduler at {scheduler}: {error}") from error
-    if not client.nthreads():
-        client.close()
-        raise ClusterError(
-            f"the scheduler at {scheduler} has no workers: start some with dask worker {scheduler}"
-        )
-    return client
+    with client:
+        if not client.nthreads():
+            hint = f"start some with dask worker {scheduler}"
+            raise ClusterError(f"the scheduler at {scheduler} has no workers: {hint}")
+        yield DaskExecutor(client)
 
 
 def _local_cluster(workers: int | None, threads: int | None) -> Any:
@@ -195,16 +180,16 @@ def _local_cluster(workers: int | None, threads: int | None) -> Any:
     gpus = visible_gpus()
     chosen_workers, chosen_threads = choose(CPU_COUNT, MEMORY_LIMIT, len(gpus))
     workers, threads = workers or chosen_workers, threads or chosen_threads
-    options = {"nthreads": threads, "silence_logs": logging.CRITICAL, "dashboard_address": None}
+    quiet: Any = logging.CRITICAL
+    options = {"nthreads": threads, "silence_logs": quiet, "dashboard_address": None}
     options["memory_limit"] = MEMORY_LIMIT / workers
     specs = {i: {"cls": Nanny, "options": dict(options)} for i in range(workers)}
     for i in specs if gpus else ():  # each sees one GPU, set before its process imports torch
         specs[i]["options"]["env"] = {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]}
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    logging.getLogger("distributed").setLevel(quiet)
     # No dashboard; its server takes any free port, else it warns of other clusters on the machine.
     http = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}
     scheduler = {"cls": Scheduler, "options": http}
-    quiet: Any = logging.CRITICAL
     return SpecCluster(workers=specs, scheduler=scheduler, silence_logs=quiet)
 
 

@@ -1,8 +1,6 @@
-"""What a targets store is made of: each section's settings are declared beside their owner.
-
-Everything here changes the stored bytes and is recorded in the store; how a build is run
-(workers, scheduler, where dataroot and store lie) is not, so a build may be continued elsewhere.
-"""
+"""What a targets store is made of: each section's settings are declared beside their owner. All of
+it changes the stored bytes and is recorded in the store; how a build is run (workers, scheduler,
+places of dataroot and store) is not, so a build may be continued elsewhere."""
 
 from typing import Any, Self
 
@@ -24,8 +22,7 @@ class TargetsConfig(Settings):
     """Everything that decides the bytes of a targets store."""
 
     source: str = "auto"
-    """Whose dataroot it is: a name of ``sources.SOURCES``, ``package.module:name``, or whichever
-    recognises it."""
+    """Whose dataroot: a name of ``sources.SOURCES``, ``package.module:name``, or found out."""
     grid: VoxelGrid = VoxelGrid()
     lidar: LidarSettings = LidarSettings()
     teacher: TeacherSettings = TeacherSettings()
@@ -33,14 +30,12 @@ class TargetsConfig(Settings):
     boxes: BoxesSettings = BoxesSettings()
     map: MapSettings = MapSettings()
     outputs: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """What else to store: a name of ``outputs.OUTPUTS`` or ``package.module:name`` each, with its
-    settings."""
+    """What else to store: settings by a name of ``outputs.OUTPUTS`` or ``package.module:name``."""
     frames: FramesSettings = FramesSettings()
     block_frames: int = Field(default=32, ge=1)
     """Frames of one block: one task, one file of every large array, one unit of resuming."""
     train_preset: str = ""
-    """Name of the trainer preset this store is meant for; the trainer uses it unless told
-    otherwise. The demo sets it."""
+    """The trainer preset to use with this store, unless told otherwise. The demo sets it."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -9,14 +9,14 @@ blur, brightness, fog and snow are ImageNet-C's (Hendrycks & Dietterich 2019, in
   an image share their draws (the same plasma, snowflakes, blur angle; a camera that is lost at easy
   is lost at hard). RoboBEV's released set is one unseeded draw.
 - Levels are rounded to the nearest one, the published code cuts them off: half a level of 255.
-- RoboBEV stores a JPEG of full size and reads it again; here the image is resized at once and
-  becomes a JPEG only in the store.
+- RoboBEV stores a JPEG of full size and reads it again; here only the resized image becomes one.
 """
 
 import hashlib
 import math
 
 import numpy as np
+from numpy.random import Generator
 
 from occfeat_targets.store.schema import CORRUPTIONS, SEVERITIES
 
@@ -31,19 +31,10 @@ to a function for RGB ones, and the published set was made so."""
 def corrupt(
     image: np.ndarray, name: str, token: str, camera: str, cameras: tuple[str, ...], seed: int
 ) -> np.ndarray:
-    """One camera's image, corrupted: uint8 (H, W, 3), RGB.
-
-    Args:
-        image: the same, as the camera took it (1600x900): the sizes of blur and snowflakes are in
-            its pixels.
-        name: corruption and severity, one of :data:`CORRUPTED`, such as ``fog-easy``.
-        token: of the keyframe's sample.
-        camera, cameras: its channel, and those of the whole rig.
-        seed: of the whole set.
-
-    Raises:
-        KeyError, ValueError: there is no such corruption or severity.
-    """
+    """The image of ``camera``, one of the rig's ``cameras``, corrupted: uint8 (H, W, 3), RGB.
+    ``image`` is the same, as the camera took it (1600x900): the sizes of blur and snowflakes are in
+    its pixels. ``name`` is one of :data:`CORRUPTED`, ``token`` the keyframe's sample token,
+    ``seed`` the whole set's. Raises KeyError or ValueError if there is no such ``name``."""
     corruption, _, severity = name.partition("-")
     level = SEVERITIES.index(severity)
     if corruption == "camera_crash":
@@ -54,41 +45,34 @@ def corrupt(
 
 def crashed_cameras(level: int, cameras: tuple[str, ...], seed: int) -> tuple[str, ...]:
     """CameraCrash: those of a rig's cameras that are dead in the whole set, in the rig's order.
-
-    As in RoboBEV 2, 4 and 5 draws with replacement out of six, so that about 1.8, 3.1 and 3.6
+    RoboBEV makes 2, 4 and 5 draws with replacement out of six, so that about 1.8, 3.1 and 3.6
     different cameras die. Ours are the first 2, 4 and 5 of one sequence: a harder set has the dead
-    cameras of the easier one, and perhaps no others.
-    """
+    cameras of the easier one, and perhaps no others."""
     draws = _generator(seed, "camera_crash").integers(len(cameras), size=5)
     dead = set(draws[: (2, 4, 5)[level]].tolist())
     return tuple(camera for c, camera in enumerate(cameras) if c in dead)
 
 
-def _generator(seed: int, *what: str) -> np.random.Generator:
+def _generator(seed: int, *what: str) -> Generator:
     digest = hashlib.sha256(" ".join(what).encode()).digest()
     words = np.frombuffer(digest, dtype="<u4").tolist()
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *words])))
+    return Generator(np.random.Philox(np.random.SeedSequence([seed, *words])))
 
 
-def _frame_lost(image: np.ndarray, rng: np.random.Generator, probability: float) -> np.ndarray:
+def _frame_lost(image: np.ndarray, rng: Generator, probability: float) -> np.ndarray:
     """Black with a probability, each camera of each frame on its own."""
     return np.zeros_like(image) if rng.random() < probability else image
 
 
-def _motion_blur(
-    image: np.ndarray, rng: np.random.Generator, radius: int, sigma: float
-) -> np.ndarray:
+def _motion_blur(image: np.ndarray, rng: Generator, radius: int, sigma: float) -> np.ndarray:
     """ImageNet-C's motion blur, up to 45 degrees from horizontal."""
     return _levels(_smear(image.astype(np.float32), radius, sigma, rng.uniform(-45, 45)))
 
 
 def _smear(values: np.ndarray, radius: int, sigma: float, degrees: float) -> np.ndarray:
-    """Mean of ``2 radius + 1`` copies of an image, float32 (H, W, C), moved along a line, the i-th
-    by i pixels with weight exp(-i² / 2 sigma²).
-
-    One-sided: nothing moves the other way. What comes in over an edge is the edge's pixel. The
-    line's direction is in degrees from image right (0) to image down (90).
-    """
+    """Mean of ``2 radius + 1`` copies of an image, float32 (H, W, C), moved along a line (none the
+    other way), the i-th by i pixels with weight exp(-i² / 2 sigma²). What comes in over an edge is
+    the edge's pixel. ``degrees`` go from image right (0) to image down (90)."""
     height, width, channels = values.shape
     steps = np.arange(2 * radius + 1)
     weights = np.exp(-(steps**2) / (2 * sigma**2))
@@ -112,16 +96,14 @@ def _smear(values: np.ndarray, radius: int, sigma: float, degrees: float) -> np.
     return result.reshape(values.shape)
 
 
-def _color_quant(image: np.ndarray, rng: np.random.Generator, bits: int) -> np.ndarray:
+def _color_quant(image: np.ndarray, rng: Generator, bits: int) -> np.ndarray:
     """Only the leading bits of each channel stay (Pillow's posterize)."""
     return image & np.uint8(256 - (1 << (8 - bits)))
 
 
-def _brightness(image: np.ndarray, rng: np.random.Generator, added: float) -> np.ndarray:
-    """HSV value plus ``added``, at most 1; hue and saturation stay.
-
-    RGB is proportional to the value at given hue and saturation; black has none and becomes grey.
-    """
+def _brightness(image: np.ndarray, rng: Generator, added: float) -> np.ndarray:
+    """HSV value plus ``added``, at most 1; hue and saturation stay, so RGB is proportional to the
+    value; black has none and becomes grey."""
     value = image.max(axis=2, keepdims=True).astype(np.float32) / 255
     brighter = np.minimum(value + np.float32(added), 1)
     gain = np.divide(brighter, value, out=np.zeros_like(value), where=value > 0)
@@ -129,11 +111,10 @@ def _brightness(image: np.ndarray, rng: np.random.Generator, added: float) -> np
 
 
 def _low_light(
-    image: np.ndarray, rng: np.random.Generator, scale: float, photons: float, sigma: float
+    image: np.ndarray, rng: Generator, scale: float, photons: float, sigma: float
 ) -> np.ndarray:
-    """Range stretched to 0..1, squared, darkened to at most ``scale``; then photon noise (a value
-    of 1 expects ``photons``), then sensor noise, drawn first: the severities share it, as they
-    can't share photon counts."""
+    """Range stretched to 0..1, squared, darkened by ``scale``; photon noise (1: ``photons``); and
+    sensor noise, drawn first: severities share it, since they can't share photon counts."""
     low, high = int(image.min()), int(image.max())
     stretched = (np.arange(256) - low) / max(high - low, 1)
     sensor = rng.standard_normal(image.shape, dtype=np.float32)
@@ -142,7 +123,7 @@ def _low_light(
     return _levels(255 * np.clip(np.minimum(light, 1) + np.float32(sigma) * sensor, 0, 1))
 
 
-def _fog(image: np.ndarray, rng: np.random.Generator, amount: float, decay: float) -> np.ndarray:
+def _fog(image: np.ndarray, rng: Generator, amount: float, decay: float) -> np.ndarray:
     """ImageNet-C's fog: a plasma is added, and all of it scaled back to the image's range."""
     height, width, _ = image.shape
     size = 1 << (max(height, width) - 1).bit_length()
@@ -151,22 +132,16 @@ def _fog(image: np.ndarray, rng: np.random.Generator, amount: float, decay: floa
     return _levels((image + 255 * fog) * np.float32(brightest / (brightest + amount)))
 
 
-def plasma(size: int, decay: float, rng: np.random.Generator) -> np.ndarray:
-    """Plasma fractal by diamond-square on a torus, as ImageNet-C's fog has it: float32 (size, size)
-    from 0 to 1, for a power of two.
-
-    From one point on, each round halves the spacing: first the centres of the squares, the mean of
-    their four corners plus noise, then the middles of the sides, the mean of two corners and two
-    centres plus noise. ImageNet-C multiplies its ``wibble`` with noise of the same range, so the
-    noise gets smaller by the square of ``decay`` (above 1; small is rough). Draws do not depend on
-    it.
-    """
+def plasma(size: int, decay: float, rng: Generator) -> np.ndarray:
+    """Plasma fractal by diamond-square on a torus, as in ImageNet-C's fog: float32 (size, size)
+    from 0 to 1, for a power of two. From one point on, each round halves the spacing: first the
+    centres of the squares, the mean of their four corners plus noise, then the middles of the
+    sides, the mean of two corners and two centres plus noise. ImageNet-C multiplies its ``wibble``
+    with noise of the same range: the noise gets smaller by the square of ``decay`` (above 1; small
+    is rough). Draws do not depend on it."""
     corners, range_ = np.zeros((1, 1), dtype=np.float32), 1.0
-    while len(corners) < size:
-        n = len(corners)
-        noise = rng.random((3, n, n), dtype=np.float32)
-        noise -= 0.5
-        noise *= np.float32(2 * range_)
+    while (n := len(corners)) < size:
+        noise = (rng.random((3, n, n), dtype=np.float32) - 0.5) * np.float32(2 * range_)
         pairs = corners + np.roll(corners, -1, axis=0)
         centres = (pairs + np.roll(pairs, -1, axis=1)) / 4 + noise[0]
         tops = corners + np.roll(corners, -1, axis=1) + centres + np.roll(centres, 1, axis=0)
@@ -181,19 +156,16 @@ def plasma(size: int, decay: float, rng: np.random.Generator) -> np.ndarray:
 
 def _snow(
     image: np.ndarray,
-    rng: np.random.Generator,
+    rng: Generator,
     noise: tuple[float, float],
     zoom: float,
     threshold: float,
     blur: tuple[int, float],
     keep: float,
 ) -> np.ndarray:
-    """ImageNet-C's snow: a whitened image, and blurred flakes on it, twice.
-
-    Noise (of a mean and spread), its middle enlarged by ``zoom``, is snow where it reaches
-    ``threshold``, smeared (``blur``: radius, sigma) in a direction drawn last. ``keep`` of the
-    image stays; the rest is at least 1.5 times its grey plus a half.
-    """
+    """ImageNet-C's snow: a whitened image (``keep`` of it, the rest at least 1.5 times its grey
+    plus a half), and flakes on it, twice: ``noise`` (mean, spread), its middle enlarged by
+    ``zoom``, where it reaches ``threshold``, smeared (``blur``: radius, sigma)."""
     height, width, _ = image.shape
     mean, spread = map(np.float32, noise)
     flakes = mean + spread * rng.standard_normal((height, width), dtype=np.float32)
@@ -208,10 +180,8 @@ def _snow(
 
 
 def _zoom_middle(values: np.ndarray, zoom: float) -> np.ndarray:
-    """The middle 1 / zoom of an image (H, W), linearly enlarged to H, W or slightly more.
-
-    First and last samples stay first and last (as ``scipy.ndimage.zoom`` of order 1).
-    """
+    """The middle 1 / zoom of an image (H, W), linearly enlarged to H, W or slightly more; first and
+    last samples stay first and last (as ``scipy.ndimage.zoom`` of order 1)."""
     for axis, n in enumerate(values.shape):
         kept = math.ceil(n / zoom)
         first = (n - kept) // 2

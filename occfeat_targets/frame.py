@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from occfeat_targets.config import TargetsConfig
-from occfeat_targets.outputs import ALWAYS, OUTPUTS
+from occfeat_targets.outputs import OUTPUTS
 from occfeat_targets.outputs.base import FrameInputs, Layout, Output
 from occfeat_targets.sources.base import FrameError, FrameRecord
 from occfeat_targets.store.settings import Settings
@@ -27,12 +27,11 @@ SHARED = ("cameras", "box_classes", "vehicle_classes", "map_classes")
 def layout_of(config: TargetsConfig, shared: Mapping[str, Any], feature_dim: int) -> Layout:
     """What the outputs of a store have in common, by its settings, the teacher's channels, and
     ``shared``, which has the keys :data:`SHARED`: ``vars(dataset)``, or a store's attributes."""
-    sweeps = config.lidar.sweeps
     return Layout(
         grid=config.grid,
         image_size=config.images.size,
-        max_points=config.lidar.max_points * sweeps,
-        sweeps=sweeps,
+        max_points=config.lidar.max_points * config.lidar.sweeps,
+        sweeps=config.lidar.sweeps,
         feature_dim=feature_dim,
         **{key: tuple(shared[key]) for key in SHARED},
     )
@@ -40,7 +39,7 @@ def layout_of(config: TargetsConfig, shared: Mapping[str, Any], feature_dim: int
 
 def make_outputs(config: TargetsConfig, layout: Layout) -> list[Output]:
     """The outputs of a store, each with its settings."""
-    names = [name for name in ALWAYS if name != "map" or layout.map_classes]
+    names = [name for name in OUTPUTS.names if name != "map" or layout.map_classes]
     outputs = [OUTPUTS(name)(getattr(config, name, Settings()), layout) for name in names]
     for name, values in config.outputs.items():
         output = OUTPUTS(name)
@@ -57,10 +56,9 @@ def stored_outputs(attrs: dict[str, Any]) -> tuple[TargetsConfig, list[Output]]:
 def frame_targets(
     record: FrameRecord, config: TargetsConfig, outputs: Sequence[Output], teacher: Teacher
 ) -> dict[str, np.ndarray]:
-    """What the store holds of one frame that is not in the dataset's tables: arrays by the names,
-    dtypes and axes of the outputs' specs, trimmed to what is valid. Raises FrameError, naming
-    scene, sample and file, if the frame can't be processed; or the array, if an output does not
-    give what its specs say."""
+    """What the store holds of one frame that is not in the tables: arrays by the names, dtypes and
+    axes of the outputs' specs, trimmed to what is valid. Raises FrameError: the frame can't be
+    processed (naming scene, sample, file), or an output does not give what its specs say."""
     full_size = config.images.corruption != "none"  # it works on the original's pixels
     layout, near_m, size = outputs[0].layout, config.lidar.near_m, config.teacher.input_size
     inputs = FrameInputs(record, layout, near_m, teacher, size, full_size)
@@ -71,7 +69,7 @@ def frame_targets(
             _require_specs(output, given)
             arrays |= given
         _require_same_rows(outputs, arrays)
-    except ValueError as error:  # ImageError among them
+    except ValueError as error:
         raise FrameError(f"{record}: {error}") from error
     return arrays
 

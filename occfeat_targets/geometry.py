@@ -1,9 +1,6 @@
-"""Rigid transforms and the pinhole projection, in float64.
-
-``a_T_b`` is a 4x4 matrix that takes points from frame b to frame a, so that
-``a_T_c = a_T_b @ b_T_c``. Camera frames are OpenCV's: x right, y down, z forward.
-Pixels are continuous: the image covers [0, W) x [0, H) in (u, v).
-"""
+"""Rigid transforms and the pinhole projection, in float64. ``a_T_b`` is a 4x4 matrix that takes
+points from frame b to frame a: ``a_T_c = a_T_b @ b_T_c``. Camera frames are OpenCV's: x right, y
+down, z forward. Pixels are continuous: the image covers [0, W) x [0, H) in (u, v)."""
 
 import numpy as np
 
@@ -19,10 +16,8 @@ def inverse_rigid(a_T_b: np.ndarray) -> np.ndarray:
 
 
 def rotation_matrices(wxyz: np.ndarray) -> np.ndarray:
-    """Rotation matrices (..., 3, 3) of quaternions (..., 4) in nuScenes' order w, x, y, z.
-
-    Quaternions are normalised first, as pyquaternion does; a zero quaternion gives NaN.
-    """
+    """Rotation matrices (..., 3, 3) of quaternions (..., 4) in nuScenes' order w, x, y, z, which
+    are normalised first, as pyquaternion does; a zero quaternion gives NaN."""
     q = np.asarray(wxyz, dtype=np.float64)
     with np.errstate(invalid="ignore"):
         q = q / np.linalg.norm(q, axis=-1, keepdims=True)
@@ -66,11 +61,8 @@ def project(
     K: np.ndarray, cam_T_ego: np.ndarray, xyz_ego: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ego points (M, 3), metres, in every camera: ``(uv, depth)``, float64 (N, M, 2) continuous
-    pixels and (N, M) metres along the optical axis.
-
-    ``K`` is float64 (N, 3, 3), ``cam_T_ego`` (N, 4, 4), each at its camera's own exposure time.
-    ``uv`` of points with depth <= 0 is meaningless; see :func:`in_image`.
-    """
+    pixels (meaningless where depth <= 0) and (N, M) metres along the optical axis. ``K`` is
+    float64 (N, 3, 3), ``cam_T_ego`` (N, 4, 4), each at its camera's own exposure time."""
     xyz_cam = transform(cam_T_ego, xyz_ego[None])
     depth = xyz_cam[..., 2]
     uvw = xyz_cam @ np.swapaxes(K, -1, -2)

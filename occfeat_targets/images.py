@@ -8,10 +8,6 @@ from PIL import Image
 from occfeat_targets.store.schema import JPEG_HOLE
 
 
-class ImageError(ValueError):
-    """A camera image is missing, broken or not what its record says; the message names it."""
-
-
 def check_jpeg(path: Path, hw: tuple[int, int]) -> str | None:
     """What is wrong with the file's header, or None. Reads the header only."""
     try:
@@ -29,20 +25,19 @@ def check_jpeg(path: Path, hw: tuple[int, int]) -> str | None:
 
 def decode_jpeg(path: Path, at_least_hw: tuple[int, int]) -> Image.Image:
     """Decode at the smallest DCT scale (1, 1/2, 1/4, 1/8) that covers ``at_least_hw``: an RGB
-    image, whose size may be a fraction of the file's. Raises ImageError, naming the file, if it is
-    missing, truncated, has a hole, or breaks the decoder. Flipped bits in the middle can't be told
-    from image content."""
+    image. Raises ValueError, naming the file, if it is missing, truncated, has a hole, or breaks
+    the decoder. Flipped bits in the middle can't be told from image content."""
     try:
         content = path.read_bytes()
         if JPEG_HOLE in content:  # decoders paint such damage grey and say nothing
-            raise ImageError(f"{path}: the JPEG has a hole of zero bytes in it")
+            raise ValueError(f"{path}: the JPEG has a hole of zero bytes in it")
         image = Image.open(io.BytesIO(content))
         image.draft("RGB", (at_least_hw[1], at_least_hw[0]))
         return image.convert("RGB")
     except FileNotFoundError:
-        raise ImageError(f"{path} is missing") from None
+        raise ValueError(f"{path} is missing") from None
     except (OSError, SyntaxError) as error:  # Pillow's words for truncated and corrupt data
-        raise ImageError(f"{path}: cannot decode the JPEG: {error}") from error
+        raise ValueError(f"{path}: cannot decode the JPEG: {error}") from error
 
 
 def resize(image: Image.Image, hw: tuple[int, int]) -> Image.Image:

@@ -1,5 +1,6 @@
 """What a store holds, as a plain dict and as text."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,7 @@ from occfeat_targets.store.schema import FAILED, MARKERS
 
 
 def summarise(url: str) -> dict[str, Any]:
-    """Frames, splits, voxel counts, bytes, teacher and config of a store, finished or not. Raises
-    StoreError if there is no readable store."""
+    """What a store holds, finished or not. Raises StoreError if there is no readable store."""
     store = open_store(url, allow_incomplete=True)
     attrs, sizes = store.attrs, find(url)
     keys = ("teacher", "source", "cameras", "config", "software")
@@ -27,19 +27,16 @@ def summarise(url: str) -> dict[str, Any]:
         size = attrs["config"]["block_frames"]
         done = sum(name.endswith(".json") for name in find(url, MARKERS))
         return summary | {"blocks": -(-len(store) // size), "blocks_done": done}
+    origins = [(store.split(i), store.scene(i)) for i in range(len(store))]
     return summary | {
-        "splits": _splits(store),
+        "splits": {
+            name: {"frames": n, "scenes": len({scene for split, scene in origins if split == name})}
+            for name, n in sorted(Counter(split for split, _ in origins).items())
+        },
         "map_classes": attrs["map_classes"],
         "failed": attrs["failed"],
         "voxels_per_frame": _voxels(store),
     }
-
-
-def _splits(store: TargetStore) -> dict[str, dict[str, int]]:
-    found: dict[str, list[str]] = {}
-    for i in range(len(store)):
-        found.setdefault(store.split(i), []).append(store.scene(i))
-    return {name: {"frames": len(s), "scenes": len({*s})} for name, s in sorted(found.items())}
 
 
 def _voxels(store: TargetStore) -> dict[str, Any]:
@@ -76,8 +73,7 @@ def as_text(summary: dict[str, Any]) -> str:
     for name, split in summary.get("splits", {}).items():
         rows.append((name, f"{split['frames']} frames of {split['scenes']} scene(s)"))
     if voxels := summary.get("voxels_per_frame"):
-        text = "min {min}, median {median:g}, max {max}".format_map(voxels)
-        rows.append(("voxels/frame", text))
+        rows.append(("voxels/frame", "min {min}, median {median:g}, max {max}".format_map(voxels)))
         most = max(voxels["histogram"].values(), default=1)
         for label, n in voxels["histogram"].items():
             rows.append(("", f"{label:>13} {'#' * round(30 * n / most)} {n}"))

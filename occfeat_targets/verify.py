@@ -23,14 +23,10 @@ from occfeat_targets.teachers.base import describe
 
 def verify_store(url: str) -> tuple[int, list[str]]:
     """Check every object against its checksum, then every frame: shapes, ranges, order, images,
-    scales, and whether what is stored fits together.
-
-    Returns the number of frames, and one line per problem, naming the object, or frame, scene and
-    sample. Raises StoreError if the store can't be opened at all.
-    """
+    scales, and whether it fits together. Returns the number of frames, and a line per problem,
+    naming object, or frame, scene and sample. Raises StoreError if the store can't be opened."""
     store = open_store(url)
-    problems = list(check_objects(url))
-    if problems:
+    if problems := list(check_objects(url)):
         return len(store), problems
     try:
         _, outputs = stored_outputs(store.attrs)
@@ -46,20 +42,16 @@ def verify_store(url: str) -> tuple[int, list[str]]:
 
 
 def recompute_frames(url: str, dataroot: Path, count: int, seed: int) -> list[str]:
-    """Compute random frames again from the dataroot and compare with what is stored.
-
-    Each output says what must be equal and what may differ by rounding, since processors and
-    library versions differ. Raises StoreError, SourceError or TeacherError if store, dataroot or
-    teacher can't be used.
-    """
+    """Compute random frames again from the dataroot and compare with what is stored. Each output
+    says what must be equal and what may differ by rounding, since processors and library versions
+    differ. Raises StoreError, SourceError or TeacherError if one of these can't be used."""
     store = open_store(url)
     config, outputs = stored_outputs(store.attrs)
     teacher = shared_teacher(config.teacher)
     # Not precision: a store built on a GPU can be checked on a CPU.
     ours, theirs = describe(teacher, config.teacher), store.attrs["teacher"]
     same = ("weights", "layer", "dim", "input_size")
-    other = differences({key: theirs[key] for key in same}, {key: ours[key] for key in same})
-    if other:
+    if other := differences({k: theirs[k] for k in same}, {k: ours[k] for k in same}):
         return [f"the teacher here is not the store's: {'; '.join(other)}"]
     good = np.flatnonzero(store.per_frame["n_voxels"] != FAILED)
     rng = np.random.default_rng(seed)

@@ -10,9 +10,7 @@ from occfeat_targets.store.reader import open_store
 
 def draw_frame(url: str, i: int, out: Path) -> None:
     """The cameras with the projected occupied voxels, coloured by their feature, and the BEV.
-    Raises StoreError if the store or the frame can't be read, and ValueError if there is no such
-    frame."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    Raises StoreError if store or frame can't be read, and ValueError if there is no such frame."""
     from matplotlib.figure import Figure
 
     store = open_store(url)
@@ -20,7 +18,6 @@ def draw_frame(url: str, i: int, out: Path) -> None:
         raise ValueError(f"no frame {i}: {url} has frames 0 to {len(store) - 1}")
     frame, (_, outputs) = store.frame(i), stored_outputs(store.attrs)
     figure = Figure(figsize=(24, 7.2), layout="constrained")
-    FigureCanvasAgg(figure)
     parts: Any = figure.subfigures(1, 2, width_ratios=[2.7, 1])
     cameras, bev = parts
     n = len(store.attrs["cameras"])

@@ -1,10 +1,7 @@
-"""Records to a store: begin, write blocks, finalise; resumable, byte for byte.
-
-While a store is being built it holds ``build/blocks/00042.json`` for every finished block, written
-after the block's arrays: a chunk's existence proves nothing, since Zarr drops empty ones. The
-client alone writes the small per-frame arrays, sets ``complete``, and last of all writes the
-checksums of all objects.
-"""
+"""Records to a store: begin, write blocks, finalise; resumable, byte for byte. While a store is
+being built it holds ``build/blocks/00042.json`` for every finished block, written after the block's
+arrays: a chunk's existence proves nothing, since Zarr drops empty ones. The client alone writes the
+small per-frame arrays, sets ``complete``, and last writes all objects' checksums."""
 
 import hashlib
 import json
@@ -25,13 +22,11 @@ from occfeat_targets.outputs.base import Output
 from occfeat_targets.outputs.points import point_step_m
 from occfeat_targets.sources.base import Dataset, FrameError, FrameRecord
 from occfeat_targets.store import checksums, files, schema
-from occfeat_targets.store.checksums import RecordingStore
 from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.reader import SEAL, array_seals, seal
-from occfeat_targets.store.schema import ArraySpec
 from occfeat_targets.store.settings import differences
 from occfeat_targets.teachers import shared_teacher
-from occfeat_targets.teachers.base import Teacher, TeacherError, describe
+from occfeat_targets.teachers.base import TeacherError, describe
 
 
 @dataclass(frozen=True)
@@ -53,9 +48,8 @@ class BlockJob:
 
 
 def begin(url: str, config: TargetsConfig, dataset: Dataset, overwrite: bool) -> None:
-    """Create the root group, or check that the one there is this very build's. Raises StoreError
-    if the place is not writable, holds something else, or was begun with other settings (all
-    differences listed)."""
+    """Create the root group, or check that the one there is this very build's. Raises StoreError:
+    not writable, something else there, or begun with other settings (all differences listed)."""
     fs, path = files.filesystem(url)
     trash = f"{path}.deleting"
     wanted = _root_attributes(config, dataset)
@@ -86,8 +80,7 @@ def _refuse_other(url: str, existing: dict, wanted: dict) -> None:
         )
     identity = {"config", "source", "teacher", "scenes", "splits", *SHARED, "records_sha256"}
     both = identity & existing.keys() & wanted.keys()
-    changed = differences({k: existing[k] for k in both}, {k: wanted[k] for k in both})
-    if changed:
+    if changed := differences({k: existing[k] for k in both}, {k: wanted[k] for k in both}):
         lines = "\n  ".join(changed)
         raise StoreError(
             f"{url} was begun with other settings (stored -> wanted):\n  {lines}\n"
@@ -114,7 +107,7 @@ def set_teacher(url: str, config: TargetsConfig, teacher: dict) -> None:
     group.attrs.update({"arrays": arrays, "teacher": teacher})
 
 
-def _specs(outputs: Sequence[Output]) -> list[ArraySpec]:
+def _specs(outputs: Sequence[Output]) -> list[schema.ArraySpec]:
     return [spec for output in outputs for spec in output.specs()]
 
 
@@ -136,8 +129,7 @@ def plan(
     url: str, config: TargetsConfig, records: Sequence[FrameRecord], teacher: dict, skip: bool
 ) -> list[BlockJob]:
     """Jobs of the blocks that are not done: without a marker, or with failed frames in it."""
-    markers = _read_markers(url)
-    size = config.block_frames
+    markers, size = _read_markers(url), config.block_frames
     return [
         BlockJob(url, start // size, tuple(records[start : start + size]), config, teacher, skip)
         for start in range(0, len(records), size)
@@ -146,20 +138,23 @@ def plan(
 
 
 def write_block(job: BlockJob) -> dict[int, str]:
-    """Compute one block, write its part of every array, then its marker.
-
-    Returns the frames that failed, index to message; without ``skip_errors`` the block was not
-    written then. Raises TeacherError if this worker's teacher is not the one the store was begun
-    with, and StoreError if the block can't be written (disk full, no permission).
-    """
+    """Compute one block, write its part of every array, then its marker. Returns the frames that
+    failed, index to message; without ``skip_errors`` nothing was written then. Raises TeacherError
+    (not the store's teacher) and StoreError (can't be written: disk full, no permission)."""
     teacher = shared_teacher(job.config.teacher)
-    mine = differences(job.teacher, describe(teacher, job.config.teacher))
-    if mine:
+    if mine := differences(job.teacher, describe(teacher, job.config.teacher)):
         raise TeacherError(f"this worker's teacher differs from the store's: {'; '.join(mine)}")
     outputs = stored_outputs(dict(_open(job)[0].attrs))[1]
-    frames, failed = _compute(job, outputs, teacher)
-    if failed and not job.skip_errors:
-        return failed
+    frames: list[dict[str, np.ndarray]] = []
+    failed: dict[int, str] = {}
+    for i, record in enumerate(job.records, job.start):
+        try:
+            frames.append(frame_targets(record, job.config, outputs, teacher))
+        except FrameError as error:
+            failed[i] = str(error)
+            if not job.skip_errors:
+                return failed
+            frames.append({})
     try:
         write_frames(job, outputs, frames, failed)
     except OSError as error:
@@ -170,45 +165,22 @@ def write_block(job: BlockJob) -> dict[int, str]:
     return failed
 
 
-def write_frames(
-    job: BlockJob, outputs: Sequence[Output], frames: list[dict], failed: dict[int, str]
-) -> None:
-    """Write a block's computed frames, empty dicts where one failed: its arrays, its marker."""
-    group, recorder = _open(job)
-    _write_arrays(group, job, _specs(outputs), frames)
-    _open(job)
-    _write_marker(job, _specs(outputs), frames, failed, recorder.written)
-
-
-def _open(job: BlockJob) -> tuple[zarr.Group, RecordingStore]:
+def _open(job: BlockJob) -> tuple[zarr.Group, checksums.RecordingStore]:
     """The job's store, if it still is: a task can outlive its client and meet a newer store."""
-    recorder = RecordingStore(files.zarr_store(job.url, read_only=False))
+    recorder = checksums.RecordingStore(files.zarr_store(job.url, read_only=False))
     group = zarr.open_group(recorder, mode="r+", zarr_format=3)
     if group.attrs["config"] != job.config.plain() or group.attrs["teacher"] != job.teacher:
         raise StoreError(f"{job.url} was replaced by a store with other settings meanwhile")
     return group, recorder
 
 
-def _compute(
-    job: BlockJob, outputs: Sequence[Output], teacher: Teacher
-) -> tuple[list[dict], dict[int, str]]:
-    frames: list[dict[str, np.ndarray]] = []
-    failed: dict[int, str] = {}
-    for i, record in enumerate(job.records, job.start):
-        try:
-            frames.append(frame_targets(record, job.config, outputs, teacher))
-        except FrameError as error:
-            failed[i] = str(error)
-            frames.append({})
-            if not job.skip_errors:
-                break
-    return frames, failed
-
-
-def _write_arrays(
-    group: zarr.Group, job: BlockJob, specs: Sequence[ArraySpec], frames: list[dict]
+def write_frames(
+    job: BlockJob, outputs: Sequence[Output], frames: list[dict], failed: dict[int, str]
 ) -> None:
-    """Each array's shard of this block in one write; the tail that no frame uses stays fill."""
+    """Write a block's computed frames, empty dicts where one failed: each array's shard in one
+    write, where the tail that no frame uses stays fill; then the marker."""
+    group, recorder = _open(job)
+    specs = _specs(outputs)
     for spec in specs:
         if spec.chunk is None:
             continue
@@ -220,15 +192,7 @@ def _write_arrays(
                 row[: len(frame[spec.name])] = frame[spec.name]
         array: Any = group[spec.name]
         array[job.start : job.start + len(frames), :rows] = buffer
-
-
-def _write_marker(
-    job: BlockJob,
-    specs: Sequence[ArraySpec],
-    frames: list[dict],
-    failed: dict[int, str],
-    written: dict[str, checksums.Checksum],
-) -> None:
+    _open(job)
     counted = {spec.rows: spec.name for spec in specs if spec.rows}
 
     def small(frame: dict[str, np.ndarray]) -> dict:
@@ -240,30 +204,41 @@ def _write_marker(
     done = {
         "frames": [small(frame) if frame else None for frame in frames],
         "failed": {str(i): message for i, message in failed.items()},
-        "objects": written,
+        "objects": recorder.written,
     }
+    _write_marker(job, json.dumps(done).encode())
+
+
+def _write_marker(job: BlockJob, content: bytes) -> None:
     fs, path = files.filesystem(job.url)
     target = f"{path}/{schema.MARKERS}/{job.index:05d}.json"
     fs.makedirs(f"{path}/{schema.MARKERS}", exist_ok=True)
-    fs.pipe_file(f"{target}.partial", json.dumps(done).encode())
+    fs.pipe_file(f"{target}.partial", content)
     fs.mv(f"{target}.partial", target)  # a rename on a local disk: all or nothing
 
 
 def finalise(url: str, config: TargetsConfig, dataset: Dataset) -> dict[int, str]:
-    """All blocks are there: write the per-frame arrays, mark the store complete, tidy up.
-
-    Returns failed frames, index to message: their blocks' markers stay, so that the same command
-    can try them again. Raises StoreError if blocks are missing.
-    """
+    """All blocks are there: write the per-frame arrays (from the tables and the markers), mark the
+    store complete, tidy up. Returns failed frames, index to message: their blocks' markers stay, so
+    that the same command can try them again. Raises StoreError if blocks are missing."""
     markers = _read_markers(url)
     n_blocks = math.ceil(len(dataset.records) / config.block_frames)
-    missing = sorted(set(range(n_blocks)) - markers.keys())
-    if missing:
+    if missing := sorted({*range(n_blocks)} - markers.keys()):
         raise StoreError(f"{url}: {len(missing)} of {n_blocks} blocks are not done: {missing[:10]}")
     ordered = [markers[index] for index in range(n_blocks)]
     failed = {int(i): text for marker in ordered for i, text in marker["failed"].items()}
     group = files.open_group(url, "r+")
-    _write_small(group, dataset, [frame for marker in ordered for frame in marker["frames"]])
+    outputs = stored_outputs(dict(group.attrs))[1]
+    of_records = {name: v for output in outputs for name, v in output.of_records(dataset).items()}
+    frames = [frame for marker in ordered for frame in marker["frames"]]
+    for spec in _specs(outputs):
+        if spec.chunk is None:
+            unknown = np.full(spec.shape, schema.FAILED if spec.name == "n_voxels" else 0).tolist()
+            values = of_records.get(spec.name)
+            if values is None:
+                values = np.array([f[spec.name] if f else unknown for f in frames])
+            array: Any = group[spec.name]
+            array[:] = values
     attrs = {"failed": {str(i): text for i, text in failed.items()}, "complete": True}
     group.attrs.update(attrs | {SEAL: seal({**group.attrs, **attrs})})
     sweep_litter(url)  # a killed worker's, which must not be among what has a checksum
@@ -273,26 +248,12 @@ def finalise(url: str, config: TargetsConfig, dataset: Dataset) -> dict[int, str
     return failed
 
 
-def _write_small(group: zarr.Group, dataset: Dataset, frames: list[dict | None]) -> None:
-    """The per-frame arrays: from the tables, and what the markers say of each frame."""
-    outputs = stored_outputs(dict(group.attrs))[1]
-    of_records = {name: v for output in outputs for name, v in output.of_records(dataset).items()}
-    for spec in _specs(outputs):
-        if spec.chunk is None:
-            failed = np.full(spec.shape, schema.FAILED if spec.name == "n_voxels" else 0).tolist()
-            values = of_records.get(spec.name)
-            if values is None:
-                values = np.array([f[spec.name] if f else failed for f in frames])
-            array: Any = group[spec.name]
-            array[:] = values
-
-
 def sweep_litter(url: str) -> None:
     """Delete the ``*.partial`` files of killed writers, and the markers of a finished build."""
     fs, path = files.filesystem(url)
-    for file in files.find(url):
-        if file.endswith(".partial"):
-            fs.rm(file)
+    for key in files.find(url):
+        if key.endswith(".partial"):
+            fs.rm(f"{path}/{key}")
     if is_complete(url) and fs.exists(f"{path}/build"):
         fs.rm(f"{path}/build", recursive=True)
 
@@ -305,7 +266,7 @@ def _root_attributes(config: TargetsConfig, dataset: Dataset) -> dict:
         "complete": False,
         "n_frames": len(dataset.records),
         "records_sha256": _records_sha256(dataset),
-        "grid": config.grid.to_dict(),
+        "grid": config.plain()["grid"],
         "config": config.plain(),
         **{key: list(getattr(dataset, key)) for key in ("scenes", "splits", *SHARED)},
         "point_step_m": point_step_m(config.grid),
@@ -342,6 +303,6 @@ def _existing_attributes(url: str) -> dict | None:
 
 
 def _read_markers(url: str) -> dict[int, dict]:
-    fs = files.filesystem(url)[0]
-    found = (Path(file) for file in files.find(url, schema.MARKERS) if file.endswith(".json"))
-    return {int(file.stem): json.loads(fs.cat_file(str(file))) for file in found}
+    fs, path = files.filesystem(url)
+    found = (key for key in files.find(url, schema.MARKERS) if key.endswith(".json"))
+    return {int(Path(key).stem): json.loads(fs.cat_file(f"{path}/{key}")) for key in found}

@@ -226,7 +226,7 @@ def _kill_at(monkeypatch, module, name, call=1):
 
 
 MOMENTS = {
-    "before the small arrays": (writer, "_write_small", 1),
+    "before the small arrays": (writer, "stored_outputs", 3),  # after two blocks
     "after complete, before the checksums": (checksums, "write_checksums", 1),
     "before their data": (checksums, "_text", 2),
     "before the markers are deleted": (writer, "sweep_litter", 3),

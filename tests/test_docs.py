@@ -22,8 +22,7 @@ from occfeat_targets import cluster
 from occfeat_targets.cli import main as occfeat_targets
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.frame import layout_of, make_outputs
-from occfeat_targets.sources.nuscenes import CAMERAS
-from occfeat_targets.sources.nuscenes_map import MAP_CLASSES
+from occfeat_targets.sources.nuscenes import CAMERAS, MAP_CLASSES
 from occfeat_train.cli import main as occfeat_train
 from occfeat_train.config import TrainConfig
 
@@ -188,6 +187,8 @@ def test_the_examples_of_extending_run_together(tmp_path, monkeypatch, in_proces
     assert EXTENDING[0] == "export PYTHONPATH=."
     monkeypatch.syspath_prepend(str(tmp_path))
     modules = {Path(name).stem for name in files}
+    for name in modules:  # other tests' toys have the same names
+        monkeypatch.delitem(sys.modules, name, raising=False)
     try:
         with chdir(tmp_path):
             printed = {line: run(line) for line in EXTENDING[1:]}

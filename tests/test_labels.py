@@ -18,7 +18,7 @@ from occfeat_targets.outputs.boxes import footprint, vehicle_masks
 from occfeat_targets.outputs.map import map_masks
 from occfeat_targets.outputs.masks import draw_line, fill_polygon
 from occfeat_targets.sources.base import Boxes, MapLayers, Shapes
-from occfeat_targets.sources.nuscenes_map import AREAS, MAP_CLASSES
+from occfeat_targets.sources.nuscenes import AREAS, MAP_CLASSES
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.teachers.base import NoTeacher
 
@@ -278,8 +278,8 @@ def test_map_is_moved_into_the_ego_frame(seed):
     layers[0][0].append(star(rng, layers[0][0][0].mean(axis=0), 3, 7))
     layers[1].append([star(rng, here + 5000, 9, 9)])
     lines = [[here + rng.uniform(-25, 25, (5, 2))] for _ in range(2)]
-    areas = dict(zip(AREAS, map(Shapes.of, layers), strict=True))
-    found = map_masks(MapLayers(areas, {"divider": Shapes.of(lines)}), global_T_ego, 1.5, GRID)
+    areas = dict(zip(AREAS, map(Shapes, layers), strict=True))
+    found = map_masks(MapLayers(areas, {"divider": Shapes(lines)}), global_T_ego, 1.5, GRID)
     masks = np.stack([found[name] for name in MAP_CLASSES])
     np.testing.assert_array_equal(masks, naive_map(layers, lines, global_T_ego, 1.5, BOUNDS))
     assert masks.any(axis=(1, 2)).all()

@@ -11,7 +11,7 @@ import train_reference as reference
 from tiny_store import make_tiny_store
 from train_runs import assert_same_state, log_of, options, run
 
-from occfeat_targets.sources.nuscenes_map import MAP_CLASSES
+from occfeat_targets.sources.nuscenes import MAP_CLASSES
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import open_store
 from occfeat_train.data.dataset import FrameDataset

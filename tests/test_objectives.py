@@ -10,7 +10,7 @@ import torch
 import train_reference as reference
 from torch import nn
 
-from occfeat_targets.sources.nuscenes_map import MAP_CLASSES
+from occfeat_targets.sources.nuscenes import MAP_CLASSES
 from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import open_store

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch.nn import functional as F
 
-from occfeat_targets.sampling import camera_bits, quantise, sample_mean, see
+from occfeat_targets.outputs.voxels import camera_bits, quantise, sample_mean, see
 
 # The same examples everywhere, and no deadline: a busy machine is no mistake.
 repeatable = settings(derandomize=True, deadline=None)

@@ -43,7 +43,8 @@ def test_root_attributes_describe_the_store(demo_store):
     assert attrs["format"] == "occfeat-targets"
     assert attrs["format_version"] == 2
     assert attrs["teacher"]["name"] == "patch-means"
-    assert attrs["grid"] == VoxelGrid().to_dict()
+    axes = {"x": [-50.0, 50.0, 200], "y": [-50.0, 50.0, 200], "z": [-4.5, 5.5, 8]}
+    assert attrs["grid"] == axes and VoxelGrid.from_dict(axes) == VoxelGrid()
     assert TargetsConfig.of(attrs["config"]).block_frames == 2
     assert attrs["source"]["version"] == "v1.0-mini"
     assert attrs["cameras"] == list(CAMERAS)

@@ -17,8 +17,7 @@ from occfeat_targets.images import encode_jpeg
 from occfeat_targets.outputs.boxes import vehicle_masks
 from occfeat_targets.outputs.images import pack_images
 from occfeat_targets.outputs.points import pack_points, point_step_m
-from occfeat_targets.sources.nuscenes import CAMERAS
-from occfeat_targets.sources.nuscenes_map import MAP_CLASSES
+from occfeat_targets.sources.nuscenes import CAMERAS, MAP_CLASSES
 from occfeat_targets.store import schema
 from occfeat_targets.store.reader import SEAL, array_seals, seal
 
@@ -83,7 +82,7 @@ def make_tiny_store(
         "n_frames": n_frames,
         "arrays": array_seals(str(path), [spec.name for spec in specs]),
         "records_sha256": str(seed),
-        "grid": config.grid.to_dict(),
+        "grid": config.plain()["grid"],
         "config": config.plain(),
         "scenes": [f"scene-{i:04d}" for i in range(len(scenes))],
         "splits": list(splits),

@@ -13,6 +13,5 @@ OUTPUTS = Registry(
         "boxes": "occfeat_targets.outputs.boxes:Boxes",
     },
 )
-ALWAYS = ("calibration", "images", "voxels", "map", "points", "boxes")
-"""In every store (``map`` if the dataset has one), with the settings of the section of their name;
-in the order in which they are drawn over each other."""
+"""These are in every store (``map`` if the dataset has one), with the settings of the section of
+their name; in the order in which they are drawn over each other."""

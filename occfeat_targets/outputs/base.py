@@ -1,8 +1,5 @@
-"""What a stored thing is: its arrays, how they are computed, checked and drawn.
-
-An output is one module with one class. Of each keyframe it computes arrays from
-:class:`FrameInputs`; what several outputs need is computed there once.
-"""
+"""What a stored thing is: how its arrays are computed, checked and drawn. An output is one module
+with one class; what several need of a keyframe, :class:`FrameInputs` computes once."""
 
 from __future__ import annotations
 
@@ -91,17 +88,14 @@ class FrameInputs:
 
     @cached_property
     def lidar(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lidar returns of all sweeps: float64 (M, 3) metres in the ego frame; float32 (M,)
-        intensity 0..255. Raises ValueError, naming the file, if one is missing, truncated or not
-        finite."""
-        xyz_ego, intensity = [], []
-        record = self.record
+        """Lidar returns of all sweeps: float64 (M, 3) metres in ego; float32 (M,) intensity 0..255.
+        Raises ValueError, naming the file, if one is missing, truncated or not finite."""
+        xyz_ego, intensity, record = [], [], self.record
         for path, ego_T_sensor in zip(record.sweep_paths, record.ego_T_sweep, strict=True):
             rows = self.source.read_lidar(Path(path))
             if rows.shape[1:] != (4,):
                 raise ValueError(f"{path}: read_lidar gave shape {rows.shape}, should be (M, 4)")
-            bad = np.count_nonzero(~np.isfinite(rows).all(axis=1))
-            if bad:
+            if bad := np.count_nonzero(~np.isfinite(rows).all(axis=1)):
                 raise ValueError(f"{path} has {bad} points with NaN or infinite coordinates")
             rows = rows[~(np.abs(rows[:, :2]) < self.near_m).all(axis=1)]
             xyz_ego.append(transform(ego_T_sensor, rows[:, :3]))
@@ -116,20 +110,16 @@ class FrameInputs:
     @cached_property
     def images(self) -> list[Image.Image]:
         """The cameras' images, RGB, each decoded once: at least as large as teacher and store need.
-
         Without ``full_size`` that may be a fraction of the file's size: on a real keyframe stored
         images then differ by 0.4 of 255 levels from those resized from full size. Raises
-        ImageError, naming the file, if one is missing or damaged.
-        """
+        ValueError, naming the file, if one is missing or damaged."""
         (a, b), (c, d), record = self.teacher_size, self.layout.image_size, self.record
         sizes = record.image_hw if self.full_size else [(max(a, c), max(b, d))] * len(record.K)
-        pairs = zip(record.image_paths, sizes, strict=True)
-        return [decode_jpeg(Path(path), at_least) for path, at_least in pairs]
+        return [decode_jpeg(Path(p), hw) for p, hw in zip(record.image_paths, sizes, strict=True)]
 
     @cached_property
     def feature_maps(self) -> torch.Tensor:
-        """The teacher's features, float32 (N, C, h, w), on the CPU. Raises TeacherError if they
-        have the wrong shape."""
+        """The teacher's features, float32 (N, C, h, w), CPU. Raises TeacherError: wrong shape."""
         images = [resize(image, self.teacher_size) for image in self.images]
         return dense_features(self.teacher, images, self.teacher_size)
 
@@ -140,8 +130,7 @@ class FrameInputs:
 
 
 class Output:
-    """One stored thing, of its own settings (of class ``Settings``) and the store's layout.
-    Subclasses override what concerns them."""
+    """One stored thing, by its settings (of class ``Settings``) and the store's layout."""
 
     Settings: type[Settings] = Settings
 
@@ -153,9 +142,8 @@ class Output:
         raise NotImplementedError
 
     def compute(self, frame: FrameInputs) -> dict[str, np.ndarray]:
-        """Its arrays of one keyframe, by name, trimmed to what is valid; those that only count the
-        rows of others need not be given. Raises ValueError, saying what is wrong with the
-        keyframe."""
+        """Its arrays of one keyframe, by name, trimmed to what is valid; those that only count rows
+        of others need not be given. Raises ValueError, saying what is wrong with the keyframe."""
         return {}
 
     def of_records(self, dataset: Dataset) -> dict[str, np.ndarray]:
@@ -181,9 +169,3 @@ class Output:
 
     def draw_bev(self, axis: Any, store: TargetStore, frame: dict[str, Any]) -> None:
         """Draw it as seen from above, into a matplotlib axis of y (to the left) and x."""
-
-
-def require_room(n: int, room: int, what: str, advice: str) -> None:
-    """Raise ValueError if a frame has more of something than the store has room for."""
-    if n > room:
-        raise ValueError(f"{n} {what}, the store has room for {room}: {advice}")

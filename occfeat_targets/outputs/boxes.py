@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from occfeat_targets.outputs.base import FrameInputs, Output, require_room
+from occfeat_targets.outputs.base import FrameInputs, Output
 from occfeat_targets.outputs.masks import bev_image, fill_polygon
 from occfeat_targets.sources.base import FrameRecord
 from occfeat_targets.store.grid import VoxelGrid
@@ -46,11 +46,9 @@ class Boxes(Output):
         )
 
     def compute(self, frame: FrameInputs) -> dict[str, np.ndarray]:
-        """``boxes`` float32 (n, 8), ``box_class`` uint8 (n,), ``vehicle`` and ``vehicle_visible``
-        uint8 (X, Y). Raises ValueError if there are more boxes than there is room for."""
+        """``boxes`` float32 (n, 8), ``box_class`` uint8 (n,), ``vehicle*`` uint8 (X, Y)."""
         annotated = frame.record.boxes
         boxes = np.column_stack([annotated.box, annotated.visibility]).astype(np.float32)
-        require_room(len(boxes), self.settings.max_boxes, "boxes", "raise boxes.max_boxes")
         numbers = {name: i for i, name in enumerate(self.layout.box_classes)}
         classes = np.array([numbers[name] for name in annotated.category], dtype=np.uint8)
         masks = vehicle_masks(boxes[self._is_vehicle(classes)], self.layout.grid)
@@ -75,7 +73,6 @@ class Boxes(Output):
                 yield f"{name} is not the mask of the vehicles among boxes"
 
     def _is_vehicle(self, classes: np.ndarray) -> np.ndarray:
-        """Which boxes are vehicles: bool (n,)."""
         return np.isin(self.layout.box_classes, self.layout.vehicle_classes)[classes]
 
     def draw_bev(self, axis: Any, store: TargetStore, frame: dict[str, Any]) -> None:
@@ -90,9 +87,8 @@ class Boxes(Output):
 
 
 def vehicle_masks(vehicles: np.ndarray, grid: VoxelGrid) -> tuple[np.ndarray, np.ndarray]:
-    """BEV masks ``(vehicle, visible)``, uint8 (X, Y) each, of vehicles (n, 8), rows as of the array
-    ``boxes``: 1 where a cell's centre lies inside a footprint; and 0 where only vehicles of
-    visibility 1 lie, else 1."""
+    """BEV masks ``(vehicle, visible)``, uint8 (X, Y), of vehicles (n, 8), rows of ``boxes``: 1
+    where a cell's centre lies in a footprint; 0 where only vehicles of visibility 1 lie, else 1."""
     seen, unseen = np.zeros((2, *grid.bev_shape), dtype=bool)
     for vehicle in vehicles.astype(np.float64):
         mask = unseen if vehicle[7] == INVISIBLE else seen
@@ -101,11 +97,9 @@ def vehicle_masks(vehicles: np.ndarray, grid: VoxelGrid) -> tuple[np.ndarray, np
 
 
 def footprint(box: np.ndarray) -> np.ndarray:
-    """Corners (4, 2) of a box (>= 7,) on the ground plane, counter-clockwise, metres, ego.
-
-    The ego car's tilt is ignored. It moves a footprint: the box stands on its own axis, so that
-    its base lies h/2·sin(tilt) from where it is drawn, 3 cm for a car of 1.7 m at 2 degrees.
-    """
+    """Corners (4, 2) of a box (>= 7,) on the ground plane, counter-clockwise, metres, ego. The ego
+    car's tilt is ignored. It moves a footprint: the box stands on its own axis, so that its base
+    lies h/2·sin(tilt) from where it is drawn, 3 cm for a car of 1.7 m at 2 degrees."""
     x, y, _, length, width, _, yaw = box[:7]
     corners = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) * [length / 2, width / 2]
     cos, sin = np.cos(yaw), np.sin(yaw)

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from occfeat_targets.corruptions import CORRUPTED, corrupt
 from occfeat_targets.images import check_jpeg, encode_jpeg, resize
-from occfeat_targets.outputs.base import FrameInputs, Layout, Output, require_room
+from occfeat_targets.outputs.base import FrameInputs, Layout, Output
 from occfeat_targets.sources.base import FrameRecord
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.schema import ArraySpec
@@ -67,8 +67,8 @@ class Images(Output):
         )
 
     def compute(self, frame: FrameInputs) -> dict[str, np.ndarray]:
-        """``images`` uint8 (bytes,) and ``image_offset`` int32 (N + 1,). Raises ImageError, naming
-        the file, if one is missing or damaged, and ValueError if there is no room."""
+        """``images`` uint8 (bytes,) and ``image_offset`` int32 (N + 1,). Raises ValueError, naming
+        the file, if one is missing or damaged; or if there is no room."""
         name, seed = self.settings.corruption, self.settings.corruption_seed
         token, cameras = frame.record.token, self.layout.cameras
         jpegs = []
@@ -78,7 +78,9 @@ class Images(Output):
                 image = Image.fromarray(pixels)
             jpegs.append(encode_jpeg(resize(image, self.settings.size), self.settings.quality))
         packed = pack_images(jpegs)
-        require_room(len(packed["images"]), self.room, "bytes of JPEG", "lower images.quality")
+        if (n := len(packed["images"])) > self.room:
+            room = f"the store has room for {self.room}"
+            raise ValueError(f"{n} bytes of JPEG, {room}: lower images.quality")
         return packed
 
     def faults(self, record: FrameRecord) -> Iterator[str]:

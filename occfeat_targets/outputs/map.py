@@ -29,8 +29,7 @@ class MapSettings(Settings):
     """Map masks."""
 
     mode: MapMode = "auto"
-    """``auto`` stores them if the dataset's map is there, ``required`` insists on it, ``never``
-    does not."""
+    """``auto`` stores masks if the dataset has a map, ``required`` insists, ``never`` does not."""
     line_width_m: float = Field(default=1.5, gt=0)
     """A cell is of a line (a divider) if its centre lies within half of this of it. The default
     is the width that nuscenes-devkit's two-pixel lines paint at 0.5 m per cell."""
@@ -48,8 +47,7 @@ class Map(Output):
         return (ArraySpec("map", "uint8", axes, "masks by `map_classes`", 255, chunk=n),)
 
     def compute(self, frame: FrameInputs) -> dict[str, np.ndarray]:
-        """``map`` uint8 (K, X, Y). Raises ValueError, naming the map's file, if it can't be
-        read."""
+        """``map`` uint8 (K, X, Y). Raises ValueError, naming the map's file: it is unreadable."""
         width, grid = self.settings.line_width_m, self.layout.grid
         masks = map_masks(frame.map, frame.record.global_T_ego, width, grid)
         return {"map": np.stack([masks[name] for name in self.layout.map_classes]).astype(np.uint8)}

@@ -9,12 +9,9 @@ from occfeat_targets.store.grid import VoxelGrid
 
 
 def fill_polygon(rings: list[np.ndarray], grid: VoxelGrid) -> np.ndarray:
-    """Cells whose centre lies inside a polygon with holes: bool (X, Y).
-
-    Even-odd rule over all rings (exterior and holes, each (K, 2) metres in ego, open or closed).
-    Every row of cells (fixed x) is crossed by some edges; each crossing toggles the cells on its
-    far side.
-    """
+    """Cells whose centre lies inside a polygon with holes: bool (X, Y). Even-odd rule over all
+    rings (exterior and holes, each (K, 2) metres in ego, open or closed): every row of cells (fixed
+    x) is crossed by some edges, and each crossing toggles the cells on its far side."""
     start = np.concatenate(rings)
     end = np.concatenate([np.roll(ring, -1, axis=0) for ring in rings])
     x, y = grid.bev_centres()
@@ -47,9 +44,8 @@ def draw_line(mask: np.ndarray, line: np.ndarray, width_m: float, grid: VoxelGri
 
 
 def bev_image(axis: Any, grid: VoxelGrid, layers: list[tuple[np.ndarray, str, str]]) -> None:
-    """Draw ``layers`` from below (masks (X, Y) with colour and label) over each other in a
-    matplotlib axis of y (to the left) and x, with an entry each in its legend; what none covers
-    stays."""
+    """Draw ``layers`` (masks (X, Y) with colour and label), lowest first, in a matplotlib axis of y
+    (to the left) and x, with a legend entry each; what none covers stays."""
     from matplotlib.colors import to_rgba
 
     picture = np.zeros((*grid.bev_shape, 4))

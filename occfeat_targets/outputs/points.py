@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from occfeat_targets.outputs.base import FrameInputs, Output, require_room
+from occfeat_targets.outputs.base import FrameInputs, Output
 from occfeat_targets.sources import SOURCES
 from occfeat_targets.sources.base import FrameRecord
 from occfeat_targets.store.grid import VoxelGrid
@@ -31,12 +31,8 @@ class Points(Output):
         )
 
     def compute(self, frame: FrameInputs) -> dict[str, np.ndarray]:
-        """``points`` int16 (P, 4). Raises ValueError, naming the file, if one is missing or
-        damaged; or if there is no room."""
-        packed = pack_points(*frame.lidar, self.layout.grid)
-        room, advice = self.layout.max_points, "raise lidar.max_points"
-        require_room(len(packed), room, "lidar returns", advice)
-        return {"points": packed}
+        """``points`` int16 (P, 4). Raises ValueError, naming the file: it is missing or damaged."""
+        return {"points": pack_points(*frame.lidar, self.layout.grid)}
 
     def faults(self, record: FrameRecord) -> Iterator[str]:
         """See :class:`Output`."""
@@ -85,11 +81,9 @@ def point_step_m(grid: VoxelGrid) -> float:
 
 
 def pack_points(xyz_ego: np.ndarray, intensity: np.ndarray, grid: VoxelGrid) -> np.ndarray:
-    """Points as int16 (P, 4): x, y, z in steps of ``point_step_m(grid)``, and intensity.
-
-    Returns farther than 32767 steps on any axis are left out: they lie outside the grid (not of
-    every turned one: the trainer's rotation may miss a few at its corners).
-    """
+    """Points as int16 (P, 4): x, y, z in steps of ``point_step_m(grid)``, and intensity. Returns
+    farther than 32767 steps on any axis are left out: they lie outside the grid (not of every
+    turned one: the trainer's rotation may miss a few at its corners)."""
     steps = np.rint(xyz_ego / point_step_m(grid))
     fits = (np.abs(steps) <= 32767).all(axis=1)
     return np.column_stack([steps[fits], np.rint(intensity[fits])]).astype(np.int16)

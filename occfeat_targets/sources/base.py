@@ -1,14 +1,12 @@
-"""The seam between a dataset and everything else: plain records of its keyframes.
-
-Whatever can be turned into :class:`FrameRecord` objects can be built into a store. Workers get
-these and never load a dataset's tables; of the dataset's module they use the readers of its lidar
-and map files, see :class:`Source`.
-"""
+"""The seam between a dataset and everything else: plain records of its keyframes. Whatever can be
+turned into :class:`FrameRecord` objects can be built into a store. Workers get these and never load
+a dataset's tables; of its module they use the readers of lidar and map, see :class:`Source`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol
 
 import numpy as np
 from pydantic import Field
@@ -49,11 +47,8 @@ class Boxes:
 
 @dataclass(frozen=True)
 class FrameRecord:
-    """One keyframe of a rig with N cameras: files, calibration, poses and boxes.
-
-    The ego frame is the vehicle frame at the lidar keyframe's timestamp. Sweeps are newest first;
-    the first one is the keyframe's.
-    """
+    """One keyframe of a rig with N cameras: files, calibration, poses and boxes. The ego frame is
+    the vehicle's at the lidar keyframe's timestamp. Sweeps are newest first."""
 
     token: str
     """32 hex digits. A dataset with other names can take their MD5."""
@@ -71,7 +66,7 @@ class FrameRecord:
     cam_T_ego: np.ndarray
     """float64 (N, 4, 4), each through its camera's own ego pose."""
     sweep_paths: tuple[str, ...]
-    """Files (S,) for :meth:`Source.read_lidar`."""
+    """Files (S,) for :meth:`Source.read_lidar`; the first one is the keyframe's."""
     ego_T_sweep: np.ndarray
     """float64 (S, 4, 4): sensor frame of each sweep at its own time to ego."""
     global_T_ego: np.ndarray
@@ -125,18 +120,16 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Polygons (exterior ring and holes) or lines (one ring each) with their bounding boxes."""
+    """Polygons (exterior ring and holes) or lines (one ring each)."""
 
     rings: list[list[np.ndarray]]
     """Per shape: float64 (K, 2) arrays, metres, global frame."""
-    bounds: np.ndarray
-    """float64 (n, 4): x min, y min, x max, y max."""
 
-    @classmethod
-    def of(cls, rings: list[list[np.ndarray]]) -> Self:
-        """Shapes with their bounds computed."""
-        outer = [(*shape[0].min(axis=0), *shape[0].max(axis=0)) for shape in rings]
-        return cls(rings, np.array(outer, dtype=np.float64).reshape(-1, 4))
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """Bounding boxes, float64 (n, 4): x min, y min, x max, y max."""
+        outer = [(*shape[0].min(axis=0), *shape[0].max(axis=0)) for shape in self.rings]
+        return np.array(outer, dtype=np.float64).reshape(-1, 4)
 
     def near(self, xy: np.ndarray, reach_m: float) -> Iterator[list[np.ndarray]]:
         """Shapes whose bounds come within ``reach_m`` of a point (x, y), global frame."""

@@ -1,12 +1,16 @@
-"""nuScenes: dataroot to plain records. The only module that imports nuscenes-devkit."""
+"""nuScenes: dataroot to plain records, map expansion to plain arrays. The only module that imports
+nuscenes-devkit. The map is read from the JSON itself: the devkit's ``get_map_mask`` crashes on
+lines that leave and re-enter the patch (MultiLineString under shapely 2)."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import threading
 from collections.abc import Iterator
+from functools import lru_cache
 from importlib import metadata
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +25,9 @@ from occfeat_targets.sources.base import (
     FramesSettings,
     MapLayers,
     MapMode,
+    Shapes,
     SourceError,
 )
-from occfeat_targets.sources.nuscenes_map import MAP_CLASSES, load_map
 
 if TYPE_CHECKING:
     from nuscenes.nuscenes import NuScenes
@@ -36,6 +40,16 @@ CAMERAS = (
     "CAM_BACK",
     "CAM_BACK_RIGHT",
 )
+AREAS = {
+    "road": "drivable_area",
+    "sidewalk": "walkway",
+    "crosswalk": "ped_crossing",
+    "parking": "carpark_area",
+}
+"""Map class to layer of polygons."""
+LINES = {"divider": "road_divider"}
+"""Map class to layer of lines."""
+MAP_CLASSES = (*AREAS, *LINES)
 LIDAR = "LIDAR_TOP"
 LIDAR_ROW_BYTES = 20  # x, y, z, intensity, ring as float32
 _SPLITS = {
@@ -43,6 +57,7 @@ _SPLITS = {
     "v1.0-trainval": ("train", "val"),
     "v1.0-test": ("test",),
 }
+_reading_map = threading.Lock()
 
 
 class NuScenesSource:
@@ -68,26 +83,18 @@ class NuScenesSource:
         try:
             nusc = NuScenes(version=version, dataroot=str(dataroot), verbose=False)
         except (AssertionError, KeyError, json.JSONDecodeError, OSError) as error:
-            raise SourceError(
-                f"nuscenes-devkit cannot load {dataroot / version}: {error!r}"
-            ) from error
+            problem = f"nuscenes-devkit cannot load {dataroot / version}: {error!r}"
+            raise SourceError(problem) from error
         split_of = _split_of_scene(dataroot, version)
         scenes = _selected_scenes(nusc, frames, split_of)
         map_path = _map_paths(nusc, dataroot, scenes, map_mode)
-        chosen = [
-            (scene["name"], sample)
-            for scene in scenes
-            for sample in _chain(nusc, "sample", scene["first_sample_token"])
-        ]
-        progress = tqdm(chosen[: frames.limit], desc="reading tables", unit="frame", disable=None)
-        records = [
-            _record(nusc, (name, split_of[name], map_path[name]), sample, sweeps)
-            for name, sample in progress
-        ]
+        chains = (_chain(nusc, "sample", scene["first_sample_token"]) for scene in scenes)
+        samples = list(islice(chain.from_iterable(chains), frames.limit))
+        progress = tqdm(samples, desc="reading tables", unit="frame", disable=None)
         is_demo = (dataroot / "demo_world.json").exists()
         classes = tuple(row["name"] for row in nusc.category)
         return Dataset(
-            records=records,
+            records=[_record(nusc, split_of, map_path, sample, sweeps) for sample in progress],
             name="occfeat demo world" if is_demo else "nuScenes",
             version=version,
             reader=metadata.version("nuscenes-devkit"),
@@ -120,8 +127,9 @@ class NuScenesSource:
         return np.frombuffer(raw, "<f4").reshape(-1, 5)[:, :4]
 
     def read_map(self, path: str) -> MapLayers:
-        """See ``base.Source``."""
-        return load_map(path)
+        """See ``base.Source``: a file ``maps/expansion/<location>.json``."""
+        with _reading_map:  # threads of a GPU worker would all parse the same large file
+            return _read_map(path)
 
 
 def find_version(dataroot: Path, version: str | None) -> str:
@@ -164,8 +172,7 @@ def _selected_scenes(
     nusc: NuScenes, frames: FramesSettings, split_of: dict[str, str]
 ) -> list[dict]:
     names = [scene["name"] for scene in nusc.scene]
-    lost = [name for name in names if name not in split_of]
-    if lost:
+    if lost := [name for name in names if name not in split_of]:
         raise SourceError(f"scenes in no split of {nusc.version}: {', '.join(lost[:5])}")
     for name in frames.scenes:
         if name not in names:
@@ -217,13 +224,12 @@ def _sensor_pose(nusc: NuScenes, data: dict) -> tuple[np.ndarray, np.ndarray, di
 
 
 def _record(
-    nusc: NuScenes, scene: tuple[str, str, str], sample: dict, n_sweeps: int
+    nusc: NuScenes, split_of: dict, map_path: dict, sample: dict, n_sweeps: int
 ) -> FrameRecord:
-    """One keyframe; ``scene`` is its name, split and map file."""
-    name, split, map_path = scene
+    """One keyframe; the dicts have splits and map files by scene name."""
+    name = nusc.get("scene", sample["scene_token"])["name"]
     where = f"{name}, sample {sample['token']}"
-    missing = [c for c in (LIDAR, *CAMERAS) if c not in sample["data"]]
-    if missing:
+    if missing := [c for c in (LIDAR, *CAMERAS) if c not in sample["data"]]:
         raise SourceError(f"{where}: no keyframe of {', '.join(missing)}")
     lidar = nusc.get("sample_data", sample["data"][LIDAR])
     global_T_ego = _sensor_pose(nusc, lidar)[0]
@@ -246,9 +252,9 @@ def _record(
     return FrameRecord(
         token=sample["token"],
         scene=name,
-        split=split,
+        split=split_of[name],
         timestamp_us=lidar["timestamp"],
-        map_path=map_path,
+        map_path=map_path[name],
         image_paths=tuple(str(Path(nusc.dataroot) / image["filename"]) for image in images),
         image_hw=tuple((image["height"], image["width"]) for image in images),
         K=np.array(K, dtype=np.float64),
@@ -272,4 +278,33 @@ def _boxes(nusc: NuScenes, sample: dict, ego_T_global: np.ndarray) -> Boxes:
         category=tuple(row["category_name"] for row in rows),
         box=np.column_stack([ego_T_box[:, :3, 3], length, width, height, yaw(ego_T_box)]),
         visibility=np.array([int(row["visibility_token"] or 0) for row in rows], dtype=np.uint8),
+    )
+
+
+@lru_cache(maxsize=4)  # nuScenes has four locations
+def _read_map(path: str) -> MapLayers:
+    try:
+        tables = json.loads(Path(path).read_text())
+        nodes = {n["token"]: (n["x"], n["y"]) for n in tables["node"]}
+
+        def points(holder: dict, key: str = "node_tokens") -> np.ndarray:
+            return np.array([nodes[t] for t in holder[key]], dtype=np.float64).reshape(-1, 2)
+
+        polygon = {
+            p["token"]: [points(p, "exterior_node_tokens"), *map(points, p["holes"])]
+            for p in tables["polygon"]
+        }
+        line = {t["token"]: [points(t)] for t in tables["line"]}
+        areas = {}
+        for name, layer in AREAS.items():
+            tokens = (r.get("polygon_tokens") or [r["polygon_token"]] for r in tables[layer])
+            areas[name] = [polygon[token] for each in tokens for token in each]
+        lines = {n: [line[r["line_token"]] for r in tables[layer]] for n, layer in LINES.items()}
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the map expansion: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a nuScenes map expansion file ({error!r})") from error
+    return MapLayers(
+        {name: Shapes([s for s in found if len(s[0]) > 2]) for name, found in areas.items()},
+        {name: Shapes([s for s in found if len(s[0]) > 1]) for name, found in lines.items()},
     )

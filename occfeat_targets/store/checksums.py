@@ -1,10 +1,8 @@
 """Checksums of a store's objects (files): crc32 and size of each, kept in the array ``checksums``.
-
-The array holds text: a line ``crc32 size key`` for every other object, sorted by key, and last a
-line of the same form without a key for the text before it. Any changed byte, and any object that
-was exchanged, lost or added, contradicts a line. It is zlib's crc32 and not Zarr's crc32c, because
-small arrays end in their own crc32c: over such data that one has always the same value.
-"""
+It holds text: a line ``crc32 size key`` for every other object, sorted by key, and last a line of
+the same form without a key for the text before it. Any changed byte, and any object that was
+exchanged, lost or added, contradicts a line. It is zlib's crc32, not Zarr's crc32c, because small
+arrays end in their own crc32c: over such data that one has always the same value."""
 
 import zlib
 from collections.abc import Iterator
@@ -50,7 +48,7 @@ def write_checksums(
     """Write the array into an otherwise finished store. Objects that are not ``known`` (key to
     checksum) from their writing are read; those of the folders ``without`` will not stay."""
     fs, root = filesystem(url)
-    there = {key for key in _keys(root, find(url)) if not key.startswith(without)}
+    there = {key for key in find(url) if not key.startswith(without)}
     keys = sorted((there | {f"{NAME}/zarr.json"}) - {DATA})
     # Lines have a length that is known now: the array's own zarr.json, which holds it, is in them.
     n_bytes = len(_text(dict.fromkeys([*keys, ""], (0, 0))))
@@ -73,7 +71,7 @@ def write_checksums(
 def check_objects(url: str) -> Iterator[str]:
     """Read every object of a finished store: a line for each that is not what was written."""
     fs, root = filesystem(url)
-    found = _keys(root, find(url))
+    found = find(url)
     try:
         wanted = _parse(fs.cat_file(f"{root}/{DATA}"))
     except FileNotFoundError:
@@ -97,11 +95,6 @@ def check_objects(url: str) -> Iterator[str]:
         read, both, max_workers=8, desc="checksums", unit="file", disable=None
     )
     yield from filter(None, problems)
-
-
-def _keys(root: str, files: dict[str, int]) -> dict[str, int]:
-    """Sizes of objects by key instead of path."""
-    return {path.removeprefix(f"{root}/"): size for path, size in files.items()}
 
 
 def _text(sums: dict[str, Checksum]) -> bytes:

@@ -5,9 +5,8 @@ import numpy as np
 
 def feature_colours(features: np.ndarray, axes_of: np.ndarray | None = None) -> np.ndarray:
     """Colours by the first three principal components of the directions of ``features``, float (V,
-    C), or of ``axes_of``, float (W, C), so that two sets can be compared by colour: RGB float (V,
-    3) in 0..1; grey for features that are zero, and for all if fewer than three of the reference
-    are not."""
+    C), or of ``axes_of``, float (W, C), so that two sets can be compared: RGB float (V, 3) in 0..1;
+    grey where features are zero, and all if fewer than three of the reference are not."""
     seen, unit = _directions(features)
     reference = unit if axes_of is None else _directions(axes_of)[1]
     colours = np.full((len(features), 3), 0.5)

@@ -13,8 +13,7 @@ class StoreError(RuntimeError):
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec filesystem and path of a store url. Raises StoreError if the url's protocol is
-    unknown or its package is not installed."""
+    """Fsspec's filesystem and path of a url. Raises StoreError: protocol unknown, not installed."""
     try:
         return fsspec.url_to_fs(str(url))
     except (ImportError, ValueError) as error:
@@ -28,11 +27,11 @@ def absolute(url: str) -> str:
 
 
 def find(url: str, below: str = "") -> dict[str, int]:
-    """All files of a store, or below one of its folders, listed afresh: path to size in bytes."""
+    """All files of a store, or of one of its folders, listed afresh: key to size in bytes."""
     fs, path = filesystem(url)
     fs.invalidate_cache()
     found = fs.find(f"{path}/{below}" if below else path, detail=True)
-    return {name: info["size"] for name, info in found.items()}
+    return {name.removeprefix(f"{path}/"): info["size"] for name, info in found.items()}
 
 
 def zarr_store(url: str, read_only: bool) -> LocalStore | FsspecStore:

@@ -1,9 +1,6 @@
-"""The voxel grid: half-open bounds, floor indices, cell centres, occupancy.
-
-Axes of a volume are (Z, X, Y) and of a BEV map (X, Y), index 0 at the lower bound. The flat index
-of a voxel is ``(iz * nx + ix) * ny + iy``. Everything is in the ego frame (x forward, y left,
-z up, metres).
-"""
+"""The voxel grid: half-open bounds, floor indices, cell centres, occupancy. Axes of a volume are
+(Z, X, Y) and of a BEV map (X, Y), index 0 at the lower bound. The flat index of a voxel is
+``(iz * nx + ix) * ny + iy``. All is in ego (x forward, y left, z up, metres)."""
 
 import math
 from dataclasses import dataclass
@@ -44,10 +41,6 @@ class VoxelGrid:
         """Build from ``{"x": [lo, hi, cells], "y": ..., "z": ...}`` (the store's ``grid`` attr)."""
         return cls(tuple(axes["x"]), tuple(axes["y"]), tuple(axes["z"]))
 
-    def to_dict(self) -> dict[str, list]:
-        """Inverse of :meth:`from_dict`."""
-        return {"x": list(self.x), "y": list(self.y), "z": list(self.z)}
-
     @property
     def shape(self) -> tuple[int, int, int]:
         """Number of cells along (Z, X, Y)."""
@@ -74,9 +67,8 @@ class VoxelGrid:
         return np.array([(hi - lo) / cells for lo, hi, cells in (self.x, self.y, self.z)])
 
     def flat_index(self, xyz_ego: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Voxel of each point (M, 3), metres, ego frame: ``(index, inside)``, int64 (K,) flat
-        indices of the K points inside the grid, in the points' order, and bool (M,) which points
-        those are. NaN and infinity are outside."""
+        """Voxels of points (M, 3), metres, ego: ``(index, inside)``, int64 (K,) flat indices of the
+        K points inside the grid, in order, and bool (M,) which are; NaN and infinity are not."""
         with np.errstate(invalid="ignore"):  # NaN and inf fall outside below
             cell = np.floor((xyz_ego.astype(np.float64) - self.lower) / self.cell_size)
         cells = np.array([self.x[2], self.y[2], self.z[2]])
@@ -85,8 +77,7 @@ class VoxelGrid:
         return (iz * self.x[2] + ix) * self.y[2] + iy, inside
 
     def occupied(self, xyz_ego: np.ndarray) -> np.ndarray:
-        """Voxels with at least one point (M, 3) inside (paper §3.2): ascending flat indices, uint32
-        (V,)."""
+        """Voxels with a point (M, 3) inside (paper §3.2): ascending flat indices, uint32 (V,)."""
         # A bitmap beats sorting: the volume is small and most voxels are empty.
         occupancy = np.zeros(self.n_voxels, dtype=bool)
         occupancy[self.flat_index(xyz_ego)[0]] = True

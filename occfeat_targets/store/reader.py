@@ -21,8 +21,7 @@ them is ``arrays``, which has a checksum of what each array's ``zarr.json`` says
 
 
 class TargetStore:
-    """Read access to a store. Opens arrays when first asked for one, and holds no open files: one
-    per process."""
+    """Read access to a store, one per process. Opens arrays when asked for, holds no open files."""
 
     def __init__(self, url: str, group: zarr.Group):
         self.url = str(url)
@@ -42,9 +41,17 @@ class TargetStore:
 
     @cached_property
     def per_frame(self) -> dict[str, np.ndarray]:
-        """The small arrays, whole: name to (N, ...). Raises StoreError if one is damaged or
-        lost."""
-        return {s.name: self._whole(s) for s in self.specs.values() if s.chunk is None}
+        """The small arrays, whole: name to (N, ...). Raises StoreError: one is damaged or lost."""
+        arrays = {}
+        for spec in self.specs.values():
+            if spec.chunk is None:
+                try:
+                    values = arrays[spec.name] = np.asarray(self.array(spec.name)[:])
+                except (ValueError, RuntimeError, OSError) as error:
+                    raise StoreError(f"{self.url}: {spec.name} is damaged: {error}") from error
+                if spec.missing(values).any():
+                    raise StoreError(f"{self.url}: {spec.name} was lost, or never written")
+        return arrays
 
     @cached_property
     def sharded(self) -> dict[str, ShardedArray]:
@@ -57,16 +64,15 @@ class TargetStore:
         return self.attrs["n_frames"]
 
     def array(self, name: str) -> zarr.Array:
-        """One array of the store, as zarr has it. Raises StoreError if the store lacks it, or its
-        ``zarr.json`` is damaged."""
+        """One array, of zarr. Raises StoreError: there is none, or its ``zarr.json`` is damaged."""
         if name not in self._arrays:
             try:
                 if array_seals(self.url, [name]) != {name: self.attrs["arrays"][name]}:
                     raise StoreError(f"{self.url}: {name}/zarr.json is damaged")
                 self._arrays[name] = self.group[name]
             except (KeyError, FileNotFoundError):
-                problem = f"has no array {name!r}: the store is damaged"
-                raise StoreError(f"{self.url} {problem}") from None
+                message = f"{self.url} has no array {name!r}: the store is damaged"
+                raise StoreError(message) from None
         return self._arrays[name]
 
     def token(self, i: int) -> str:
@@ -91,9 +97,8 @@ class TargetStore:
         return int(np.ravel(self.per_frame[counter][i])[-1]) if counter else None
 
     def read(self, i: int, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Arrays of frame i, without frame axis, trimmed to the rows that it has. Raises
-        StoreError, naming the frame, for an array that the store lacks, a frame that failed in the
-        build, and whatever is missing or damaged."""
+        """Arrays of frame i, without frame axis, trimmed to its rows. Raises StoreError, naming the
+        frame: it failed in the build, or an array is lacking, never written, or damaged."""
         if self.per_frame["n_voxels"][i] == FAILED:
             raise StoreError(
                 f"{self.url}: {self.describe(i)} has no targets: it failed when the store was built"
@@ -104,8 +109,7 @@ class TargetStore:
             raise StoreError(f"{self.url}: {self.describe(i)}: {error}") from error
 
     def frame(self, i: int) -> dict[str, Any]:
-        """Everything stored of frame i, as :meth:`read` does; ``images`` as a list of one JPEG
-        (bytes) per camera."""
+        """Everything of frame i, as :meth:`read` does; ``images`` as a list, one JPEG a camera."""
         frame: dict[str, Any] = self.read(i, self.specs)
         jpegs = frame["images"].tobytes()
         frame["images"] = [jpegs[a:b] for a, b in pairwise(frame["image_offset"])]
@@ -118,20 +122,10 @@ class TargetStore:
             return self.per_frame[name][i]
         return self.sharded[name].read(i, self.n_rows(i, name))
 
-    def _whole(self, spec: ArraySpec) -> np.ndarray:
-        try:
-            values = np.asarray(self.array(spec.name)[:])
-        except (ValueError, RuntimeError, OSError) as error:
-            raise StoreError(f"{self.url}: {spec.name} is damaged: {error}") from error
-        if spec.missing(values).any():
-            raise StoreError(f"{self.url}: {spec.name} was lost, or never written")
-        return values
-
 
 def open_store(url: str, allow_incomplete: bool = False) -> TargetStore:
-    """Open a store for reading. Raises StoreError, with one sentence each, for nothing there, a
-    foreign store, another format version, an unfinished build (unless ``allow_incomplete``), and
-    damaged attributes."""
+    """Open a store for reading. Raises StoreError, a sentence each: nothing there, foreign, another
+    format version, unfinished (unless ``allow_incomplete``), and damaged attributes."""
     try:
         group = open_group(url, "r")
     except FileNotFoundError:

@@ -8,20 +8,15 @@ from occfeat_targets.store.settings import ConfigError, did_you_mean
 
 class Registry:
     """Names of one kind of thing (``kind``, such as ``teacher``, for messages), and where each is
-    defined: ``places``, name to ``module:attribute``. A name of the form
-    ``package.module:attribute`` is a plug-in: it needs no entry."""
+    defined: ``places``, name to ``module:attribute``. A plug-in's name is such a place itself."""
 
     def __init__(self, kind: str, places: dict[str, str]):
         self.kind, self.places = kind, places
-
-    @property
-    def names(self) -> tuple[str, ...]:
+        self.names = tuple(places)
         """Those that come with the package."""
-        return tuple(self.places)
 
     def __call__(self, name: str) -> Any:
-        """The thing of a name. Raises ConfigError if there is none, or the plug-in can't be
-        imported."""
+        """The thing of a name. Raises ConfigError: there is none, or it can't be imported."""
         place = self.places.get(name, name)
         if ":" not in place:
             known = did_you_mean(name, self.names)

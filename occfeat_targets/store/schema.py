@@ -1,13 +1,10 @@
-"""The store contract, format version 2: what an array of a store is, and how one is made.
-
-A targets store is one Zarr v3 group. The first axis of every array is the frame. Large arrays
-are sharded by *block* of frames: one block = one file of each such array = one writer. Small
-per-frame arrays are one chunk each, written by the client alone. An array whose ``rows`` names
-another one is ragged: of frame i, only as many rows as that array says mean anything.
-
-Which arrays a store has is said by the modules of ``outputs``; a reader needs none of them, since
-each array carries its description, its axes and its ``rows``. Every inner chunk ends in a crc32c.
-"""
+"""The store contract, format version 2: what an array of a store is, and how one is made. A targets
+store is one Zarr v3 group. The first axis of every array is the frame. Large arrays are sharded by
+*block* of frames: one block = one file of each such array = one writer. Small per-frame arrays are
+one chunk each, written by the client alone. An array whose ``rows`` names another one is ragged: of
+frame i, only as many rows as that array says mean anything. Which arrays a store has is said by the
+modules of ``outputs``; a reader needs none of them, since each array carries its description, axes
+and ``rows``. Every inner chunk ends in a crc32c."""
 
 import math
 from collections.abc import Iterable
@@ -28,8 +25,7 @@ MAX_CAMERAS = 16
 INVISIBLE = 1
 """nuScenes' lowest visibility, 0-40 %: such vehicles are left out of loss and metric."""
 JPEG_HOLE = bytes(512)
-"""JPEG data never has this many zero bytes in a row; a lost disk block does, and decoders paint
-it grey and say nothing."""
+"""JPEG data never has so many zeros in a row; a lost disk block does, which decoders paint grey."""
 CORRUPTIONS = (
     "camera_crash",
     "frame_lost",

@@ -1,7 +1,5 @@
 """Settings: nested frozen pydantic models, read from YAML and ``section.key=value`` overrides.
-
-Strict about names and types: an unknown key is an error that names the nearest known one.
-"""
+Strict about names and types: an unknown key is an error that names the nearest known one."""
 
 import difflib
 import importlib.resources
@@ -40,8 +38,7 @@ class Settings(BaseModel):
     def of(cls, values: object, section: str = "") -> Self:
         """From plain values (nested dicts of lists and scalars), as YAML and JSON hold them;
         missing keys keep their defaults. ``section`` is the name of theirs, for messages. Raises
-        ConfigError, naming the key: it is unknown, or its value is of the wrong type or out of
-        range."""
+        ConfigError, naming the key: unknown, or its value is of the wrong type or out of range."""
         try:  # as JSON, where a list may become a tuple but nothing else changes its type
             return cls.model_validate_json(json.dumps(values, default=str))
         except ValidationError as error:
@@ -89,12 +86,9 @@ def read_yaml(path: Path) -> dict:
 
 
 def override(values: dict, overrides: Sequence[str]) -> dict:
-    """Nested settings with ``section.key=value`` texts laid over them, in place.
-
-    Values are YAML, so ``teacher.input_size=[252,448]`` works. A name that has dots itself, as a
-    plug-in's may, is quoted: ``tasks."toys.one:Task".weight=2``. Raises ConfigError if a text is
-    not of that form.
-    """
+    """Nested settings with ``section.key=value`` texts laid over them, in place. Values are YAML,
+    so ``teacher.input_size=[252,448]`` works. A name that has dots itself, as a plug-in's may, is
+    quoted: ``tasks."toys.one:Task".weight=2``. Raises ConfigError if a text is not of that form."""
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
@@ -157,21 +151,16 @@ def _message(cls: type[BaseModel], error: ValidationError, section: str) -> str:
     if first["type"] == "value_error":
         raised = first.get("ctx", {}).get("error")
         text = str(raised)
-        if isinstance(raised, ConfigError):  # of settings within settings: it names its key
-            return text
-        return text if not leaf or name in text else f"{name} {text}"
+        named = isinstance(raised, ConfigError) or name in text  # settings in settings name theirs
+        return text if named or not leaf else f"{name} {text}"
     rule = first["msg"].replace("Input should be", "must be")
     if first["type"] in ("model_type", "dataclass_type", "dict_type"):
         rule = "must be a mapping"
     return f"{name} {rule[0].lower()}{rule[1:]}, got {first['input']!r}"
 
 
-def _known(cls: type, path: Sequence[str]) -> list[str]:
+def _known(cls: Any, path: Sequence[str]) -> list[str]:
     """Names of the settings beside the one at a path."""
     for part in path[:-1]:
-        cls = _fields(cls)[part].annotation if hasattr(cls, "model_fields") else cls
-    return list(_fields(cls))
-
-
-def _fields(cls: type) -> dict[str, Any]:
-    return getattr(cls, "model_fields", None) or cls.__dataclass_fields__
+        cls = cls.model_fields[part].annotation if hasattr(cls, "model_fields") else cls
+    return list(getattr(cls, "model_fields", None) or cls.__dataclass_fields__)

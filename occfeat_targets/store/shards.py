@@ -1,14 +1,10 @@
 """Fast reads of one frame from a sharded array: the same Zarr v3 files, without zarr's overhead.
-
-zarr-python reads and parses a shard's index again for every frame, which costs several
-milliseconds. Here each process parses an index once and then reads just the inner chunks that it
-needs. Any layout or codec but those of ``occfeat_targets.store.schema`` is refused, never guessed.
-"""
+zarr-python reads and parses a shard's index again for every frame, several milliseconds. Here each
+process parses an index once and then reads just the inner chunks that it needs. Any layout or codec
+but those of ``occfeat_targets.store.schema`` is refused, never guessed."""
 
 import os
 import struct
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import google_crc32c  # a dependency of zarr, which checks the same indices with it
@@ -28,59 +24,42 @@ _MISSING = 2**64 - 1
 Ranges = list[tuple[int, int]]
 """(start, length) in bytes; a negative start counts from the end of the file."""
 
+_CODECS = (("bytes", "crc32c"), ("bytes", "zstd", "crc32c"), ("bytes", "blosc", "crc32c"))
 _ZSTD, _BLOSC = numcodecs.Zstd(), numcodecs.Blosc()
 
 
-def _unpack_raw(data: bytes, out: np.ndarray) -> None:
+def _unpack(data: bytes, codecs: tuple[str, ...], out: np.ndarray) -> None:
+    if "blosc" in codecs:
+        # Blosc trusts the sizes in the header: wrong ones make it read past the end of the data.
+        if len(data) < 16 or struct.unpack_from("<I4xI", data, 4) != (out.nbytes, len(data)):
+            raise ValueError("the blosc header of an inner chunk is wrong")
+        _BLOSC.decode(data, out)
+        return
+    if "zstd" in codecs:
+        data = _ZSTD.decode(data)
     if len(data) != out.nbytes:
         raise ValueError(f"an inner chunk has {len(data)} bytes instead of {out.nbytes}")
     out.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
 
 
-def _unpack_zstd(data: bytes, out: np.ndarray) -> None:
-    _unpack_raw(_ZSTD.decode(data), out)
-
-
-def _unpack_blosc(data: bytes, out: np.ndarray) -> None:
-    # Blosc trusts the sizes in the header: wrong ones make it read past the end of the data.
-    if len(data) < 16 or struct.unpack_from("<I4xI", data, 4) != (out.nbytes, len(data)):
-        raise ValueError("the blosc header of an inner chunk is wrong")
-    _BLOSC.decode(data, out)
-
-
-_UNPACK: dict[tuple[str, ...], Callable[[bytes, np.ndarray], None]] = {
-    ("bytes", "crc32c"): _unpack_raw,
-    ("bytes", "zstd", "crc32c"): _unpack_zstd,
-    ("bytes", "blosc", "crc32c"): _unpack_blosc,
-}
-
-
 class ShardedArray:
     """Reads frames of one array (N, rows, ...) that is sharded by block of frames: one of a store's
-    arrays, as zarr has it, with inner chunks (1, chunk_rows, ...).
-
-    Holds neither open files nor connections, only the shard indices read so far (16 bytes per inner
-    chunk): safe after a fork, and pickled without them. Raises StoreError, naming the array, for
-    any other layout or codec.
-    """
+    arrays, as zarr has it, with inner chunks (1, chunk_rows, ...). Holds neither open files nor
+    connections, only the shard indices read so far (16 bytes per inner chunk): safe after a fork,
+    and pickled without them. Raises StoreError, naming the array, for any other layout or codec."""
 
     def __init__(self, url: str, array: Any):
         self.url, self.name = str(url), array.path
         self.shape, self.dtype = array.shape, array.dtype
         sharding = _sharding(array)
-        codecs = tuple(codec["name"] for codec in sharding.get("codecs", ()))
-        if codecs not in _UNPACK:
+        self._codecs = tuple(codec["name"] for codec in sharding.get("codecs", ()))
+        if self._codecs not in _CODECS:
             raise StoreError(
                 f"{self.url}: cannot read array {self.name!r}, it is not sharded by frames or has "
                 "other codecs than none, zstd or blosc, and crc32c behind it: "
                 f"{array.metadata.to_dict()['codecs']}"
             )
-        self._unpack = _UNPACK[codecs]
-        self._read_ranges = (
-            partial(_read_local, str(array.store.root))  # in a quarter of the time fsspec takes
-            if isinstance(array.store, LocalStore)
-            else partial(_read_remote, self.url)
-        )
+        self._local_root = str(array.store.root) if isinstance(array.store, LocalStore) else None
         self._encode_key = array.metadata.encode_chunk_key
         self._chunk_rows = array.chunks[1]
         self._frames, self._row_chunks = array.shards[0], array.shards[1] // array.chunks[1]
@@ -99,7 +78,12 @@ class ShardedArray:
         if chunks:  # a block without any row, such as a vehicle, may have no file
             key = self._key(i)
             try:
-                self._fill_in(key, self._entries(key, i)[:chunks], out)
+                entries = self._entries(key, i)[:chunks]
+                if (entries[:, 0] == _MISSING).any():
+                    raise ValueError("an inner chunk was never written")
+                # A frame's chunks lie apart (zarr's Morton order): there is nothing to merge.
+                for data, target in zip(self._read(key, entries.tolist()), out, strict=True):
+                    _unpack(_checked(data, "an inner chunk"), self._codecs, target)
             except FileNotFoundError:
                 raise StoreError(f"{self.url}/{key} is missing") from None
             except (OSError, ValueError, RuntimeError) as error:  # numcodecs raises RuntimeError
@@ -125,17 +109,16 @@ class ShardedArray:
             self._indices[key] = index.reshape(self._frames, self._row_chunks, 2)
         return self._indices[key][int(i) % self._frames]
 
-    def _fill_in(self, key: str, entries: np.ndarray, out: np.ndarray) -> None:
-        """Read chunks: their index entries (chunks, 2) to ``out`` (chunks, chunk_rows, ...)."""
-        if (entries[:, 0] == _MISSING).any():
-            raise ValueError("an inner chunk was never written")
-        # A frame's chunks lie apart (zarr writes Morton order), so there is nothing to merge.
-        for j, data in enumerate(self._read(key, entries.tolist())):
-            self._unpack(_checked(data, "an inner chunk"), out[j])
-
     def _read(self, key: str, ranges: Ranges) -> list[bytes]:
         """Byte ranges of a shard; ValueError when it is too short."""
-        parts = self._read_ranges(key, ranges) if ranges else []
+        if self._local_root is not None:  # in a quarter of the time fsspec takes
+            parts = _read_local(self._local_root, key, ranges)
+        else:
+            fs, root = filesystem(self.url)  # not kept: fsspec knows which survive a fork
+            starts = [start for start, _ in ranges]
+            ends = [start + length or None for start, length in ranges]
+            paths = [f"{root}/{key}"] * len(ranges)
+            parts = fs.cat_ranges(paths, starts, ends, on_error="raise")
         for data, (_, length) in zip(parts, ranges, strict=True):
             if len(data) != length:
                 raise ValueError(f"it ends early: {len(data)} of {length} bytes are there")
@@ -178,10 +161,3 @@ def _read_local(root: str, key: str, ranges: Ranges) -> list[bytes]:
         return [os.pread(file, length, at) for at, (_, length) in zip(starts, ranges, strict=True)]
     finally:
         os.close(file)
-
-
-def _read_remote(url: str, key: str, ranges: Ranges) -> list[bytes]:
-    fs, root = filesystem(url)  # not kept: fsspec knows which instances survive a fork
-    starts, ends = zip(*((start, start + length or None) for start, length in ranges), strict=True)
-    paths = [f"{root}/{key}"] * len(ranges)
-    return fs.cat_ranges(paths, list(starts), list(ends), on_error="raise")

@@ -20,16 +20,13 @@ TEACHERS = Registry(
         "hub": "occfeat_targets.teachers.dino:pretrained",
     },
 )
-"""What makes a teacher of its settings, by what stands before a name's colon; a name without one is
-a hub id or directory."""
+"""What makes a teacher of its settings, by what stands before a name's colon (else: ``hub``)."""
 
 
 def load_teacher(settings: TeacherSettings) -> Teacher:
-    """The teacher that settings name, checked against the input size.
-
-    Raises ConfigError if the name makes no sense, a plug-in can't be imported, or the input size is
-    no multiple of the patch; TeacherError if weights can't be loaded, or a plug-in is no teacher.
-    """
+    """The teacher that settings name, checked against the input size. Raises ConfigError if the
+    name makes no sense, a plug-in can't be imported, or the input size is no multiple of the patch;
+    TeacherError if weights can't be loaded, or a plug-in is no teacher."""
     from occfeat_targets.teachers.base import TeacherError
 
     family, colon, _ = settings.name.partition(":")
@@ -37,8 +34,7 @@ def load_teacher(settings: TeacherSettings) -> Teacher:
         teacher = TEACHERS(family)(settings)
     elif colon:
         teacher = TEACHERS(settings.name)()
-        lacking = [name for name in ("name", "dim", "patch_size") if not hasattr(teacher, name)]
-        if lacking:
+        if lacking := [n for n in ("name", "dim", "patch_size") if not hasattr(teacher, n)]:
             raise TeacherError(f"plug-in teacher {settings.name!r} has no attribute {lacking[0]!r}")
     else:
         teacher = TEACHERS("hub")(settings)
@@ -55,11 +51,8 @@ _load_lock = threading.Lock()
 
 
 def shared_teacher(settings: TeacherSettings) -> Teacher:
-    """This process's one instance of a teacher, loaded on first use.
-
-    Torch is held to one thread: workers are the parallelism, and a result then can't depend on
-    how many threads a machine has.
-    """
+    """This process's one instance of a teacher, loaded on first use. Torch is held to one thread:
+    workers are the parallelism, and a result then can't depend on a machine's number of threads."""
     import torch
 
     with _load_lock:  # lru_cache alone would load twice when two threads ask at once

@@ -1,11 +1,4 @@
-"""What the pipeline asks of a teacher: a frozen image model that gives dense features.
-
-A teacher is any object with ``name`` (str), ``dim`` (int), ``patch_size`` (int) and
-``__call__(images: float32 (B, 3, H, W) in 0..1) -> (B, dim, H / patch_size, W / patch_size)``,
-RGB in, torch tensors both. A plug-in should also carry ``weights``, a string that identifies its
-parameters (a ``torch.nn.Module`` gets the hash of its state), so that a build is not continued with
-others. It is called without gradients; on a GPU worker from several threads at once.
-"""
+"""What the pipeline asks of a teacher, and how it runs one."""
 
 import hashlib
 from typing import Literal, Protocol
@@ -35,14 +28,16 @@ class TeacherSettings(Settings):
 
 
 class Teacher(Protocol):
-    """What the pipeline asks of a teacher."""
+    """A frozen image model that gives dense features. A plug-in should also have ``weights``, a
+    string that identifies its parameters (a ``torch.nn.Module`` gets its state's hash): a build
+    refuses others. Called without gradients; on a GPU worker from several threads at once."""
 
     name: str
     dim: int
     patch_size: int
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Dense features (B, dim, H / patch_size, W / patch_size) of RGB images in 0..1."""
+        """RGB, float32 (B, 3, H, W) in 0..1, to (B, dim, H / patch_size, W / patch_size)."""
         ...
 
 

@@ -1,9 +1,6 @@
 """DINOv2, with or without registers, from the Hugging Face hub or a directory; and the same ViT
-with random weights.
-
-transformers interpolates the position embedding to the token grid by explicit size. The authors'
-code adds 0.1 to the grid's size first, which moves tokens by up to 1.4 px without registers.
-"""
+with random weights. transformers interpolates the position embedding to the token grid by its size;
+the authors' code adds 0.1 first: tokens move by up to 1.4 px without registers."""
 
 from pathlib import Path
 from typing import Any
@@ -14,14 +11,12 @@ from safetensors import SafetensorError
 from occfeat_targets.store.settings import ConfigError
 from occfeat_targets.teachers.base import TeacherError, TeacherSettings, state_sha256
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of R, G, B
 _TYPES = ("dinov2", "dinov2_with_registers")
 
 
 class DinoTeacher:
-    """DINOv2 patch tokens of the last layer, after the final norm, without CLS and register tokens.
-    No image processor: the caller resizes."""
+    """Patch tokens (without CLS and registers) after the final norm. The caller resizes images."""
 
     layer = "last, after the final norm"
 
@@ -38,8 +33,7 @@ class DinoTeacher:
         self._dtype = getattr(torch, auto if precision == "auto" else precision)
         self.precision = str(self._dtype).removeprefix("torch.")
         self._model = model.eval().requires_grad_(False).to(self._device)
-        self._mean = torch.tensor(IMAGENET_MEAN, device=self._device).view(3, 1, 1)
-        self._std = torch.tensor(IMAGENET_STD, device=self._device).view(3, 1, 1)
+        self._mean, self._std = torch.tensor(_IMAGENET, device=self._device).view(2, 3, 1, 1)
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -52,8 +46,7 @@ class DinoTeacher:
 
 
 def random_teacher(settings: TeacherSettings) -> DinoTeacher:
-    """``random:SEED``: a ViT-S/14 with random weights. Raises ConfigError if the seed is no whole
-    number."""
+    """``random:SEED``: a ViT-S/14 with random weights. Raises ConfigError: SEED is no number."""
     from transformers import Dinov2Config, Dinov2Model
 
     text = settings.name.removeprefix("random:")
@@ -71,30 +64,28 @@ def pretrained(settings: TeacherSettings) -> DinoTeacher:
     TeacherError if it can't be loaded, and ConfigError if it is another kind of model."""
     from transformers import AutoConfig, AutoModel
 
+    name = settings.name
     try:
-        shape = AutoConfig.from_pretrained(settings.name)
+        shape = AutoConfig.from_pretrained(name)
         if shape.model_type in _TYPES:
             model, loading = AutoModel.from_pretrained(
-                settings.name, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                name, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
             if loading["missing_keys"]:  # transformers would fill them with random numbers
                 raise ValueError(f"no weights for {', '.join(sorted(loading['missing_keys']))}")
-            return DinoTeacher(model, settings.name, settings.precision)
+            return DinoTeacher(model, name, settings.precision)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
+        is_path = name.startswith((".", "/", "~")) or Path(name).is_dir()
+        hub_id = name if name.count("/") == 1 and not is_path else TeacherSettings().name
         raise TeacherError(
-            f"cannot load the teacher {settings.name!r} ({reason}).\n"
+            f"cannot load the teacher {name!r} ({reason}).\n"
             "On a machine with internet, fetch config.json and model.safetensors of "
-            f"https://huggingface.co/{_hub_id(settings.name)}, put both into one directory and "
+            f"https://huggingface.co/{hub_id}, put both into one directory and "
             "pass it: --teacher DIR (make targets TEACHER=DIR). Without the weights, "
             "--teacher random:0 runs the pipeline on random features."
         ) from error
     raise ConfigError(
-        f"teacher {settings.name} is a {shape.model_type} model; only DINOv2 (with or without "
+        f"teacher {name} is a {shape.model_type} model; only DINOv2 (with or without "
         "registers) is read directly, use package.module:factory for others"
     )
-
-
-def _hub_id(name: str) -> str:
-    is_path = name.startswith((".", "/", "~")) or Path(name).is_dir()
-    return name if name.count("/") == 1 and not is_path else TeacherSettings().name

@@ -71,7 +71,7 @@ def _read_map(path):
     areas = json.loads(Path(path).read_text())["map"]
     rings = {name: [[np.array(ring)] for ring in found] for name, found in areas.items()}
     return MapLayers(
-        areas={"platform": Shapes.of(rings["platform"])}, lines={"rail": Shapes.of(rings["rail"])}
+        areas={"platform": Shapes(rings["platform"])}, lines={"rail": Shapes(rings["rail"])}
     )
 
 
