@@ -68,7 +68,8 @@ class DaskExecutor:
         seen = time.monotonic()
         while True:
             try:
-                return wait(futures, timeout=_RECOUNT_SECONDS, return_when=how).done
+                found: Any = wait(futures, timeout=_RECOUNT_SECONDS, return_when=how)
+                return found.done
             except TimeoutError:
                 if self._client.nthreads():
                     seen = time.monotonic()

@@ -219,7 +219,7 @@ def head_with(store: str, make: type[OccFeatHead]) -> Figures:
     return timed(lambda: objective(bev, targets, counts, 1.0)[0].backward())
 
 
-def timed(run: Callable[[], None]) -> Figures:
+def timed(run: Callable[[], Any]) -> Figures:
     """Milliseconds of ``run``, and MB of memory at its peak above what was there before it."""
     before = peak_memory()
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
