@@ -25,8 +25,7 @@ class AugmentSettings(Settings):
     flip_images: bool = True
     """Mirror each image with probability 1/2; its features are mirrored back."""
     flip_bev: bool = True
-    """Mirror the lifted features along x and y with probability 1/2 each, undone before the
-    heads."""
+    """Mirror lifted features along x and y, with probability 1/2 each; undone before the heads."""
     rotate_bev_deg: float = Field(default=180.0, ge=0, le=180)
     """Turn the BEV frame by up to this angle either way: cameras, voxels and labels together.
     Stands for Simple-BEV's random reference camera."""
@@ -68,16 +67,15 @@ def draw(
     rows = []
     for frame in frames.tolist():
         rng = np.random.default_rng([seed, epoch, frame])
-        rows.append(
-            (
-                rng.uniform(*settings.resize, n_cameras),
-                rng.uniform(-1, 1, (n_cameras, 2)),
-                rng.random(n_cameras) < 0.5 * settings.flip_images,
-                rng.random(2) < 0.5 * settings.flip_bev,
-                np.radians(settings.rotate_bev_deg) * rng.uniform(-1, 1),
-                rng.integers(2**63 - 1),
-            )
+        row = (
+            rng.uniform(*settings.resize, n_cameras),
+            rng.uniform(-1, 1, (n_cameras, 2)),
+            rng.random(n_cameras) < 0.5 * settings.flip_images,
+            rng.random(2) < 0.5 * settings.flip_bev,
+            np.radians(settings.rotate_bev_deg) * rng.uniform(-1, 1),
+            rng.integers(2**63 - 1),
         )
+        rows.append(row)
     columns = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
     return Draws(*(c.float() if c.is_floating_point() else c for c in columns))
 
@@ -87,22 +85,31 @@ def network_inputs(
 ) -> dict[str, torch.Tensor]:
     """The arguments of ``BEVNet.forward``.
 
-    Args:
-        batch: ``images`` uint8 (B, N, H0, W0, 3), ``K`` and ``cam_T_ego``, on the device.
-        draws: of the same samples.
-        image_size: for the network.
-        max_shift: ``augment.shift``.
-
-    Returns:
-        ``images`` float32 (B, N, 3, H, W) in 0..1, black outside the stored image; ``K``
-        changed to match; ``cam_T_bev``; ``image_flip``; ``bev_flip``.
+    From ``images`` uint8 (B, N, H0, W0, 3), ``K`` and ``cam_T_ego`` on the device, and draws of the
+    same samples; ``image_size`` is the network's, ``max_shift`` is ``augment.shift``. Returns
+    ``images`` float32 (B, N, 3, H, W) in 0..1, black outside the stored image; ``K`` changed to
+    match; ``cam_T_bev``; ``image_flip``; ``bev_flip``.
     """
     device = batch["images"].device
     stored = torch.tensor(batch["images"].shape[3:1:-1])  # width, height
     size = torch.tensor(image_size[::-1])
     resized = size * draws.resize[..., None]  # (B, N, 2)
     crop = (resized - size) / 2 + draws.shift * (max_shift * image_size[0])
-    images = _crop(batch["images"], resized, crop, image_size, draws)
+    # Resize, crop and mirror in one sampling. Pixel u of the output is pixel (u + crop) of the
+    # resized image; in affine_grid's units of half an image, with x = 2u/W - 1:
+    # x' = x·W/W' + (W + 2·crop)/W' - 1.
+    scale = size / resized
+    theta = torch.zeros(*draws.resize.shape, 2, 3)
+    theta[..., 0, 0] = torch.where(draws.image_flip, -scale[..., 0], scale[..., 0])
+    theta[..., 1, 1] = scale[..., 1]
+    theta[..., 2] = (size + 2 * crop) / resized - 1
+    theta = theta.flatten(0, 1).to(device)
+    grid = F.affine_grid(theta, [len(theta), 3, *image_size], align_corners=False)
+    pixels = batch["images"].flatten(0, 1).permute(0, 3, 1, 2).float().div_(255)
+    # Zero padding alone would darken the outermost pixels of an enlarged image.
+    sampled = F.grid_sample(pixels, grid, align_corners=False, padding_mode="border")
+    inside = (grid.abs() <= 1).all(dim=-1)[:, None]
+    images = (sampled * inside).unflatten(0, draws.resize.shape)
     K = resize_and_crop(batch["K"], (resized / stored).to(device), crop.to(device))
     ego_T_bev = rotation_z(-draws.angle).to(device)
     return {
@@ -112,28 +119,3 @@ def network_inputs(
         "image_flip": draws.image_flip.to(device),
         "bev_flip": draws.bev_flip.to(device),
     }
-
-
-def _crop(
-    images: torch.Tensor, resized: torch.Tensor, crop: torch.Tensor, image_size: Size, draws: Draws
-) -> torch.Tensor:
-    """Resize, crop and mirror in one bilinear sampling: float32 (B, N, 3, H, W) in 0..1.
-
-    Pixel u of the output is pixel (u + crop) of the resized image; in ``affine_grid``'s units of
-    half an image, with x = 2u/W - 1: x' = x·W/W' + (W + 2·crop)/W' - 1.
-    """
-    B, N = images.shape[:2]
-    size = torch.tensor(image_size[::-1])
-    scale = size / resized
-    theta = torch.zeros(B, N, 2, 3)
-    theta[..., 0, 0] = torch.where(draws.image_flip, -scale[..., 0], scale[..., 0])
-    theta[..., 1, 1] = scale[..., 1]
-    theta[..., 2] = (size + 2 * crop) / resized - 1
-    grid = F.affine_grid(
-        theta.flatten(0, 1).to(images.device), [B * N, 3, *image_size], align_corners=False
-    )
-    pixels = images.flatten(0, 1).permute(0, 3, 1, 2).float().div_(255)
-    # Zero padding alone would darken the outermost pixels of an enlarged image.
-    cropped = F.grid_sample(pixels, grid, align_corners=False, padding_mode="border")
-    inside = (grid.abs() <= 1).all(dim=-1)
-    return (cropped * inside[:, None]).unflatten(0, (B, N))

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,8 +19,8 @@ from occfeat_train.tasks import TASKS
 
 if TYPE_CHECKING:
     from occfeat_train.distributed import Process
-    from occfeat_train.runs.job import Job
 
+PATH = click.Path(path_type=Path)
 Say = Callable[[str], None]
 
 
@@ -29,7 +29,7 @@ def _names(registry: Registry) -> str:
 
 
 def _run_option(help: str) -> Callable:
-    return click.option("--run-dir", "run", type=click.Path(path_type=Path), help=help)
+    return click.option("--run-dir", "run", type=PATH, help=help)
 
 
 def _training_options(command: Callable) -> Callable:
@@ -184,10 +184,7 @@ def evaluate(run: Path | None, store: str | None, corrupted: str | None, **asked
 @main.command()
 @_run_option("Run to export.  [default: the newest finished pretraining in runs/]")
 @click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Directory to make: model.safetensors and model.json.",
+    "--out", type=PATH, required=True, help="Directory to make: model.safetensors and model.json."
 )
 def export(run: Path | None, out: Path) -> None:
     """Write the BEV network of a run, without its head, for use elsewhere.
@@ -209,13 +206,7 @@ def export(run: Path | None, out: Path) -> None:
 @click.option(
     "--frame", type=int, help="Frame number in the store.  [default: the first of validation]"
 )
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default="prediction.png",
-    show_default=True,
-    help="PNG to write.",
-)
+@click.option("--out", type=PATH, default="prediction.png", show_default=True, help="PNG to write.")
 def view(store: str | None, run: Path | None, frame: int | None, out: Path) -> None:
     """Draw what a network predicts for one frame, and what it should, to a PNG.
 
@@ -236,54 +227,47 @@ def view(store: str | None, run: Path | None, frame: int | None, out: Path) -> N
 def _train(kind: str, asked: dict[str, Any], then: str) -> None:
     """Train as the options say, and say how it went and what comes next."""
     with _session() as (process, say):
+        from occfeat_targets.store.reader import open_store
+        from occfeat_train.distributed import from_main
         from occfeat_train.runs import resolve
+        from occfeat_train.runs.run import Run, check_same_store
+        from occfeat_train.train import train
 
-        if asked["resume"]:
-            job, path = resolve.resumed(kind, asked, _given())
+        if resume := asked["resume"]:
+            source = click.get_current_context().get_parameter_source
+            given = {
+                name for name in asked if source(name) is click.core.ParameterSource.COMMANDLINE
+            }
+            job, path = resolve.resumed(kind, asked, given)
         else:
             job, path = resolve.new_job(kind, asked, say)
-        finished, run = _train_job(job, path, asked["resume"], process, say)
-        say(f"{run}: {'finished' if finished else 'stopped'}")
+        store = open_store(job.store)
+        run = Run(Path(from_main(str(path))))  # named by the time, which others may read later
+        if resume:
+            check_same_store(run.description()["store_identity"], store)
+        elif process.is_main:  # which makes it soon after
+            run.require_new()
+        say(f"Store: {job.store}")
+        if store.attrs["teacher"]["weights"].startswith("random"):
+            say(
+                "The store's features come from a RANDOM-WEIGHTS teacher: good for trying things "
+                "out, useless for results."
+            )
+        finished = train(job, run, process, resume)
+        say(f"{run.path}: {'finished' if finished else 'stopped'}")
         if not finished:
-            say(f"Go on with: occfeat-train {kind} --resume --run-dir {run}")
+            say(f"Go on with: occfeat-train {kind} --resume --run-dir {run.path}")
             raise SystemExit(130)
-        say(f"Next: occfeat-train {then.format(run)}")
-
-
-def _train_job(
-    job: "Job", path: Path, resume: bool, process: "Process", say: Say
-) -> tuple[bool, Path]:
-    """Whether a training came to its end, and its directory in all processes."""
-    from occfeat_targets.store.reader import open_store
-    from occfeat_train.distributed import from_main
-    from occfeat_train.runs.run import Run, check_same_store
-    from occfeat_train.train import train
-
-    store = open_store(job.store)
-    run = Run(Path(from_main(str(path))))
-    if resume:
-        check_same_store(run.description()["store_identity"], store)
-    elif process.is_main:  # which makes it soon after
-        run.require_new()
-    say(f"Store: {job.store}")
-    if store.attrs["teacher"]["weights"].startswith("random"):
-        say(
-            "The store's features come from a RANDOM-WEIGHTS teacher: good for trying things out, "
-            "useless for results."
-        )
-    return train(job, run, process, resume), run.path
-
-
-def _given() -> set[str]:
-    """Names of this command's options that were given, not left to their defaults."""
-    context = click.get_current_context()
-    commandline = click.core.ParameterSource.COMMANDLINE
-    return {name for name in context.params if context.get_parameter_source(name) is commandline}
+        say(f"Next: occfeat-train {then.format(run.path)}")
 
 
 @contextmanager
 def _session() -> Iterator[tuple["Process", Say]]:
-    """Join the process group; the main process speaks; known errors become one clear sentence."""
+    """Join the process group; the main process speaks; known errors become one clear sentence.
+
+    Where there are other processes, an error ends this one at once: they may be waiting for it in
+    a collective, and an orderly exit would wait for them. torchrun then stops them.
+    """
     from occfeat_targets.store.files import StoreError
     from occfeat_targets.store.settings import ConfigError
     from occfeat_train.distributed import process_group
@@ -294,21 +278,14 @@ def _session() -> Iterator[tuple["Process", Say]]:
     try:
         with process_group() as process:
             yield process, click.echo if process.is_main else (lambda _: None)
+        return
     except (ConfigError, StoreError, RunError, WeightsError, NonFiniteLoss) as error:
         text = str(error)
         if text.startswith("Caught "):  # from a reading process: torch puts a traceback before it
             text = text.splitlines()[-1].partition("Error: ")[2] or text
-        _leave(f"Error: {text}")
+        text = f"Error: {text}"
     except Exception:
-        _leave(traceback.format_exc())
-
-
-def _leave(text: str) -> NoReturn:
-    """Exit with a message and code 1.
-
-    At once if there are other processes: they may be waiting for this one in a collective, and
-    an orderly exit would wait for them. torchrun then stops them.
-    """
+        text = traceback.format_exc()
     click.echo(text, err=True)
     if "WORLD_SIZE" in os.environ:
         sys.stderr.flush()

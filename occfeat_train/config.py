@@ -1,8 +1,8 @@
 """How a network is built and trained: sections of settings, from YAML and ``--set key=value``.
 
-Each section is declared beside what it is of; here are those of the schedules and the whole. The
-defaults are the paper's SimpleBEV with EfficientNet-B0 at 224x400 (PAPER = OccFeat §4.1) and,
-where it is silent, those of Simple-BEV's code.
+Each section is declared beside what it is of; here are those of the schedules and the whole.
+Defaults are the paper's SimpleBEV with EfficientNet-B0 at 224x400 (PAPER = OccFeat §4.1) and, where
+it is silent, those of Simple-BEV's code.
 """
 
 from typing import Literal, Self
@@ -50,10 +50,8 @@ class PretrainSettings(Settings):
 
 
 class FinetuneSettings(Settings):
-    """Finetuning on BEV segmentation: AdamW with one-cycle rates (PAPER, Simple-BEV).
-
-    What is null takes the paper's value for the label fraction, see :data:`PAPER_SCHEDULES`.
-    """
+    """Finetuning on BEV segmentation: AdamW with one-cycle rates (PAPER, Simple-BEV). What is null
+    takes the paper's value for the label fraction, see :data:`PAPER_SCHEDULES`."""
 
     epochs: int | None = Field(default=None, ge=1)
     batch: int | None = Field(default=None, ge=1)
@@ -68,8 +66,7 @@ PAPER_SCHEDULES = (
     (0.1, {"epochs": 50, "lr": 1e-4, "batch": 6, "accumulate": 1}),
     (1.0, {"epochs": 30, "lr": 3e-4, "batch": 8, "accumulate": 5}),
 )
-"""Finetuning schedules of the paper's three label fractions; a fraction in between takes the
-next larger one's."""
+"""The paper's, for three label fractions; one in between takes the next larger one's."""
 
 
 class RunSettings(Settings):

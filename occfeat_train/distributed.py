@@ -34,11 +34,8 @@ class Process:
 
 @contextmanager
 def process_group() -> Iterator[Process]:
-    """Join the other processes torchrun started, if any, and leave them at the end.
-
-    NCCL with one GPU a process if there are GPUs, else gloo on the CPU. ConfigError: fewer GPUs
-    than processes on this machine.
-    """
+    """Join the other processes torchrun started, if any, and leave them at the end. NCCL with one
+    GPU a process if there are any, else gloo on the CPU. ConfigError: this machine has too few."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     backend, device_id, device = "gloo", None, torch.device("cpu")
@@ -102,10 +99,8 @@ def pick_precision(precision: str, device: torch.device) -> tuple[torch.dtype, s
 
 @contextmanager
 def stop_signals(tell: bool) -> Iterator[Callable[[], bool]]:
-    """Note Ctrl-C and SIGTERM instead of dying: yields a function that says whether one came.
-
-    A second Ctrl-C is obeyed at once. With ``tell``, the first signal is answered on the terminal.
-    """
+    """Note Ctrl-C and SIGTERM instead of dying: yields a function that says whether one came. A
+    second Ctrl-C is obeyed at once; with ``tell``, the first signal is answered on the terminal."""
     received = []
 
     def note(number: int, _frame: object) -> None:

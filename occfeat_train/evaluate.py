@@ -12,11 +12,10 @@ from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.data.order import eval_batches, select_frames, split_names
 from occfeat_train.data.workers import make_loader
 from occfeat_train.distributed import Process, pick_precision
-from occfeat_train.network import Network
+from occfeat_train.network import Network, trained_network
 from occfeat_train.objectives.base import Batch
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.run import Run, RunError
-from occfeat_train.runs.weights import trained_network
 from occfeat_train.tasks import TASKS
 from occfeat_train.tasks.base import Task, as_columns
 
@@ -24,16 +23,12 @@ _BATCH = 4
 
 
 def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
-    """What a finetuned run's task measures on the evaluation split of the job's store.
+    """What a finetuned run's task measures on the evaluation split of the job's store, for
+    ``result.json``; ``rows`` and ``headline`` are of ``tasks.base.Meter.result``.
 
-    Processes take every ``world``-th frame, none twice, and their counts are summed.
-
-    Returns:
-        For ``result.json``; ``rows`` and ``headline`` are of ``tasks.base.Meter.result``.
-
-    Raises:
-        RunError: the run is not a finetuning, or of another grid. StoreError: nothing to
-            evaluate on, or the store lacks what the run learned.
+    Processes take every ``world``-th frame, none twice, and their counts are summed. Raises
+    RunError: the run is not a finetuning, or of another grid; StoreError: nothing to evaluate on,
+    or the store lacks what the run learned.
     """
     if job.task is None:
         raise RunError(f"{run.path} is a pretraining: finetune it first, then evaluate that run")
@@ -42,13 +37,10 @@ def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
     network, position = trained_network(job, run, store)
     network.to(process.device)
     task = cast(Task, network.objective)
-    loader = make_loader(
-        FrameDataset(job.store, frames, ("images", *task.eval_arrays)),
-        eval_batches(len(frames), _BATCH, process.rank, process.world),
-        data.workers,
-        data.start_method,
-        pin_memory=process.device.type == "cuda",
-    )
+    dataset = FrameDataset(job.store, frames, ("images", *task.eval_arrays))
+    batches = eval_batches(len(frames), _BATCH, process.rank, process.world)
+    on_gpu = process.device.type == "cuda"
+    loader = make_loader(dataset, batches, data.workers, data.start_method, pin_memory=on_gpu)
     meter = task.meter(process.device)
     for batch in tqdm(loader, unit="batch", desc="evaluate", disable=not process.is_main):
         batch = {name: values.to(process.device) for name, values in batch.items()}
@@ -65,8 +57,7 @@ def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
 
 
 def predict(network: Network, batch: Batch, job: Job, head: Callable[[torch.Tensor], Any]) -> Any:
-    """What ``head`` makes of the BEV features (B, C, X, Y) of a collated batch on the network's
-    device, nothing augmented."""
+    """What ``head`` makes of BEV features (B, C, X, Y) of a batch on the device, not augmented."""
     network.eval()
     device = batch["images"].device
     draws = draw(NO_AUGMENT, 0, 0, batch["frame"], batch["K"].shape[1])

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_train.models.bev_net import BEVNet, ModelSettings
+from occfeat_train.network import bev_net_state, load_same_tensors
 from occfeat_train.runs.run import Run, RunError, write_json
-from occfeat_train.runs.weights import bev_net_state, load_same_tensors
 
 FORMAT = "occfeat-bev-net"
 
@@ -31,8 +31,7 @@ def export(run: Run, out: Path) -> None:
 
 
 def load_bev_net(directory: str | Path) -> BEVNet:
-    """The exported network, in evaluation mode, or RunError: there is none, or its files don't fit
-    together."""
+    """The exported network, in evaluation mode; RunError: there is none, or its files don't fit."""
     directory = Path(directory)
     try:
         description = json.loads((directory / "model.json").read_text())

@@ -19,12 +19,10 @@ def rotation_z(angle: torch.Tensor) -> torch.Tensor:
 
 
 def resize_and_crop(K: torch.Tensor, scale: torch.Tensor, crop: torch.Tensor) -> torch.Tensor:
-    """Intrinsics after an image was resized and a window cut out of it.
+    """Intrinsics (..., 3, 3), continuous pixels, after an image was resized and a window cut out.
 
-    Args:
-        K: float (..., 3, 3), continuous pixels.
-        scale: (..., 2), new over old width and height.
-        crop: (..., 2), left and top edge of the window in pixels of the resized image.
+    ``scale`` (..., 2) is new over old width and height, ``crop`` (..., 2) the left and top edge of
+    the window in pixels of the resized image.
     """
     K = K.clone()
     K[..., :2, :] *= scale[..., :, None]
@@ -44,9 +42,7 @@ def volume_centres(grid: VoxelGrid, device: torch.device) -> torch.Tensor:
 
 def flat_index(xyz: torch.Tensor, grid: VoxelGrid) -> tuple[torch.Tensor, torch.Tensor]:
     """As :meth:`VoxelGrid.flat_index` of points float (M, 3), metres, but keeping their places.
-
-    Returns ``(index, inside)``: int64 (M,), meaningless where ``inside``, bool (M,), is False.
-    """
+    Returns ``(index, inside)``: int64 (M,), meaningless where ``inside``, bool (M,), is False."""
     lower, size = (xyz.new_tensor(a) for a in (grid.lower, grid.cell_size))
     cell = ((xyz - lower) / size).floor()
     cells = xyz.new_tensor([grid.x[2], grid.y[2], grid.z[2]])

@@ -29,15 +29,10 @@ def evaluate_corrupted(
     """IoU of a finetuned run on the job's store and on corrupted ones of the same frames.
 
     ``folder`` is the directory or URL of the latter (``occfeat-targets corrupt``); ``say`` gets a
-    line before each store.
-
-    Returns:
-        For ``corrupted.json``: ``clean`` (the clean store's result), ``iou`` (corruption and
-        severity to IoU in per cent), ``mean`` and ``RR`` (per cent) of complete corruptions,
-        ``mRR`` over those, ``missing`` (corruptions, or single severities of them).
-
-    Raises:
-        RunError, StoreError: as :func:`evaluate`; or a store is not of the clean one's frames.
+    line before each store. Returns for ``corrupted.json``: ``clean`` (the clean store's result),
+    ``iou`` (corruption and severity to IoU in per cent), ``mean`` and ``RR`` (per cent) of complete
+    corruptions, ``mRR`` over those, ``missing`` (corruptions, or single severities of them). Raises
+    RunError and StoreError as :func:`evaluate`, or if a store is not of the clean one's frames.
     """
     folder = absolute(folder)
     found = find_corrupted(folder)
@@ -58,10 +53,8 @@ def evaluate_corrupted(
 def find_corrupted(folder: str) -> dict[str, TargetStore]:
     """The finished stores of corrupted images in a folder by what their settings say they are.
 
-    In the order of ``CORRUPTIONS``, then ``SEVERITIES``. Unfinished ones are left out.
-
-    Raises:
-        StoreError: there are none, or two of the same corruption, or something is no store.
+    In the order of ``CORRUPTIONS``, then ``SEVERITIES``. Unfinished ones are left out. Raises
+    StoreError: there are none, or two of the same corruption, or something is no store.
     """
     fs, path = filesystem(folder)
     paths = fs.ls(path, detail=False) if fs.exists(path) else []
@@ -76,10 +69,8 @@ def find_corrupted(folder: str) -> dict[str, TargetStore]:
             raise StoreError(f"{found[name].url} and {url} are both of {name}: move one away")
         found[name] = store
     if not found:
-        raise StoreError(
-            f"{folder} holds no finished stores of corrupted images: make them with "
-            "occfeat-targets corrupt DATAROOT STORE " + folder
-        )
+        how = f"make them with occfeat-targets corrupt DATAROOT STORE {folder}"
+        raise StoreError(f"{folder} holds no finished stores of corrupted images: {how}")
     order = [f"{corruption}-{severity}" for corruption in CORRUPTIONS for severity in SEVERITIES]
     return {name: found[name] for name in order if name in found}
 
@@ -91,9 +82,7 @@ def headline(result: dict[str, Any]) -> float | None:
 
 def summary(clean: float | None, scores: Scores) -> dict[str, Any]:
     """Mean IoU and RR by corruption, and mRR, in per cent as ``clean`` is; None where undefined.
-
-    Corruptions that lack a severity have no mean and do not count in mRR.
-    """
+    Corruptions that lack a severity have no mean and do not count in mRR."""
     means, rates = {}, {}
     for corruption, by_severity in scores.items():
         values = [v for s in SEVERITIES if (v := by_severity.get(s)) is not None]

@@ -4,9 +4,10 @@ Everything random follows from the seed and the position, never from what ran be
 was killed and resumed ends with the same weights as one that was not (on a CPU, bit for bit).
 """
 
+import importlib.util
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.reader import open_store
+from occfeat_targets.store.settings import ConfigError
 from occfeat_train.augment import draw, network_inputs
 from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.data.order import ShardSampler, select_frames, split_names
@@ -31,12 +33,11 @@ from occfeat_train.distributed import (
     pick_precision,
     stop_signals,
 )
-from occfeat_train.network import Network
+from occfeat_train.network import Network, build_network
 from occfeat_train.objectives.base import Batch, Targets
 from occfeat_train.runs.job import Job
-from occfeat_train.runs.log import RunLog, require_board
+from occfeat_train.runs.log import RunLog
 from occfeat_train.runs.run import Run, RunError
-from occfeat_train.runs.weights import build_network
 
 LEAST_SCALE = 2.0**-10
 """Float16 losses are scaled, at first by 2^16, and a gradient that is not finite halves the scale:
@@ -51,23 +52,14 @@ def train(job: Job, run: Run, process: Process, resume: bool) -> bool:
     """Train, or go on training, and leave checkpoints and a log in the run directory.
 
     The directory is made here, when nothing is left to go wrong before work starts, unless the run
-    is to ``resume``.
-
-    Returns:
-        Whether it came to its end; False after Ctrl-C or SIGTERM.
-
-    Raises:
-        StoreError, RunError, ConfigError, WeightsError: before any work; StoreError also for a
-            frame that turns out to be damaged.
-        NonFiniteLoss: in all processes, before the step that would have spread it.
+    is to ``resume``. Returns whether it came to its end; False after Ctrl-C or SIGTERM. Raises
+    StoreError, RunError, ConfigError, WeightsError before any work; StoreError also for a damaged
+    frame; NonFiniteLoss, in all processes, before the step that would have spread it.
     """
     trainer = Trainer(job, process)
-    if resume and run.checkpoints():
-        report = trainer.resume(run)
-    else:
-        report = trainer.begin()
-        if process.is_main and not resume:
-            run.create(job.describe(trainer.store))
+    report = trainer.begin(run if resume and run.checkpoints() else None)
+    if process.is_main and not resume:
+        run.create(job.describe(trainer.store))
     barrier()
     first, total, board = trainer.position.step, trainer.total_steps, job.config.run.tensorboard
     with run.locked() if process.is_main else nullcontext():
@@ -78,15 +70,13 @@ def train(job: Job, run: Run, process: Process, resume: bool) -> bool:
 
 
 class Trainer:
-    """One process's part of a training.
-
-    Raises:
-        StoreError, RunError, ConfigError: it can't be trained.
-    """
+    """One process's part of a training. StoreError, RunError, ConfigError: it can't be trained."""
 
     def __init__(self, job: Job, process: Process):
         config, plan = job.config, job.plan
-        require_board(config.run)
+        # Not a check of the settings: a run that wrote events can be evaluated anywhere.
+        if config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError("run.tensorboard needs: pip install tensorboard")
         self.job, self.process, self.store = job, process, open_store(job.store)
         splits = split_names(config.data.train_split, "train")
         self.frames = select_frames(self.store, splits, job.fraction, job.fraction_unit)
@@ -105,11 +95,11 @@ class Trainer:
                 f"{job.kind}.accumulate {plan.accumulate}: lower one of them"
             )
 
-    def begin(self, load_weights: bool = True) -> str:
-        """Make the network and what trains it; returns a report of where its weights came from.
-        Raises what ``runs.weights.build_network`` does."""
+    def begin(self, run: Run | None = None) -> str:
+        """Make the network and what trains it, as in the newest checkpoint of a run to go on with;
+        returns a report of where its weights came from. Raises what ``build_network`` does."""
         torch.manual_seed(self.job.config.run.seed)
-        network, report = build_network(self.job, self.store, load_weights)
+        network, report = build_network(self.job, self.store, load_weights=run is None)
         if lacking := [a for a in network.objective.arrays if a not in self.store.specs]:
             raise StoreError(
                 f"{self.store.url} has no {', '.join(lacking)}, which {self.job.title} needs: "
@@ -117,15 +107,12 @@ class Trainer:
             )
         device = self.process.device
         self.learner = make_learner(self.job, network.to(device), self.total_steps, device)
+        if run:
+            state, position = run.load()
+            self.learner.load_state_dict(state)
+            self.position = Position(**position)
+            report = f"resumed after step {self.position.step}"
         return report
-
-    def resume(self, run: Run) -> str:
-        """As :meth:`begin`, but from the newest checkpoint of a run."""
-        self.begin(load_weights=False)
-        state, position = run.load()
-        self.learner.load_state_dict(state)
-        self.position = Position(**position)
-        return f"resumed after step {self.position.step}"
 
     def describe(self) -> str:
         """One line for the log."""
@@ -139,23 +126,27 @@ class Trainer:
         )
 
     def fit(self, run: Run, log: RunLog, stop: Callable[[], bool]) -> bool:
-        """Epochs and steps from ``position`` on; returns whether all were done.
-
-        Ends early, with a checkpoint, once ``stop`` of any process says that it was asked to.
-        """
-        settings, process, accumulate = self.job.config.run, self.process, self.job.plan.accumulate
-        loader, sampler = self._loader()
+        """Epochs and steps from ``position`` on; returns whether all were done. Ends early, with a
+        checkpoint, once ``stop`` of any process says that it was asked to."""
+        process, plan = self.process, self.job.plan
+        settings, data = self.job.config.run, self.job.config.data
+        arrays = ("images", *self.learner.network.objective.arrays)
+        dataset = FrameDataset(self.job.store, self.frames, arrays)
+        batch, on_gpu = plan.batch, process.device.type == "cuda"
+        sampler = ShardSampler(len(dataset), batch, settings.seed, process.rank, process.world)
+        loader = make_loader(dataset, sampler, data.workers, data.start_method, pin_memory=on_gpu)
         model: nn.Module = self.learner.network.train()
         if process.world > 1:
-            devices = [process.device] if process.device.type == "cuda" else None
+            devices = [process.device] if on_gpu else None
             model = DistributedDataParallel(model, device_ids=devices)
         saved_at = time.monotonic()
         while not self.position.finished:
-            sampler.set_epoch(self.position.epoch, done=self.position.step_in_epoch * accumulate)
+            first = self.position.step_in_epoch
+            sampler.set_epoch(self.position.epoch, done=first * plan.accumulate)
             batches = iter(loader)
-            for _ in range(self.position.step_in_epoch, self.steps_per_epoch):
+            for _ in range(first, self.steps_per_epoch):
                 started = time.monotonic()
-                micro = list(islice(batches, accumulate))
+                micro = list(islice(batches, plan.accumulate))
                 waited = time.monotonic() - started
                 # By the main process's clock: others' may differ.
                 is_due = process.is_main and started - saved_at >= 60 * settings.save_minutes
@@ -179,30 +170,10 @@ class Trainer:
                     return self.position.finished
         return True
 
-    def _loader(self) -> tuple[Iterable[Batch], ShardSampler]:
-        """Micro-batches of this process, and what says of which epoch."""
-        config, process = self.job.config, self.process
-        arrays = ("images", *self.learner.network.objective.arrays)
-        batch, seed = self.job.plan.batch, config.run.seed
-        sampler = ShardSampler(len(self.frames), batch, seed, process.rank, process.world)
-        loader = make_loader(
-            FrameDataset(self.job.store, self.frames, arrays),
-            sampler,
-            config.data.workers,
-            config.data.start_method,
-            pin_memory=process.device.type == "cuda",
-        )
-        return loader, sampler
-
     def step(self, model: Any, micro: list[Batch]) -> dict[str, float]:
         """One optimiser step of this process's micro-batches by the network, or DDP around it.
-
-        Returns:
-            The step's numbers over all processes: loss, its terms, gradient norm, learning rate.
-
-        Raises:
-            NonFiniteLoss: in all processes; nothing was changed.
-        """
+        Returns the step's numbers over all processes: loss, its terms, gradient norm, learning
+        rate. Raises NonFiniteLoss, in all processes; nothing was changed."""
         config, process, step = self.job.config, self.process, self.position.step
         learner, device = self.learner, process.device
         own_seed = np.random.SeedSequence((config.run.seed, step, process.rank))
@@ -260,11 +231,11 @@ class Learner:
 
     def state_dict(self) -> dict:
         """Tensors and plain values only, so that loading needs no unpickling."""
-        return {name: part.state_dict() for name, part in self._parts()}
+        return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict) -> None:
         """Inverse of :meth:`state_dict`."""
-        for name, part in self._parts():
+        for name, part in self._parts().items():
             if state[name]:  # empty: a scaler that was off, on a GPU with bfloat16
                 part.load_state_dict(state[name])
 
@@ -288,9 +259,8 @@ class Learner:
             self.scheduler.step()
         return norm, new_scale >= LEAST_SCALE
 
-    def _parts(self) -> list[tuple[str, Any]]:
-        parts = [(name, getattr(self, name)) for name in self.__dataclass_fields__]
-        return [(name, part) for name, part in parts if part is not None]
+    def _parts(self) -> dict[str, Any]:
+        return {name: part for name, part in vars(self).items() if part is not None}
 
 
 def make_learner(job: Job, network: Network, total_steps: int, device: torch.device) -> Learner:

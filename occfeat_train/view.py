@@ -13,24 +13,19 @@ from occfeat_targets.store.reader import open_store
 from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.data.order import select_frames, split_names
 from occfeat_train.evaluate import predict
-from occfeat_train.network import Network
+from occfeat_train.network import Network, trained_network
 from occfeat_train.objectives.base import Panel
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.run import Run, RunError
-from occfeat_train.runs.weights import trained_network
 from occfeat_train.tasks.base import Task
 
 
 def draw_frame(job: Job, run: Run, i: int | None, device: torch.device, out: Path) -> int:
     """The cameras' images, targets and predictions of a frame, as a PNG.
 
-    The frame is the ``i``-th of the job's store, None the first of its evaluation split; returns
-    its number.
-
-    Raises:
-        RunError: the run has nothing to draw, no checkpoint, or one that does not fit the store;
-            or the file can't be written.
-        StoreError: there is no such frame or store, or it lacks what the run learned.
+    The frame is the ``i``-th of the job's store, None the first of its evaluation split; its number
+    is returned. RunError: the run has nothing to draw, no checkpoint, or one that does not fit the
+    store, or the file can't be written; StoreError: no such frame or store, or it lacks arrays.
     """
     if job.learns.panels is None:
         raise RunError(
@@ -62,10 +57,10 @@ def _predict(
     arrays = objective.eval_arrays if isinstance(objective, Task) else objective.arrays
     dataset = FrameDataset(job.store, [i], ("images", *arrays))
     batch = dataset.collate([dataset[0]])
-    images = batch["images"][0].numpy()
-    batch = {name: values.to(device) for name, values in batch.items()}
+    on_device = {name: values.to(device) for name, values in batch.items()}
     draw = cast(Callable, objective.panels)
-    return images, predict(network, batch, job, lambda bev: draw(bev, batch))
+    panels = predict(network, on_device, job, lambda bev: draw(bev, on_device))
+    return batch["images"][0].numpy(), panels
 
 
 def _draw(

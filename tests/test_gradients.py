@@ -16,8 +16,8 @@ from occfeat_targets.store.reader import open_store
 from occfeat_train.config import TrainConfig
 from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.models.instance_norm import InstanceNorm
+from occfeat_train.network import build_network
 from occfeat_train.runs.job import Job
-from occfeat_train.runs.weights import build_network
 from occfeat_train.train import prepare
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

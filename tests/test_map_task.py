@@ -18,9 +18,9 @@ from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.distributed import Process
 from occfeat_train.evaluate import evaluate, predict, table
 from occfeat_train.export import load_bev_net
+from occfeat_train.network import build_network
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.run import Run, RunError
-from occfeat_train.runs.weights import build_network
 from occfeat_train.tasks.map import MapSegmentation
 from occfeat_train.tasks.masks import HEADLINE, RANGES_M, THRESHOLDS
 

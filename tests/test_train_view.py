@@ -19,9 +19,9 @@ from occfeat_targets.store.schema import dequantise
 from occfeat_train import view
 from occfeat_train.cli import main
 from occfeat_train.config import TrainConfig
+from occfeat_train.network import build_network
 from occfeat_train.objectives.base import Panel
 from occfeat_train.runs.job import Job
-from occfeat_train.runs.weights import build_network
 
 CPU = torch.device("cpu")
 

@@ -59,9 +59,8 @@ class FrameReader:
     def read(self, i: int, names: Sequence[str]) -> dict[str, np.ndarray]:
         """As :meth:`TargetStore.read`, but fit for a GPU; ``images`` uint8 (N, H, W, 3), RGB.
 
-        Raises:
-            StoreError: naming store, frame, scene and sample, for an array that the store lacks,
-                a frame that failed in the build, and whatever is missing or damaged.
+        Raises StoreError, naming store, frame, scene and sample, for an array that the store lacks,
+        a frame that failed in the build, and whatever is missing or damaged.
         """
         store = self.store
         frame = store.read(i, names)
@@ -83,14 +82,9 @@ def decode_images(
 ) -> np.ndarray:
     """Images of a frame, uint8 (N, ``*hw``, 3), RGB, of the N cameras of these names.
 
-    Args:
-        jpegs: uint8, one after another.
-        offset: int (N + 1,), where each begins and the last ends.
-        hw: (H, W) that each must have.
-        cameras: their names.
-
-    Raises:
-        StoreError: naming the camera, when its image is broken or of another size.
+    ``jpegs`` are uint8, one after another; ``offset`` int (N + 1,) says where each begins and the
+    last ends; ``hw`` is the (H, W) that each must have. Raises StoreError, naming the camera, when
+    its image is broken or of another size.
     """
     images = np.empty((len(offset) - 1, *hw, 3), np.uint8)
     for camera, (start, end), image in zip(cameras, pairwise(offset), images, strict=True):

@@ -28,18 +28,10 @@ def select_frames(
     f = 1/k every k-th, the rule of SLidR and ALSO (1 % of 700 scenes: the 100th, 200th, ...
     700th). If none stays, the first does.
 
-    Args:
-        store: the frames' store.
-        splits: names, as in its attribute ``splits``.
-        fraction: in (0, 1], as decimal number or text, so that 0.1 means exactly 1/10.
-        unit: what the fraction counts: scenes having frames in the splits, or frames.
-
-    Returns:
-        Frame numbers, ascending.
-
-    Raises:
-        ValueError: for a fraction outside of (0, 1] or an unknown unit.
-        StoreError: when nothing is left.
+    ``splits`` are names as in the store's attribute of that name; ``fraction`` in (0, 1], a decimal
+    number or text, so that 0.1 means exactly 1/10; ``unit`` is what it counts: scenes having frames
+    in the splits, or frames. Returns frame numbers, ascending. Raises ValueError: a fraction
+    outside of (0, 1] or an unknown unit; StoreError: nothing is left.
     """
     share = Fraction(str(fraction))
     if not 0 < share <= 1:
@@ -56,10 +48,8 @@ def select_frames(
         frames = _every_kth(frames, share)
     frames = frames[table["n_voxels"][frames] != FAILED]
     if not len(frames):
-        raise StoreError(
-            f"{store.url} has no usable frames of {', '.join(splits)}; "
-            f"its splits are: {', '.join(names)}"
-        )
+        said = f"no usable frames of {', '.join(splits)}; its splits are: {', '.join(names)}"
+        raise StoreError(f"{store.url} has {said}")
     return frames.tolist()
 
 
@@ -71,11 +61,8 @@ def _every_kth(items: np.ndarray, share: Fraction) -> np.ndarray:
 
 
 def frame_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The shuffle of an epoch: int64 (n,), a permutation of 0..n-1 that never changes.
-
-    Sorts Philox's raw output, which numpy promises never to change; not so
-    ``Generator.permutation``.
-    """
+    """The shuffle of an epoch: int64 (n,), a permutation of 0..n-1 that never changes. Sorts
+    Philox's raw output, which numpy promises never to change; not so ``Generator.permutation``."""
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
     return np.argsort(bits.random_raw(n), kind="stable")
 
@@ -87,9 +74,8 @@ class ShardSampler:
     each takes its own slice: what a global batch holds does not depend on the number of ranks.
     What does not fill a last global batch is left out, until the next epoch's order.
 
-    ``n`` is the dataset's length; ``seed``, of the shuffle, is not negative; ``rank`` is this
-    process among ``world``. ValueError: the ranks cannot share a batch evenly, or n is less than
-    one batch.
+    ``n`` is the dataset's length; ``seed`` of the shuffle, not negative; ``rank`` is this process
+    among ``world``. ValueError: the ranks cannot share a batch evenly, or n is less than one.
     """
 
     def __init__(self, n: int, batch: int, seed: int, rank: int = 0, world: int = 1):
@@ -115,9 +101,7 @@ class ShardSampler:
 
 
 def eval_batches(n: int, batch: int, rank: int = 0, world: int = 1) -> list[list[int]]:
-    """Positions rank, rank + world, ... below n, in order, ``batch`` at a time.
-
-    The ranks together read each position exactly once: nothing is padded or left out.
-    """
+    """Positions rank, rank + world, ... below n, in order, ``batch`` at a time. The ranks together
+    read each position exactly once: nothing is padded or left out."""
     mine = range(rank, n, world)
     return [list(mine[i : i + batch]) for i in range(0, len(mine), batch)]

@@ -76,10 +76,8 @@ def _start_worker(worker: int) -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """Kill the workers that are left when this process exits, say after an error.
-
-    multiprocessing would end them by SIGTERM, which they ignore, and then wait for them for ever.
-    """
+    """Kill the workers that are left when this process exits, say after an error. multiprocessing
+    would end them by SIGTERM, which they ignore, and then wait for them for ever."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

@@ -80,8 +80,7 @@ class BEVNet(nn.Module):
             cam_T_bev: float32 (B, N, 4, 4); ``cam_T_ego`` of the store unless the BEV is turned.
             image_flip: bool (B, N), which images are mirrored left-right; their features are
                 mirrored back, as in Simple-BEV, so that ``K`` holds.
-            bev_flip: bool (B, 2), along which BEV axes (X, Y) the decoder sees the lifted
-                features mirrored; undone in what is returned.
+            bev_flip: bool (B, 2), along which axes (X, Y) the decoder sees the features mirrored.
         """
         B, N, _, H, W = images.shape
         features = self.encoder(images.flatten(0, 1)).unflatten(0, (B, N))
@@ -93,10 +92,8 @@ class BEVNet(nn.Module):
 
 
 def mirror(x: Tensor, flip: Tensor | None, dims: tuple[int, ...]) -> Tensor:
-    """Mirror some items of ``x`` (*items, C, H, W) along ``dims``, counted from the end.
-
-    ``flip``: bool (*items) for one axis or (*items, n) for n axes; None mirrors nothing.
-    """
+    """Mirror some items of ``x`` (*items, C, H, W) along ``dims``, counted from the end. ``flip``:
+    bool (*items) for one axis or (*items, n) for n axes; None mirrors nothing."""
     if flip is None:
         return x
     choices = [flip] if len(dims) == 1 else flip.unbind(-1)

@@ -47,7 +47,7 @@ class DeformableAttention(nn.Module):
         maps: Tensor,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """Attend.
+        """Attend: (S, C), heads one after the other, in the values' dtype after projection.
 
         Args:
             query: (Q, C).
@@ -56,9 +56,6 @@ class DeformableAttention(nn.Module):
                 where nothing shall be sampled.
             maps: int (S,), which map each of the S samplings reads.
             rows: int (S,), the query of each sampling; None if there is one per query, in order.
-
-        Returns:
-            (S, C), heads one after the other, in the values' dtype after projection.
         """
         values = self.value_proj(values).unflatten(-1, (self.heads, -1))
         # In bfloat16 an offset of 8 cells would be off by up to 1/32 of a cell, column 40 by 1/8.

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from occfeat_train.models.encoders import ENCODERS, EfficientNetBackbone, EncoderSpec, ImageEncoder
+from occfeat_train.models.encoders import ENCODERS, EfficientNetBackbone, ImageEncoder
 
 _PICKLED = (".pth", ".pt", ".tar")  # .tar: MoCo's .pth.tar is no archive, only named so
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -106,8 +106,8 @@ def load_encoder_weights(encoder: ImageEncoder, source: str) -> str:
     file (.safetensors, .pth, .pt, .tar) that holds torchvision's or efficientnet_pytorch's names or
     a MoCo-v2 checkpoint, of which the query encoder is taken.
 
-    Returns one sentence that says what was loaded from where; raises WeightsError if the source
-    can't be had or read, or is not this architecture.
+    Returns one sentence that says what was loaded from where. Raises WeightsError: the source can't
+    be had or read, or is not this architecture.
     """
     if source == "random":
         return f"{encoder.name}: nothing loaded, random initial weights."
@@ -125,8 +125,14 @@ def load_encoder_weights(encoder: ImageEncoder, source: str) -> str:
         else:
             raise WeightsError(f"there is no file or directory {place}")
     except WeightsError as error:
-        advice = _advice(spec, place if is_hub_id else spec.hub_id)
-        raise WeightsError(f"{error}.\n{advice}") from error.__cause__
+        others = {"resnet": "MoCo-v2 (.pth.tar)", "efficientnet": "efficientnet_pytorch (.pth)"}
+        raise WeightsError(
+            f"{error}.\nOn a machine with internet, fetch config.json and model.safetensors of "
+            f"https://huggingface.co/{place if is_hub_id else spec.hub_id}, put both into one "
+            "directory and pass it: --set model.encoder_weights=DIR. A file of this architecture "
+            f"from torchvision (.pth, .safetensors) or {others[spec.family]} can be passed in the "
+            "same way. --set model.encoder_weights=random starts from random weights."
+        ) from error.__cause__
     return f"{encoder.name}: loaded {origin} of {place}."
 
 
@@ -138,7 +144,18 @@ def names_file(source: str) -> bool:
 def _load_transformers(encoder: ImageEncoder, config: Path, weights: Path) -> str:
     spec = ENCODERS[encoder.name]
     try:
-        _check_config(spec, json.loads(config.read_text()))
+        theirs = json.loads(config.read_text())
+        if not isinstance(theirs, dict):
+            raise ValueError("config.json holds no settings")
+        if theirs.get("model_type") != spec.family:
+            raise ValueError(f"config.json is that of a {theirs.get('model_type')}")
+        # What shapes of tensors don't tell: strides, epsilon.
+        for key, wanted in spec.config.items():
+            value = theirs.get(key, wanted)
+            if isinstance(wanted, tuple) and isinstance(value, list):
+                value = tuple(value[: len(wanted)])  # we keep the first stages
+            if value != wanted:
+                raise ValueError(f"config.json has {key} {value}, wanted is {wanted}")
         state = load_file(weights)
     except (OSError, ValueError, SafetensorError) as error:
         what = f"cannot load a {encoder.name} from {weights.parent}: {_first_line(error)}"
@@ -150,7 +167,7 @@ def _load_transformers(encoder: ImageEncoder, config: Path, weights: Path) -> st
 
 
 def _load_file(encoder: ImageEncoder, path: Path) -> str:
-    state, moco = _unwrap(_read(path))
+    state, moco = _read(path)
     namings = _IN_FILES[ENCODERS[encoder.name].family]
     ours = [name for name, _ in encoder.backbone.named_parameters()]
 
@@ -175,9 +192,9 @@ def _load(encoder: ImageEncoder, state: dict, naming: _Naming, where: str) -> in
     backbone = encoder.backbone
     targets = dict(backbone.named_parameters()) | dict(backbone.named_buffers())
     pairs = {naming.rename(name): target for name, target in targets.items()}
-    for name in [name for name in pairs if name.endswith("num_batches_tracked")]:
-        if name not in state:
-            del pairs[name]  # a counter that nothing reads and that old files don't have
+    # Counters that nothing reads and that old files don't have.
+    absent = [n for n in pairs if n.endswith("num_batches_tracked") and n not in state]
+    pairs = {name: target for name, target in pairs.items() if name not in absent}
     missing = [name for name in pairs if name not in state]
     unknown = [name for name in state.keys() - pairs.keys() if not re.match(naming.cut, name)]
     misshapen = [
@@ -188,9 +205,9 @@ def _load(encoder: ImageEncoder, state: dict, naming: _Naming, where: str) -> in
     problems = {"missing": missing, "of another shape": misshapen, "unknown": sorted(unknown)}
     if any(problems.values()):
         found = "; ".join(f"{len(v)} {k}: {_some(v)}" for k, v in problems.items() if v)
-        wanted = f"the weights of a {encoder.name}"
         raise WeightsError(
-            f"{where} does not hold {wanted}, tensors are {found}. Nothing was loaded"
+            f"{where} does not hold the weights of a {encoder.name}, tensors are {found}. Nothing "
+            "was loaded"
         )
     with torch.no_grad():
         for name, target in pairs.items():
@@ -198,20 +215,6 @@ def _load(encoder: ImageEncoder, state: dict, naming: _Naming, where: str) -> in
     if isinstance(backbone, EfficientNetBackbone):
         backbone.set_convention(torchvision=naming.label == "torchvision")
     return len(pairs)
-
-
-def _check_config(spec: EncoderSpec, config: object) -> None:
-    """Compare what shapes of tensors don't tell: strides, epsilon, which network this is at all."""
-    if not isinstance(config, dict):
-        raise ValueError("config.json holds no settings")
-    if config.get("model_type") != spec.family:
-        raise ValueError(f"config.json is that of a {config.get('model_type')}")
-    for key, ours in spec.config.items():
-        theirs = config.get(key, ours)
-        if isinstance(ours, tuple) and isinstance(theirs, list):
-            theirs = tuple(theirs[: len(ours)])  # we keep the first stages
-        if theirs != ours:
-            raise ValueError(f"config.json has {key} {theirs}, wanted is {ours}")
 
 
 def _download(encoder: ImageEncoder, hub_id: str) -> tuple[Path, Path]:
@@ -229,11 +232,11 @@ def _download(encoder: ImageEncoder, hub_id: str) -> tuple[Path, Path]:
     return config, weights
 
 
-def _read(path: Path) -> object:
+def _read(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """The state dict in a file without a wrapper's prefix, and whether it is MoCo's."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        is_plain = path.suffix == ".safetensors"
+        content = load_file(path) if is_plain else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} can't be read with weights_only: it holds other objects than tensors, or is "
@@ -242,10 +245,6 @@ def _read(path: Path) -> object:
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
         raise WeightsError(f"cannot read {path}: {_first_line(error)}") from error
-
-
-def _unwrap(content: object) -> tuple[dict[str, Tensor], bool]:
-    """The state dict in a file without a wrapper's prefix, and whether it is MoCo's."""
     inner = content.get("state_dict", content) if isinstance(content, dict) else None
     items = inner.items() if isinstance(inner, dict) else ()
     state = {str(name): value for name, value in items if isinstance(value, Tensor)}
@@ -253,17 +252,6 @@ def _unwrap(content: object) -> tuple[dict[str, Tensor], bool]:
         kept = {name: v for name, v in state.items() if not name.startswith(_MOCO_OTHER)}
         return {name.removeprefix(_MOCO_QUERY): v for name, v in kept.items()}, True
     return {name.removeprefix("module."): v for name, v in state.items()}, False
-
-
-def _advice(spec: EncoderSpec, hub_id: str) -> str:
-    file = "or MoCo-v2 (.pth.tar)" if spec.family == "resnet" else "or efficientnet_pytorch (.pth)"
-    return (
-        "On a machine with internet, fetch config.json and model.safetensors of "
-        f"https://huggingface.co/{hub_id}, put both into one directory and pass it: "
-        "--set model.encoder_weights=DIR. A file of this architecture from torchvision (.pth, "
-        f".safetensors) {file} can be passed in the same way. --set model.encoder_weights=random "
-        "starts from random weights."
-    )
 
 
 def _some(names: Iterable[str]) -> str:

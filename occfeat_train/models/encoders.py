@@ -86,8 +86,7 @@ class ImageEncoder(nn.Module):
 
     ``drop_path`` is the stochastic depth of an EfficientNet, the probability that a sample skips a
     block: 0 in the first block, rising in proportion to the block's index towards (and not quite
-    to) this; 0 turns it off. ResNets have none. Raises ValueError if that is not in [0, 1), or the
-    name not in ``ENCODERS``.
+    to) this; 0 turns it off. ResNets have none. ValueError: that is not in [0, 1), or no such name.
     """
 
     _mean: Tensor
@@ -101,7 +100,6 @@ class ImageEncoder(nn.Module):
             raise ValueError(f"drop_path must be at least 0 and below 1, got {drop_path}")
         spec = ENCODERS[name]
         self.name = name
-        self.channels = channels
         if spec.family == "resnet":
             self.backbone = ResNetBackbone(spec)
         else:
@@ -166,9 +164,6 @@ class EfficientNetBackbone(nn.Module):
             depthwise.depthwise_conv_pad = SamePad2d(depthwise.depthwise_conv.kernel_size[0])
             # Used only where the block has a skip connection.
             block.projection.dropout = DropPath(drop_path * index / len(self.blocks))
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 0.01  # Keras's 0.99
         _initialise(self)
         self.set_convention(torchvision=False)
 
@@ -221,9 +216,7 @@ class SamePad2d(nn.Module):
 
 class DropPath(nn.Dropout):
     """Stochastic depth: in training, each sample's branch becomes 0 with a probability of ``p``.
-
-    What is kept is divided by 1 - p, so that its expectation stays.
-    """
+    What is kept is divided by 1 - p, so that its expectation stays."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) with some samples 0; ``x`` itself when nothing is dropped."""
@@ -240,7 +233,7 @@ def _conv_norm_relu(inputs: int, outputs: int) -> list[nn.Module]:
 
 @torch.no_grad()
 def _initialise(module: nn.Module) -> None:
-    """EfficientNet's initial weights: normal of variance 2 / fan-out, batch norms the identity."""
+    """EfficientNet's: normal weights of variance 2 / fan-out, batch norms the identity."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             fan_out = math.prod(part.kernel_size) * part.out_channels / part.groups
@@ -249,3 +242,4 @@ def _initialise(module: nn.Module) -> None:
                 part.bias.zero_()
         elif isinstance(part, nn.BatchNorm2d):
             part.reset_parameters()
+            part.momentum = 0.01  # Keras's 0.99

@@ -9,11 +9,10 @@ class InstanceNorm(nn.Module):
     """Each channel of each sample to mean 0 and variance 1, as ``nn.InstanceNorm2d`` without state.
 
     By group normalisation with one group a channel, of a contiguous copy. Two faults of torch (seen
-    in 2.13 and 2.15, on a CPU) are behind this, both silent: ``nn.InstanceNorm2d`` returns a
-    gradient that has nothing to do with the right one for a batch of one sample, if the gradient it
-    gets is channels-last (as before any convolution of a channels-last network); and group
-    normalisation of a channels-last input loses the variance of a channel whose mean is much
-    larger.
+    in 2.13 and 2.15, on a CPU) are behind this, both silent: ``nn.InstanceNorm2d`` returns a wrong
+    gradient for a batch of one sample, if the gradient it gets is channels-last (as before any
+    convolution of a channels-last network); and group normalisation of a channels-last input loses
+    the variance of a channel whose mean is much larger.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -39,14 +39,9 @@ class Panel(NamedTuple):
 class Objective(nn.Module):
     """Base of all objectives, found by name in ``objectives.OBJECTIVES`` (``pretrain.objective``).
 
-    Args:
-        settings: of its own ``Settings``, from the section ``objectives.NAME``.
-        store: what it will be trained or evaluated on.
-        channels: C, of the BEV features.
-        turned: whether augmentation turns the BEV frame.
-
-    Raises:
-        StoreError: the store lacks what it needs; the message says what to do.
+    Made of ``settings`` of its own ``Settings``, from the section ``objectives.NAME``; the
+    ``store`` it will be trained or evaluated on; ``channels`` C of the BEV features; and whether
+    augmentation turns the BEV frame. StoreError: the store lacks what it needs, and what to do.
     """
 
     Settings: ClassVar[type[Settings]] = Settings
@@ -70,12 +65,9 @@ class Objective(nn.Module):
     def forward(self, bev: Tensor, targets: Targets, counts: Sequence[float], share: float) -> Loss:
         """Predict from BEV features (B, C, X, Y) of a micro-batch, and compare with its targets.
 
-        Args:
-            counts: of the whole optimiser step, summed over micro-batches and processes, as plain
-                numbers (DDP would copy a tensor to the GPU, and reading it there would wait for
-                the encoder).
-            share: this micro-batch's part of the step: the losses of all of them add up to the
-                step's loss.
+        ``counts`` are of the whole optimiser step, over micro-batches and processes, as plain
+        numbers (DDP would copy a tensor to the GPU, and reading it there would wait for the
+        encoder). ``share`` is a micro-batch's part of the step: their losses add up to the step's.
         """
         raise NotImplementedError
 

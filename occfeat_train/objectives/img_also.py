@@ -8,14 +8,12 @@ every such pair of query and cell is one prediction.
 OccFeat §4.2 gives three distances (below) and leaves the rest to ALSO: kinds of query and their
 number, decoder, both losses with weight 1. Ours: rays start at the lidar's place in ego, since the
 lidar is not the BEV's origin; cells are at their centres, height 0; only the BEV map's x and y
-bound queries. Returns that the store leaves out (the ego car's, and those beyond the reach of its
-``points``) have no queries.
+bound queries. Returns that the store leaves out (the ego car's, those beyond its reach) have none.
 
 Latents are a 1x1 convolution of the BEV map. The decoder is Linear, twice (ReLU, Linear), Linear:
 it is linear in the latent at one end and has no activation before its last layer at the other, so
-both pairs of matrices are multiplied first. The part that depends on the cell alone is computed
-once per cell, and only for cells that are asked. Same parameters and same function as layer by
-layer for each pair.
+both pairs of matrices are multiplied first. What depends on the cell alone is computed once, and
+only for cells that are asked. Same parameters and function as layer by layer for each pair.
 """
 
 import math
@@ -81,8 +79,7 @@ class ImgAlso(Objective):
 
     def targets(self, batch: Batch, angle: Tensor) -> Targets:
         """See :func:`query_targets`."""
-        n_queries = self.settings.queries
-        return query_targets(batch, angle, self.grid, self.point_step_m, n_queries)
+        return query_targets(batch, angle, self.grid, self.point_step_m, self.settings.queries)
 
     def counts(self, targets: Targets) -> Tensor:
         """Pairs of a query and a cell, and those whose intensity is known."""
@@ -90,12 +87,13 @@ class ImgAlso(Objective):
         return torch.tensor([len(targets["cell"]), n_known], dtype=torch.float64)
 
     def forward(self, bev: Tensor, targets: Targets, counts: Sequence[float], share: float) -> Loss:
-        """Terms ``occupancy`` and ``intensity``."""
+        """Terms ``occupancy``, a binary cross-entropy, and ``intensity``, an absolute error."""
         predicted = self.head(bev, targets["cell"], targets["relative"])
-        wanted = (targets[name] for name in ("occupied", "intensity", "has_intensity"))
-        occupancy, intensity = query_sums(predicted, *wanted)
+        logits, intensity = predicted.float().unbind(dim=1)
+        entropy = F.binary_cross_entropy_with_logits(logits, targets["occupied"], reduction="sum")
+        error = ((intensity - targets["intensity"]).abs() * targets["has_intensity"]).sum()
         n_pairs, n_known = divisors(counts)
-        terms = {"occupancy": occupancy / n_pairs, "intensity": intensity / n_known}
+        terms = {"occupancy": entropy / n_pairs, "intensity": error / n_known}
         return terms["occupancy"] + terms["intensity"], terms
 
 
@@ -104,20 +102,16 @@ def query_targets(
 ) -> dict[str, Tensor]:
     """What to predict for each pair of a query and a BEV cell near it.
 
-    Queries outside of the BEV map are dropped. At any height they count: height is an input of the
-    decoder, not a cell.
+    Queries outside of the BEV map are dropped; height does not matter, it is the decoder's input.
 
-    Args:
-        batch: collated ``points`` int16 (P, 4), ``n_points`` (B,) and ``ego_T_lidar``
-            (B, 4, 4); ``seed`` int64 (B,) on the host, what is random in a frame follows from it.
-        angle, grid, point_step_m: as in :meth:`Objective.targets`; the store's.
-        n_queries: of each frame, before any are dropped.
+    From collated ``points`` int16 (P, 4), ``n_points`` (B,), ``ego_T_lidar`` (B, 4, 4) and ``seed``
+    int64 (B,) on the host, from which follows what is random; ``angle`` as in
+    :meth:`Objective.targets`; the store's ``grid`` and step; ``n_queries`` drawn per frame.
 
-    Returns:
-        Of M pairs ``cell`` int64 (M,), flat (B, X, Y) index; ``relative`` float32 (M, 3), metres,
-        BEV frame: from the cell's centre at ego's height 0 (the ground) to the query; ``occupied``
-        float32 (M,), 1 behind a return and 0 in front; ``intensity`` float32 (M,), of the return,
-        0..1, 0 where it is not known; ``has_intensity`` bool (M,), not known far from the return.
+    Returns of M pairs ``cell`` int64 (M,), flat (B, X, Y) index; ``relative`` float32 (M, 3),
+    metres, BEV frame: from the cell's centre at ego's height 0 (the ground) to the query;
+    ``occupied`` float32 (M,), 1 behind a return and 0 in front; ``intensity`` float32 (M,), of the
+    return, 0..1, 0 where it is not known; ``has_intensity`` bool (M,), not known far from it.
     """
     clouds = batch["points"].split(batch["n_points"].tolist())
     places, seeds = batch["ego_T_lidar"][:, :3, 3], batch["seed"].tolist()
@@ -142,8 +136,9 @@ def frame_queries(
 ) -> dict[str, Tensor]:
     """Queries of one frame, in the ego frame, from ``points`` int16 (P, 4) as stored.
 
-    Rays start at ``sensor_ego`` float32 (3,), the lidar, in metres, not at ego's origin. The same
-    seed draws the same queries, on the same kind of device.
+    Rays start at ``sensor_ego`` float32 (3,), the lidar, in metres, not at ego's origin. A query's
+    ``u`` is the share of the way: from the sensor to the return if far, else of :data:`BAND_M` from
+    the return. The same seed draws the same queries, on the same kind of device.
 
     Returns ``xyz_ego`` float32 (Q, 3), metres; ``occupied``, ``intensity``, ``has_intensity`` (Q,),
     as in :func:`query_targets`.
@@ -152,21 +147,25 @@ def frame_queries(
     generator = torch.Generator(points.device).manual_seed(seed)
     source, kind, u = draw_queries(len(points), n_queries, generator)
     xyz, intensity = points[source].float().split([3, 1], dim=1)
-    has_intensity = kind != FREE_FAR
+    xyz, is_occupied, is_far = xyz * point_step_m, kind == OCCUPIED, kind == FREE_FAR
+    ray = xyz - sensor_ego
+    length = ray.norm(dim=1)
+    beyond = torch.where(is_occupied, BAND_M * u, -BAND_M * u)  # the return, in metres
+    beyond = torch.where(is_far, (u - 1) * length, beyond)
+    # A return at the sensor itself has no direction: its queries stay there.
     return {
-        "xyz_ego": place_queries(xyz * point_step_m, sensor_ego, kind, u),
-        "occupied": (kind == OCCUPIED).float(),
-        "intensity": intensity[:, 0] / 255 * has_intensity,
-        "has_intensity": has_intensity,
+        "xyz_ego": xyz + beyond[:, None] * ray / length.clamp(min=1e-6)[:, None],
+        "occupied": is_occupied.float(),
+        "intensity": intensity[:, 0] / 255 * ~is_far,
+        "has_intensity": ~is_far,
     }
 
 
 def _decimated(points: Tensor, point_step_m: float) -> Tensor:
     """Index of the first return in each occupied cube of the ego frame, cubes in order.
 
-    Cubes are half-open, as all of the project's; ALSO truncates towards zero, which makes those
-    at the origin twice as wide. In whole millimetres, so that no return falls on a cube's wrong
-    side by rounding.
+    Cubes are half-open, as all of the project's; ALSO truncates towards zero, which makes those at
+    the origin twice as wide. In whole millimetres, lest rounding move a return to another cube.
     """
     xyz_mm = points[:, :3].long() * round(point_step_m * 1000)
     x, y, z = xyz_mm.div(DECIMATION_MM, rounding_mode="floor").unbind(dim=1)
@@ -193,20 +192,6 @@ def draw_queries(
     ]
     kind = torch.cat([torch.full_like(source, kind) for kind, source in enumerate(sources)])
     return torch.cat(sources), kind, torch.rand(len(kind), generator=generator, device=device)
-
-
-def place_queries(xyz: Tensor, sensor: Tensor, kind: Tensor, u: Tensor) -> Tensor:
-    """Queries (Q, 3) on the rays from the sensor (3,) through returns (Q, 3), all in metres.
-
-    ``u`` (Q,) is the share of the way: from the sensor to the return if far, else of
-    :data:`BAND_M` from the return.
-    """
-    ray = xyz - sensor
-    length = ray.norm(dim=1)
-    beyond = torch.where(kind == OCCUPIED, BAND_M * u, -BAND_M * u)
-    beyond = torch.where(kind == FREE_FAR, (u - 1) * length, beyond)
-    # A return at the sensor itself has no direction: its queries stay there.
-    return xyz + beyond[:, None] * ray / length.clamp(min=1e-6)[:, None]
 
 
 def near_cells(xyz_bev: Tensor, grid: VoxelGrid) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,13 +245,3 @@ class QueryHead(nn.Module):
             hidden = F.relu(self.hidden(hidden))
             bias = self.output.weight @ self.leave.bias + self.output.bias
             return F.linear(hidden, self.output.weight @ self.leave.weight, bias)
-
-
-def query_sums(
-    predicted: Tensor, occupied: Tensor, intensity: Tensor, has_intensity: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Binary cross-entropy of occupancy summed over all pairs, and absolute error of intensity
-    summed over those with one (ALSO); ``predicted`` as of the head, the rest as the targets."""
-    logits, brightness = predicted.float().unbind(dim=1)
-    occupancy = F.binary_cross_entropy_with_logits(logits, occupied, reduction="sum")
-    return occupancy, ((brightness - intensity).abs() * has_intensity).sum()

@@ -114,8 +114,11 @@ class OccFeat(Objective):
         if features is not None:
             valid = targets["valid"].cpu().numpy()
             wanted, got = (f.float().cpu().numpy()[valid] for f in (targets["features"], features))
-            colours = (feature_colours(values, wanted) for values in (wanted, got))
-            pictures = (_from_above(voxel[valid], c, self.grid) for c in colours)
+            _, x, y = np.unravel_index(voxel[valid], self.grid.shape)
+            pictures = np.zeros((2, *self.grid.bev_shape, 3))
+            for picture, values in zip(pictures, (wanted, got), strict=True):
+                # Voxels ascend with height, and the last one of a column stays.
+                picture[x, y] = feature_colours(values, wanted)
             panels.append(Panel("features (PCA)", *pictures))
         return panels
 
@@ -123,17 +126,12 @@ class OccFeat(Objective):
 def voxel_targets(batch: Batch, angle: Tensor, grid: VoxelGrid, point_step_m: float) -> Targets:
     """Occupied voxels and their feature targets.
 
-    Args:
-        batch: collated ``voxel`` (V,), ``feature_cameras`` (V,), ``features`` int8 (V, C) unless
-            only occupancy is learned, and, if any angle is not 0, ``points``, ``n_points`` and,
-            with the features, ``feature_scale``.
-        angle: as in :meth:`Objective.targets`.
-        grid, point_step_m: the store's.
-
-    Returns:
-        ``voxel`` int64 (V',) distinct flat indices over the batch, ``valid`` bool (V',) that have
-        a feature target, and, if the batch has features, ``features`` (V', C) whose direction is
-        the target.
+    From collated ``voxel`` (V,), ``feature_cameras`` (V,), ``features`` int8 (V, C) unless only
+    occupancy is learned, and, if any ``angle`` (as in :meth:`Objective.targets`) is not 0,
+    ``points``, ``n_points`` and, with the features, ``feature_scale``; ``grid`` and
+    ``point_step_m`` of the store. Returns ``voxel`` int64 (V',) distinct flat indices over the
+    batch, ``valid`` bool (V',) that have a feature target, and, if the batch has features,
+    ``features`` (V', C) whose direction is the target.
     """
     voxel = batch["voxel"].long()
     valid = batch["feature_cameras"].bool()  # uint16, with more than 8 cameras, has no comparison
@@ -177,8 +175,7 @@ def _moved_points(
 class OccFeatHead(nn.Module):
     """Occupancy logits of every voxel and features of chosen ones, from BEV features (§3.2, §3.3).
 
-    N_B ``channels``, Z_B ``heights``, N_y = ``feature_dim``; either output may be off (the paper's
-    ablation, Table 3).
+    N_B ``channels``, Z_B ``heights``, N_y = ``feature_dim``; either output may be off (Table 3).
     """
 
     def __init__(
@@ -203,49 +200,32 @@ class OccFeatHead(nn.Module):
 
     def forward(self, bev: Tensor, voxel: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Logits (B, Z, X, Y) and features (V, N_y), None for what is off; ``bev`` (B, N_B, X, Y).
-
-        ``voxel`` int64 (V,) says whose features are wanted: b·Z·X·Y + the store's index.
-        """
+        ``voxel`` int64 (V,) says whose features are wanted: b·Z·X·Y + the store's index."""
         B, C, X, Y = bev.shape
         rows = self.mix(bev).permute(0, 2, 3, 1).reshape(-1, C)  # (B·X·Y, C)
-        weight, bias = self._hidden_layer()
-        logits = features = None
-        if self.occupancy:
-            logits = self._logits(rows, weight, bias).view(B, X, Y, -1).permute(0, 3, 1, 2)
-        if self.features:
-            features = self.features(self.reduce(self._hidden_at(rows, voxel, X * Y, weight, bias)))
-        return logits, features
-
-    def _hidden_layer(self) -> tuple[Tensor, Tensor]:
-        """BEV row to hidden units of each height: weight (Z, 2C, C), bias (Z, 2C)."""
-        C = self.expand.in_features
+        # From such a row to the hidden units of each height: (Z, 2C, C) and (Z, 2C).
         weight = self.expand.weight @ self.unsplat.weight.view(self.heights, C, C)
         bias = self.unsplat.bias.view(self.heights, C) @ self.expand.weight.T + self.expand.bias
-        return weight, bias
-
-    def _logits(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Occupancy logits (B·X·Y, Z) of every voxel above BEV rows (B·X·Y, C)."""
-        assert self.occupancy
-        out_weight = self.occupancy.weight @ self.reduce.weight  # (1, 2C)
-        out_bias = self.occupancy.weight @ self.reduce.bias + self.occupancy.bias
-        # Hidden units are computed again in the backward pass: all at once they would be the
-        # largest tensor of the whole network.
-        again = partial(checkpoint, _block, use_reentrant=False, preserve_rng_state=False)
-        blocks = [again(block, weight, bias, out_weight) for block in rows.split(_ROWS)]
-        return torch.cat(blocks) + out_bias
-
-    def _hidden_at(
-        self, rows: Tensor, voxel: Tensor, n_columns: int, weight: Tensor, bias: Tensor
-    ) -> Tensor:
-        """Hidden units (V, 2C) of chosen voxels: one matrix product per height."""
-        sample = voxel.div(n_columns * self.heights, rounding_mode="floor")
-        height = voxel.div(n_columns, rounding_mode="floor") % self.heights
-        order = height.argsort(stable=True)
-        chosen = rows[(sample * n_columns + voxel % n_columns)[order]]
-        counts = torch.bincount(height, minlength=self.heights).tolist()
-        parts = zip(chosen.split(counts), weight, bias, strict=True)
-        hidden = torch.cat([F.linear(*part) for part in parts])
-        return F.softplus(hidden)[order.argsort()]
+        logits = features = None
+        if self.occupancy:
+            out_weight = self.occupancy.weight @ self.reduce.weight  # (1, 2C)
+            out_bias = self.occupancy.weight @ self.reduce.bias + self.occupancy.bias
+            # Hidden units are computed again in the backward pass: all at once they would be the
+            # largest tensor of the whole network.
+            again = partial(checkpoint, _block, use_reentrant=False, preserve_rng_state=False)
+            blocks = [again(block, weight, bias, out_weight) for block in rows.split(_ROWS)]
+            logits = (torch.cat(blocks) + out_bias).view(B, X, Y, -1).permute(0, 3, 1, 2)
+        if self.features:
+            # Hidden units of the chosen voxels: one matrix product per height.
+            sample = voxel.div(X * Y * self.heights, rounding_mode="floor")
+            height = voxel.div(X * Y, rounding_mode="floor") % self.heights
+            order = height.argsort(stable=True)
+            chosen = rows[(sample * (X * Y) + voxel % (X * Y))[order]]
+            counts = torch.bincount(height, minlength=self.heights).tolist()
+            parts = zip(chosen.split(counts), weight, bias, strict=True)
+            hidden = F.softplus(torch.cat([F.linear(*part) for part in parts]))
+            features = self.features(self.reduce(hidden[order.argsort()]))
+        return logits, features
 
 
 def _block(rows: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor) -> Tensor:
@@ -255,27 +235,15 @@ def _block(rows: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor) -> Te
 
 
 def occupancy_sum(logits: Tensor, voxel: Tensor) -> Tensor:
-    """Binary cross-entropy summed over all voxels (paper eq. 2, before 1/|V|).
-
-    Of logits (B, Z, X, Y); ``voxel`` int64 (V,), distinct flat indices of the occupied ones.
-    """
+    """Binary cross-entropy summed over all voxels (paper eq. 2, before 1/|V|). Of logits (B, Z, X,
+    Y); ``voxel`` int64 (V,), distinct flat indices of the occupied ones."""
     logits = logits.float().flatten()
     # BCE(l, t) = softplus(l) - t·l; the occupied ones are few
     return F.softplus(logits).sum() - logits[voxel].sum()
 
 
 def cosine_sum(predicted: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Negative cosine similarity summed over valid voxels (paper eq. 3, before 1/|V_occ|).
-
-    Of features (V, C); ``valid`` bool (V,), voxels that some camera sees.
-    """
+    """Negative cosine similarity summed over valid voxels (paper eq. 3, before 1/|V_occ|). Of
+    features (V, C); ``valid`` bool (V,), voxels that some camera sees."""
     cosine = F.cosine_similarity(predicted.float(), target.float(), dim=1)
     return -(cosine * valid).sum()
-
-
-def _from_above(voxel: np.ndarray, colours: np.ndarray, grid: VoxelGrid) -> np.ndarray:
-    """RGB (X, Y, 3): the colour (V, 3) of the highest voxel of each column, else black."""
-    picture = np.zeros((*grid.bev_shape, 3))
-    _, x, y = np.unravel_index(voxel, grid.shape)
-    picture[x, y] = colours  # voxels ascend with height, and the last one stays
-    return picture

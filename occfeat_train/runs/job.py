@@ -72,20 +72,14 @@ class Job:
 
     @classmethod
     def of_run(cls, run: Run, store: str | None = None) -> Self:
-        """The job of an existing run; ``store`` if it has moved.
-
-        Raises:
-            RunError: there is no run here, or one of another version of occfeat.
-            ConfigError: its settings are not of this version.
-        """
+        """The job of an existing run; ``store`` if it has moved. RunError: there is no run, or one
+        of another version of occfeat; ConfigError: its settings are not of this one."""
         said = run.description()
         names = [field.name for field in fields(cls)]
         if lacking := [name for name in names if name not in said]:
             raise RunError(
                 f"{run.path} is of another version of occfeat: it says no {', '.join(lacking)}"
             )
-        changed = {
-            "store": absolute(store or said["store"]),
-            "config": TrainConfig.of(said["config"]),
-        }
-        return cls(**{name: said[name] for name in names} | changed)
+        said |= {"store": absolute(store or said["store"])}
+        said |= {"config": TrainConfig.of(said["config"])}
+        return cls(**{name: said[name] for name in names})

@@ -1,14 +1,11 @@
 """What a run says while it runs: a progress bar, one JSON line per logged step, TensorBoard."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
 
 from tqdm import tqdm
 
-from occfeat_targets.store.settings import ConfigError
-from occfeat_train.config import RunSettings
 from occfeat_train.runs.run import replace
 
 
@@ -55,15 +52,6 @@ class RunLog:
         self.bar.close()
         if self.board:
             self.board.close()
-
-
-def require_board(settings: RunSettings) -> None:
-    """ConfigError: the package that TensorBoard events need is not installed.
-
-    Not a check of the settings themselves: a run that wrote events can be evaluated anywhere.
-    """
-    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError("run.tensorboard needs: pip install tensorboard")
 
 
 def _step(line: str) -> float:

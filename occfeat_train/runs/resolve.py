@@ -1,6 +1,7 @@
 """What a command works on where the user names only some of it: jobs, settings and runs."""
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from occfeat_targets.store.reader import open_store
 from occfeat_targets.store.settings import override, read_yaml, settings_file
 from occfeat_train.config import TrainConfig
 from occfeat_train.runs.job import Job
-from occfeat_train.runs.run import Run, RunError, newest, timestamp
+from occfeat_train.runs.run import Run, RunError, timestamp
 from occfeat_train.tasks import TASKS
 
 RUNS = Path("runs")
@@ -20,9 +21,8 @@ HOW = (
 )
 """Settings that a resumed run may change: how it runs, not what it computes."""
 Asked = Mapping[str, Any]
-"""The options of a training: ``store``, ``config``, ``overrides`` (``section.key=value`` texts),
-``run``; ``objective`` of a pretraining; ``task``, ``fraction``, ``fraction_unit`` and ``init`` of a
-finetuning."""
+"""Options: ``store``, ``config``, ``overrides`` (``section.key=value`` texts), ``run``; of pretrain
+``objective``; of finetune ``task``, ``fraction``, ``fraction_unit`` and ``init``."""
 KEPT = ("config", "objective", "task", "fraction", "fraction_unit", "init")
 """Options that a resumed run keeps."""
 
@@ -31,11 +31,10 @@ def new_job(kind: str, asked: Asked, say: Callable[[str], None]) -> tuple[Job, P
     """What the options of ``pretrain`` or ``finetune`` ask for, and a directory for it.
 
     Of the options ``asked`` those that are None take the default; ``say`` is told what was chosen.
+    Settings are those of --config, else the pretraining run's, else of the store's preset.
 
-    Raises:
-        RunError: there is no finished pretraining, or the one that --init names has no checkpoint.
-        StoreError: from ``open_store``.
-        ConfigError: settings can't be read, or one is unknown or impossible.
+    RunError: there is no finished pretraining, or the one that --init names has no checkpoint;
+    StoreError: from ``open_store``; ConfigError: settings are unreadable, unknown or impossible.
     """
     run, overrides = None, asked["overrides"]
     if kind == "finetune":
@@ -44,8 +43,17 @@ def new_job(kind: str, asked: Asked, say: Callable[[str], None]) -> tuple[Job, P
     elif asked["objective"]:
         overrides = (*overrides, f"pretrain.objective={asked['objective']}")
     store = asked["store"] or (run and run.description()["store"]) or "targets.zarr"
-    store = absolute(store)
-    config = _settings(store, asked["config"], run, overrides, say)
+    store, config_name = absolute(store), asked["config"]
+    preset = open_store(store).attrs["config"].get("train_preset")
+    if run and not config_name:
+        values, source = run.description()["config"], f"those of {run.path}"
+    else:
+        source = config_name or preset or "paper"
+        values = read_yaml(settings_file(source, "occfeat_train"))
+        if not config_name:
+            source = f"preset {source}" + (f", as {store} asks" if preset else "")
+    say(f"Settings: {source}")
+    config = TrainConfig.of(override(values, overrides))
     path = asked["run"] or RUNS / f"{kind}-{timestamp()}"
     if kind == "pretrain":
         return Job(kind, store, config), path
@@ -55,36 +63,13 @@ def new_job(kind: str, asked: Asked, say: Callable[[str], None]) -> tuple[Job, P
     return job, path
 
 
-def _settings(
-    store: str,
-    config: str | None,
-    pretraining: Run | None,
-    overrides: tuple[str, ...],
-    say: Callable[[str], None],
-) -> TrainConfig:
-    """By --config, else the pretraining run's, else the store's preset."""
-    preset = open_store(store).attrs["config"].get("train_preset")
-    if pretraining and not config:
-        values, source = pretraining.description()["config"], f"those of {pretraining.path}"
-    else:
-        source = config or preset or "paper"
-        values = read_yaml(settings_file(source, "occfeat_train"))
-        if not config:
-            source = f"preset {source}" + (f", as {store} asks" if preset else "")
-    say(f"Settings: {source}")
-    return TrainConfig.of(override(values, overrides))
-
-
 def resumed(kind: str, asked: Asked, given: Collection[str]) -> tuple[Job, Path]:
     """The job and directory to go on with; of its settings only :data:`HOW` may change.
 
     No ``run`` is the newest unfinished one of the kind; ``store`` is where its store is now, if
     not where it was. Of ``given``, the options that the user named, those of :data:`KEPT` are
-    refused.
-
-    Raises:
-        RunError: an option would change what it computes, or there is no such run.
-        ConfigError: a setting is impossible.
+    refused. Raises RunError: an option would change what it computes, or there is no such run;
+    ConfigError: a setting is impossible.
     """
     overrides = asked["overrides"]
     if kept := [name for name in KEPT if name in given]:
@@ -132,9 +117,23 @@ def finished(path: Path | None, *kinds: str) -> Run:
 
 
 def _named_or_newest(
-    path: Path | str | None, kinds: tuple[str, ...], finished: bool, missing: str
+    named: Path | str | None, kinds: tuple[str, ...], finished: bool, missing: str
 ) -> Run:
-    run = Run(Path(path)) if path else newest(RUNS, kinds, finished)
-    if run is None:
+    """The named run, else the newest of some kinds in :data:`RUNS` that came to its end, or that
+    did not; one without a checkpoint only if there is no other. RunError: there is none."""
+    if named:
+        return Run(Path(named))
+    runs = []
+    for path in RUNS.glob("*/run.json"):
+        run = Run(path.parent)
+        with suppress(RunError):  # another program's run.json
+            if run.description().get("kind") in kinds:
+                runs.append(run)
+    runs = [run for run in runs if run.is_finished() == finished]
+    if not runs:
         raise RunError(missing)
-    return run
+
+    def order(run: Run) -> tuple:
+        return bool(run.checkpoints()), run.description()["created"], run.path.name
+
+    return max(runs, key=order)

@@ -1,4 +1,4 @@
-"""Run directories: what a run is, its checkpoints, and finding the newest.
+"""Run directories: what a run is, and its checkpoints.
 
     runs/pretrain-20260102-030405/
         run.json                    kind, store, settings, versions
@@ -17,7 +17,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +101,8 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep others from training the same run at the same time; a kill lets go of it.
-
-        RunError: another process is at it, or the filesystem knows no locks.
-        """
+        """Keep others from training the same run at the same time; a kill lets go of it. RunError:
+        another process is at it, or the filesystem knows no locks."""
         with (self.path / "lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,9 +114,7 @@ class Run:
 
     def load(self) -> tuple[dict[str, Any], dict]:
         """State (on the CPU) and position of the newest checkpoint; unpickles nothing but tensors.
-
-        RunError: there is none, or its file can't be read.
-        """
+        RunError: there is none, or its file can't be read."""
         marker = self._newest_checkpoint()
         path = marker.with_suffix(".pt")
         try:
@@ -137,39 +133,21 @@ class Run:
         raise RunError(f"{self.path} has no checkpoint: --resume it, or train anew")
 
 
-def newest(parent: Path, kinds: tuple[str, ...], finished: bool) -> Run | None:
-    """The newest run of some kinds (``pretrain``, ``finetune``) below ``parent`` that came to its
-    end, or that did not; one without a checkpoint only if there is no other."""
-    runs = []
-    for path in Path(parent).glob("*/run.json"):
-        with suppress(RunError):  # another program's run.json
-            if Run(path.parent).description().get("kind") in kinds:
-                runs.append(Run(path.parent))
-    runs = [run for run in runs if run.is_finished() == finished]
-
-    def order(run: Run) -> tuple:
-        return bool(run.checkpoints()), run.description()["created"], run.path.name
-
-    return max(runs, key=order, default=None)
-
-
 def identity(store: TargetStore) -> dict:
     """What makes a store this store: its frames, which of them failed, grid, teacher, settings."""
     keys = (
         *("format_version", "records_sha256", "n_frames", "grid", "teacher", "cameras"),
         *("box_classes", "vehicle_classes", "map_classes"),
     )
-    sections = ("images", "lidar", "boxes", "map", "outputs")
-    attributes = {k: store.attrs.get(k) for k in keys}
-    settings = {k: store.attrs["config"][k] for k in sections}
-    return attributes | settings | {"failed": sorted(map(int, store.attrs["failed"]))}
+    said = {k: store.attrs.get(k) for k in keys}
+    said |= {k: store.attrs["config"][k] for k in ("images", "lidar", "boxes", "map", "outputs")}
+    return said | {"failed": sorted(map(int, store.attrs["failed"]))}
 
 
 def check_same_store(stored: dict, store: TargetStore) -> None:
     """Refuse to resume on other targets, by a RunError that names what differs."""
-    if changed := differences(stored, identity(store)):
-        listed = "; ".join(changed)
-        raise RunError(f"{store.url} is not the store this run was started on; {listed}")
+    if changed := "; ".join(differences(stored, identity(store))):
+        raise RunError(f"{store.url} is not the store this run was started on; {changed}")
 
 
 def check_same_grid(run: Run, store: TargetStore) -> None:

@@ -15,17 +15,14 @@ class Meter(Protocol):
         """Count a batch and what :meth:`Task.predict` made of it."""
 
     def result(self) -> dict[str, Any]:
-        """For ``result.json``: ``rows``, name to numbers in per cent, and ``headline``, the one
-        IoU of the task: ``{"name": ..., "iou": ...}``, None where undefined. Called in all
-        processes, which it sums up."""
+        """For ``result.json``, summed over all processes, which all call it: ``rows``, name to
+        numbers in per cent; ``headline``: ``{"name", "iou"}`` of the task, None if undefined."""
         ...
 
 
 class Task(Objective):
-    """Base of all tasks, found by name in ``tasks.TASKS`` (``--task``).
-
-    As an objective, with settings from the section ``tasks.NAME``, and the following.
-    """
+    """Base of all tasks, found by name in ``tasks.TASKS`` (``--task``). As an objective, with
+    settings from the section ``tasks.NAME``, and the following."""
 
     eval_arrays: tuple[str, ...]
     """The store's arrays that its meter compares with."""

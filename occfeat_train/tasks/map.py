@@ -83,24 +83,15 @@ def map_targets(batch: Batch, angle: Tensor, grid: VoxelGrid) -> Targets:
     stored = batch["map"]
     if not angle.any():
         return {"map": stored.float(), "known": torch.ones_like(stored[:, 0], dtype=torch.bool)}
-    source, known = _sources(angle.to(stored.device), grid)
-    n_classes, shape = stored.shape[1], known.shape[1:]
-    moved = stored.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, n_classes, -1))
-    return {"map": (moved.unflatten(2, shape) * known[:, None]).float(), "known": known}
-
-
-def _sources(angle: Tensor, grid: VoxelGrid) -> tuple[Tensor, Tensor]:
-    """Where each cell of the turned frame is in the stored map.
-
-    Returns the flat stored cell int64 (B, X, Y), 0 where there is none; and whether there is one.
-    """
-    axes = [torch.from_numpy(axis).to(angle.device) for axis in grid.bev_centres()]
+    axes = [torch.from_numpy(axis).to(stored.device) for axis in grid.bev_centres()]
     xy_bev = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
     # In float64: in float32 a centre near the edge between two cells may fall to the wrong side.
-    ego_T_bev = rotation_z(-angle.double())[:, :2, :2]
+    ego_T_bev = rotation_z(-angle.to(stored.device).double())[:, :2, :2]
     xy_ego = torch.einsum("bij,xyj->bxyi", ego_T_bev, xy_bev)
     # At the volume's lower bound, because flat indices of the lowest layer are those of the BEV.
     z = torch.full_like(xy_ego[..., :1], grid.z[0])
     index, known = flat_index(torch.cat([xy_ego, z], dim=-1).reshape(-1, 3), grid)
-    shape = (len(angle), *grid.bev_shape)
-    return torch.where(known, index, 0).view(shape), known.view(shape)
+    known = known.view(len(angle), *grid.bev_shape)
+    source = torch.where(known, index.view(known.shape), 0).flatten(1)
+    moved = stored.flatten(2).gather(2, source[:, None].expand(-1, stored.shape[1], -1))
+    return {"map": moved.view_as(stored).float() * known[:, None], "known": known}

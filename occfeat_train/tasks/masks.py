@@ -24,11 +24,12 @@ HEADLINE = THRESHOLDS.index(0.5)
 _CELLS = "true_positive, false_positive, false_negative"
 RANGES_M = (20.0, 35.0, 50.0)
 """Edges of the distance rings around ego in which IoU is also given."""
+_EDGES = [f"{edge:g}" for edge in (0, *RANGES_M)]
+_RINGS = [*(f"{a}-{b} m" for a, b in pairwise(_EDGES)), f"> {_EDGES[-1]} m"]
 
 
 class MaskTask(Task):
-    """A task whose head predicts the logits of K masks as ``mask``, (B, K, X, Y); or (B, X, Y) of
-    a single one."""
+    """A task whose head gives the logits of K masks as ``mask``: (B, K, X, Y), (B, X, Y) of one."""
 
     classes: tuple[str, ...]
     """Names of the masks."""
@@ -61,7 +62,7 @@ class MaskTask(Task):
     @classmethod
     def table(cls, rows: dict[str, Any]) -> list[list[str]]:
         """Lines of cells: a row each."""
-        lines = [[cls.heading, "all ranges", *_ring_names(), "best threshold"]]
+        lines = [[cls.heading, "all ranges", *_RINGS, "best threshold"]]
         for name, values in rows.items():
             best, threshold = values["best"]["iou"], values["best"]["threshold"]
             at = "" if threshold is None else f" at {threshold}"
@@ -120,11 +121,8 @@ class IoUCounter:
         self.histogram += counts.view_as(self.histogram)
 
     def counts(self) -> Tensor:
-        """int64 (K, 2, R, T, 3) over all processes.
-
-        Axes: class; visible cells only, all cells; ring of distance (the last is beyond the last
-        edge); threshold; true positives, false positives, false negatives.
-        """
+        """int64 (K, 2, R, T, 3) over all processes: class; visible cells only, all cells; ring (the
+        last is beyond the last edge); threshold; true and false positives, false negatives."""
         hidden, visible = all_reduce_sum(self.histogram.clone()).cpu().unbind(dim=1)
         histogram = torch.stack([visible, hidden + visible], dim=1)
         # Positives at threshold t are the cells that exceed at least t + 1 thresholds.
@@ -141,10 +139,8 @@ def iou(counts: Tensor) -> Tensor:
 
 
 def iou_rows(names: Sequence[str], counts: Tensor) -> dict[str, dict[str, Any]]:
-    """IoU in per cent, None where undefined, a row for each of n names.
-
-    ``counts`` are int64 (n, R, T, 3), as of :meth:`IoUCounter.counts`.
-    """
+    """IoU in per cent, None where undefined, a row for each of n names; ``counts`` are int64
+    (n, R, T, 3), as of :meth:`IoUCounter.counts`."""
     rows = {}
     for name, row, *scores in zip(names, counts, *_scores(counts), strict=True):
         by_range, by_threshold, best = scores
@@ -155,10 +151,8 @@ def iou_rows(names: Sequence[str], counts: Tensor) -> dict[str, dict[str, Any]]:
 
 
 def mean_row(counts: Tensor) -> dict[str, Any]:
-    """The mean over the n classes of which IoU is defined; counts as of :func:`iou_rows`.
-
-    Its best is BEVFusion's mean over classes of the maximum over thresholds.
-    """
+    """The mean over the n classes of which IoU is defined; counts as of :func:`iou_rows`. Its best
+    is BEVFusion's mean over classes of the maximum over thresholds."""
     by_range, by_threshold, best = (values.nanmean(dim=0) for values in _scores(counts))
     return _row(by_range, by_threshold, best)
 
@@ -176,16 +170,10 @@ def _row(
     """From IoU as of :func:`_scores` of one class."""
     return {
         "iou": _percent(by_threshold[HEADLINE]),
-        "by_range": dict(zip(_ring_names(), map(_percent, by_range), strict=True)),
+        "by_range": dict(zip(_RINGS, map(_percent, by_range), strict=True)),
         "by_threshold": dict(zip(map(str, THRESHOLDS), map(_percent, by_threshold), strict=True)),
         "best": {"iou": _percent(best), "threshold": best_threshold},
     }
-
-
-def _ring_names() -> list[str]:
-    edges = [f"{edge:g}" for edge in (0, *RANGES_M)]
-    inner = [f"{a}-{b} m" for a, b in pairwise(edges)]
-    return [*inner, f"> {edges[-1]} m"]
 
 
 def _percent(value: Tensor) -> float | None:

@@ -98,28 +98,20 @@ def vehicle_targets(boxes: Tensor, counts: Tensor, angle: Tensor, grid: VoxelGri
     """Vehicle mask, validity, centre heat map and offsets, in the BEV frame.
 
     Of vehicles float32 (M, 8), as the store's ``boxes``, sample by sample; ``counts`` int64 (B,),
-    how many each sample has; ``angle`` as in :meth:`Objective.targets`.
-
-    Returns:
-        ``vehicle`` float (B, X, Y); ``visible`` bool (B, X, Y), False where only vehicles of
-        visibility 0-40 % lie; ``centre`` float (B, X, Y) in 0..1; ``offset`` float (B, 2, X, Y),
-        cell minus vehicle centre in cells; ``has_offset`` bool (B, X, Y).
+    how many each sample has; ``angle`` as in :meth:`Objective.targets`. Returns ``vehicle`` float
+    (B, X, Y); ``visible`` bool (B, X, Y), False where only vehicles of visibility 0-40 % lie;
+    ``centre`` float (B, X, Y) in 0..1; ``offset`` float (B, 2, X, Y), cell minus vehicle centre in
+    cells; ``has_offset`` bool (B, X, Y).
     """
-    boxes = _turned_boxes(boxes, counts, angle)
-    samples = [_vehicle_maps(b, grid) for b in boxes.split(counts.tolist())]
-    targets = {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
-    targets["has_offset"] = (targets["vehicle"] > 0) & targets["visible"]
-    return targets
-
-
-def _turned_boxes(boxes: Tensor, counts: Tensor, angle: Tensor) -> Tensor:
-    """Boxes (M, 8) in the BEV frame."""
     turn = angle.to(boxes.device).repeat_interleave(counts)
     (cos, sin), (x, y) = (turn.cos(), turn.sin()), boxes[:, :2].unbind(1)
     boxes = boxes.clone()
     boxes[:, 0], boxes[:, 1] = cos * x - sin * y, sin * x + cos * y
     boxes[:, 6] += turn
-    return boxes
+    samples = [_vehicle_maps(b, grid) for b in boxes.split(counts.tolist())]
+    targets = {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
+    targets["has_offset"] = (targets["vehicle"] > 0) & targets["visible"]
+    return targets
 
 
 def _vehicle_maps(boxes: Tensor, grid: VoxelGrid) -> dict[str, Tensor]:
@@ -169,9 +161,7 @@ class SegmentationHead(Branches):
 
     def forward(self, bev: Tensor) -> dict[str, Tensor]:
         """``mask`` logits (B, X, Y), ``centre`` (B, X, Y) in 0..1, ``offset`` (B, 2, X, Y), cells.
-
-        Of BEV features (B, C, X, Y).
-        """
+        Of BEV features (B, C, X, Y)."""
         predicted = super().forward(bev)
         mask, centre = (predicted[name].squeeze(1) for name in ("mask", "centre"))
         return predicted | {"mask": mask, "centre": centre.float().sigmoid()}

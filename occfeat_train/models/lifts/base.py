@@ -8,16 +8,11 @@ from occfeat_targets.store.grid import VoxelGrid
 
 
 class Lift(nn.Module):
-    """Base of all lifts, found by name in ``lifts.LIFTS`` (``model.lift``).
-
-    Args:
-        grid: the voxel grid of the BEV frame.
-        channels: C, of the image features.
-    """
+    """Base of all lifts, found by name in ``lifts.LIFTS`` (``model.lift``); ``grid`` is that of the
+    BEV frame, ``channels`` C of the image features."""
 
     returns_volume: ClassVar[bool] = False
-    """Whether it returns a volume, its heights side by side as channels z·C + c, which ``BEVNet``
-    compresses (also where Z = 1)."""
+    """Whether it returns a volume, channels z·C + c, which ``BEVNet`` compresses (even if Z=1)."""
 
     def __init__(self, grid: VoxelGrid, channels: int):
         super().__init__()
@@ -30,16 +25,12 @@ class Lift(nn.Module):
     def forward(
         self, features: Tensor, K: Tensor, cam_T_bev: Tensor, image_hw: tuple[int, int]
     ) -> Tensor:
-        """Lift.
+        """To (B, C, X, Y), or (B, Z·C, X, Y) if a volume; channels last in memory, features' dtype.
 
         Args:
             features: (B, N, C, h, w), of N cameras in any order.
             K: float32 (B, N, 3, 3), intrinsics of the images the features come from, pixels.
             cam_T_bev: float32 (B, N, 4, 4), metres.
             image_hw: (H, W) of those images, which the features cover.
-
-        Returns:
-            (B, C, X, Y), or (B, Z·C, X, Y) if a volume; channels last in memory; dtype of
-            ``features``.
         """
         raise NotImplementedError

@@ -42,8 +42,7 @@ class Views(NamedTuple):
     camera: Tensor
     """int64 (S,), b·N + n."""
     centres: Tensor
-    """float32 (S, Z, 2), anchors as ``(column, row)`` of the feature map, see ``deformable``;
-    -inf behind the camera."""
+    """float32 (S, Z, 2), anchors, positions as of ``deformable``; -inf behind the camera."""
     start: Tensor
     """int64 (B·Q,), first pair of each query."""
     seen: Tensor

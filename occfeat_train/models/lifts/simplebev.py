@@ -30,10 +30,18 @@ class SimpleBEVLift(Lift):
         self, features: Tensor, K: Tensor, cam_T_bev: Tensor, image_hw: tuple[int, int]
     ) -> Tensor:
         """As :meth:`Lift.forward`."""
-        B, _, C, h, w = features.shape
+        B, N, C, h, w = features.shape
         with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
             centres = volume_centres(self.grid, features.device)
-            voxel, camera, uv = visible_pairs(centres, K.float(), cam_T_bev.float(), image_hw)
+            pairs = []
+            for b in range(B):
+                u, v, depth = project(centres, K[b].float(), cam_T_bev[b].float())
+                voxel, camera = in_image(u, v, depth, image_hw).nonzero(as_tuple=True)
+                u, v, depth = (x[voxel, camera] for x in (u, v, depth))
+                uv = torch.stack([u, v], dim=1) * (1 / depth)[:, None]
+                pairs.append((voxel + b * len(centres), camera + b * N, uv))
+            # P pairs: rows b·V + v, ascending, and b·N + n, int64 (P,); pixels float32 (P, 2).
+            voxel, camera, uv = (torch.cat(part) for part in zip(*pairs, strict=True))
             cells, weights = bilinear_corners(uv, (h, w), image_hw)
             seen_by = torch.bincount(voxel, minlength=B * len(centres))
             weights = weights / seen_by[voxel, None]
@@ -48,32 +56,9 @@ class SimpleBEVLift(Lift):
         return volume.view(B, nx, ny, nz * C).permute(0, 3, 1, 2)
 
 
-def visible_pairs(
-    centres: Tensor, K: Tensor, cam_T_bev: Tensor, image_hw: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The (voxel, camera) pairs whose centre projects into the camera's image.
-
-    ``centres`` are float32 (V, 4), homogeneous, metres, the rest as in :meth:`Lift.forward`.
-    Returns ``(voxel, camera, uv)``: int64 (P,) rows b·V + v, ascending, and b·N + n; float32
-    (P, 2) continuous pixels.
-    """
-    B, N = K.shape[:2]
-    pairs, pixels = [], []
-    for b in range(B):
-        u, v, depth = project(centres, K[b], cam_T_bev[b])
-        voxel, camera = in_image(u, v, depth, image_hw).nonzero(as_tuple=True)
-        scale = 1 / depth[voxel, camera]
-        pixels.append(torch.stack([u[voxel, camera] * scale, v[voxel, camera] * scale], dim=1))
-        pairs.append((voxel + b * len(centres), camera + b * N))
-    voxel, camera = (torch.cat(part) for part in zip(*pairs, strict=True))
-    return voxel, camera, torch.cat(pixels)
-
-
 def project(centres: Tensor, K: Tensor, cam_T_bev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Points (V, 4), homogeneous, in the N cameras of one sample: K (N, 3, 3), cam_T_bev (N, 4, 4).
-
-    Returns ``(u·depth, v·depth, depth)``, each (V, N): not divided, so that depth may be 0.
-    """
+    Returns ``(u·depth, v·depth, depth)``, each (V, N): not divided, so that depth may be 0."""
     image_T_bev = K @ cam_T_bev[:, :3]  # (N, 3, 4)
     # One matmul for all cameras: (V, 4) x (4, 3·N), no copy of the centres per camera.
     projected = centres @ image_T_bev.transpose(0, 1).reshape(-1, 4).T
