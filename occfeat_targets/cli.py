@@ -6,10 +6,11 @@ imported where it is used: ``--help`` stays quick.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,31 +73,25 @@ on_error_option = click.option(
 )
 
 
-class _Commands(click.Group):
-    """Expected errors become one message and exit status 1; anything else is a bug and raises."""
+@contextlib.contextmanager
+def _one_message() -> Iterator[None]:
+    """Expected errors of work become one message and exit status 1; the rest are bugs and raise."""
+    from occfeat_targets.build import BuildStopped
+    from occfeat_targets.cluster import ClusterError
+    from occfeat_targets.store.files import StoreError
+    from occfeat_targets.teachers.base import TeacherError
 
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
-            raise  # click's own: usage, --help, the end of a pipe
-        except KeyboardInterrupt:
-            click.echo("\ninterrupted; run the same command again to continue", err=True)
-            sys.exit(EXIT_INTERRUPTED)
-        except Exception as error:
-            from occfeat_targets.build import BuildStopped
-            from occfeat_targets.cluster import ClusterError
-            from occfeat_targets.store.files import StoreError
-            from occfeat_targets.teachers.base import TeacherError
-
-            known = (BuildStopped, ClusterError, StoreError, TeacherError, ValueError, OSError)
-            if not isinstance(error, known):
-                raise
-            click.secho(f"error: {error}", fg="red", err=True)
-            sys.exit(EXIT_FAILED)
+    try:
+        yield
+    except (BuildStopped, ClusterError, StoreError, TeacherError, ValueError, OSError) as error:
+        click.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(EXIT_FAILED)
+    except KeyboardInterrupt:
+        click.echo("\ninterrupted; run the same command again to continue", err=True)
+        sys.exit(EXIT_INTERRUPTED)
 
 
-@click.group(cls=_Commands, context_settings=CONTEXT)
+@click.group(context_settings=CONTEXT)
 @click.version_option(__version__, package_name="occfeat")
 def main() -> None:
     """Make OccFeat pretraining targets: lidar occupancy + image features per voxel, in Zarr."""
@@ -122,7 +117,8 @@ def demo_data(out: Path, **options: Any) -> None:
     """
     from occfeat_targets.demo_world import make_demo_world
 
-    make_demo_world(out, **options)
+    with _one_message():
+        make_demo_world(out, **options)
 
 
 @main.command()
@@ -155,20 +151,21 @@ def build(dataroot: Path, store: str, overwrite: bool, on_error: str, **options:
     from occfeat_targets.store.files import absolute
     from occfeat_targets.writer import is_complete
 
-    settings, store = _settings(options), absolute(store)
-    if settings.teacher.name.startswith("random:"):
-        click.echo(
-            f"note: teacher {settings.teacher.name} has random weights; these are not DINOv2 "
-            "features (fine for trying things out, useless for results)"
-        )
-    dataset = building.prepare(dataroot, store, options["version"], settings, overwrite)
-    if not dataset.map_classes and settings.map.mode == "auto":
-        click.echo("note: this dataset has no map, so no map labels are stored")
-    if is_complete(store):
-        click.echo(f"{store} is complete: {len(dataset.records)} frames, nothing to do")
-        return
-    with executor(options["workers"], options["threads"], options["scheduler"]) as where:
-        failed = building.build(store, settings, dataset, where, on_error == "skip")
+    with _one_message():
+        settings, store = _settings(options), absolute(store)
+        if settings.teacher.name.startswith("random:"):
+            click.echo(
+                f"note: teacher {settings.teacher.name} has random weights; these are not DINOv2 "
+                "features (fine for trying things out, useless for results)"
+            )
+        dataset = building.prepare(dataroot, store, options["version"], settings, overwrite)
+        if not dataset.map_classes and settings.map.mode == "auto":
+            click.echo("note: this dataset has no map, so no map labels are stored")
+        if is_complete(store):
+            click.echo(f"{store} is complete: {len(dataset.records)} frames, nothing to do")
+            return
+        with executor(options["workers"], options["threads"], options["scheduler"]) as where:
+            failed = building.build(store, settings, dataset, where, on_error == "skip")
     click.echo(f"{store}: {len(dataset.records)} frames, {len(failed)} failed")
     _leave_out(failed.values())
 
@@ -227,12 +224,13 @@ def corrupt(dataroot: Path, store: str, out: str, on_error: str, **options: Any)
     from occfeat_targets.store.files import absolute
 
     names = options["only"] or CORRUPTED
-    if unknown := [name for name in names if name not in CORRUPTED]:
-        raise ValueError(f"no corruption {unknown[0]}; there are {', '.join(CORRUPTED)}")
-    config, dataset = read_split(dataroot, store, options["split"])
-    out, skip = absolute(out), on_error == "skip"
-    with executor(options["workers"], options["threads"], options["scheduler"]) as where:
-        failed = build_corrupted(config, dataset, out, names, where, skip, click.echo)
+    with _one_message():
+        if unknown := [name for name in names if name not in CORRUPTED]:
+            raise ValueError(f"no corruption {unknown[0]}; there are {', '.join(CORRUPTED)}")
+        config, dataset = read_split(dataroot, store, options["split"])
+        out, skip = absolute(out), on_error == "skip"
+        with executor(options["workers"], options["threads"], options["scheduler"]) as where:
+            failed = build_corrupted(config, dataset, out, names, where, skip, click.echo)
     _leave_out([f"{place}: {message}" for place, message in failed.items()])
 
 
@@ -247,7 +245,9 @@ def settings(config: str) -> None:
     """
     from occfeat_targets.store.settings import settings_file
 
-    click.echo(settings_file(config, "occfeat_targets").read_text(encoding="utf-8"), nl=False)
+    with _one_message():
+        text = settings_file(config, "occfeat_targets").read_text(encoding="utf-8")
+    click.echo(text, nl=False)
 
 
 @main.command()
@@ -260,9 +260,10 @@ def check(dataroot: Path, **options: Any) -> None:
     """
     from occfeat_targets.build import check_records, read_dataset
 
-    settings = _settings(options)
-    dataset = read_dataset(dataroot, options["version"], settings)
-    check_records(dataset, settings)
+    with _one_message():
+        settings = _settings(options)
+        dataset = read_dataset(dataroot, options["version"], settings)
+        check_records(dataset, settings)
     n_scenes, n = len({record.scene for record in dataset.records}), len(dataset.records)
     click.echo(f"{dataroot}: {dataset.version}, {n_scenes} scenes, {n} keyframes: ok")
 
@@ -274,7 +275,8 @@ def info(store: str, as_json: bool) -> None:
     """Show what STORE holds: frames, splits, voxels a frame, bytes, teacher, config."""
     from occfeat_targets.info import as_text, summarise
 
-    summary = summarise(store)
+    with _one_message():
+        summary = summarise(store)
     click.echo(json.dumps(summary, indent=2) if as_json else as_text(summary))
 
 
@@ -289,9 +291,10 @@ def verify(store: str, recompute: int, dataroot: Path | None, seed: int) -> None
 
     if recompute and not dataroot:
         raise click.UsageError("--recompute needs --dataroot")
-    n_frames, problems = verify_store(store)
-    if dataroot and recompute and not problems:
-        problems += recompute_frames(store, dataroot, recompute, seed)
+    with _one_message():
+        n_frames, problems = verify_store(store)
+        if dataroot and recompute and not problems:
+            problems += recompute_frames(store, dataroot, recompute, seed)
     for problem in problems:
         click.secho(f"  {problem}", fg="red", err=True)
     again = f", {min(recompute, n_frames)} recomputed" if recompute and not problems else ""
@@ -308,7 +311,8 @@ def view(store: str, frame: int, out: Path | None) -> None:
     from occfeat_targets.view import draw_frame
 
     out = out or Path(f"view-{frame}.png")
-    draw_frame(store, frame, out)
+    with _one_message():
+        draw_frame(store, frame, out)
     click.echo(f"wrote {out}")
 
 

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import FAST
 
+from occfeat_targets import info, verify
 from occfeat_targets.cli import EXIT_SKIPPED, main
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.store.reader import open_store
@@ -142,6 +143,27 @@ def test_other_mistakes(built, demo_root):
     other = _run("build", demo_root, built, *SETTINGS, "--set", "lidar.sweeps=2")
     assert other.exit_code == 1
     assert "config.lidar.sweeps: 1 -> 2" in other.output
+
+
+def test_a_broken_pipe_of_the_work_says_its_message(monkeypatch):
+    """Such as a worker's socket or a remote store's connection: not the end of our own output."""
+    monkeypatch.setattr(verify, "verify_store", fail_with(BrokenPipeError(32, "Broken pipe")))
+    result = _run("verify", "targets.zarr")
+    assert (result.exit_code, result.output) == (1, "error: [Errno 32] Broken pipe\n")
+
+
+def test_a_bug_in_printing_raises(built, monkeypatch):
+    monkeypatch.setattr(info, "as_text", fail_with(ValueError("Unknown format code")))
+    result = _run("info", built)
+    assert isinstance(result.exception, ValueError)
+    assert result.output == ""
+
+
+def fail_with(error):
+    def fail(*_):
+        raise error
+
+    return fail
 
 
 def test_info_tells_how_far_an_unfinished_build_is(built):
