@@ -93,7 +93,8 @@ def _claim(out: Path, plan: Plan) -> None:
                 "folder, or choose another one"
             )
         return
-    if others := sorted(p.name for p in out.glob("*") if p.name != MANIFEST + ".tmp"):
+    there = out.iterdir() if out.exists() else ()
+    if others := sorted(path.name for path in there if path.name != MANIFEST + ".tmp"):
         raise ValueError(
             f"{out} is not empty (it holds {', '.join(others[:5])}) and was not made by "
             "demo-data: choose a folder that is empty or does not exist yet"
@@ -146,12 +147,12 @@ def _make_frame(out: Path, plan: Plan, keyframe: tuple[int, int]) -> None:
     silhouette, visible = Counter(), Counter()  # object id -> pixels
     for sensor in rig.CAMERAS:
         pose = world.scene.global_T_sensor(world.timestamp, sensor)
-        rgb, _, ids, whole = render_camera(world, sensor.camera_matrix(), pose, *rig.IMAGE_HW)
+        view = render_camera(world, sensor.camera_matrix(), pose, *rig.IMAGE_HW)
         buffer = io.BytesIO()
-        Image.fromarray(rgb).save(buffer, format="JPEG", quality=90, subsampling="4:2:0")
+        Image.fromarray(view.rgb).save(buffer, format="JPEG", quality=90, subsampling="4:2:0")
         write_atomically(out / world.scene.file_name(sample, sensor), buffer.getvalue())
-        silhouette.update(whole)
-        annotated = ids[(ids > 0) & (ids < EGO_ID)]
+        silhouette.update(view.silhouette)
+        annotated = view.object_id[(view.object_id > 0) & (view.object_id < EGO_ID)]
         visible.update(dict(enumerate(np.bincount(annotated).tolist())))
     points, _ = sweep(world, np.random.default_rng([plan.seed, index, sample, 2]))
     lidar_file = out / world.scene.file_name(sample, rig.LIDAR_SENSOR)

@@ -6,6 +6,7 @@ has length 1 along the optical axis, so the ray parameter is the z-depth.
 
 from collections import Counter
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -75,21 +76,28 @@ class _Rays:
         return np.stack([m[0] * x + m[1] * y + m[2] for m in M])
 
 
+class View(NamedTuple):
+    """What a camera sees, pixel by pixel (H, W)."""
+
+    rgb: np.ndarray  # (H, W, 3) uint8
+    depth: np.ndarray  # float32, z-depth in metres along the optical axis, inf for sky
+    object_id: np.ndarray  # int32, -1 sky, 0 ground, else the thing's id
+    silhouette: dict[int, int]  # id to pixels an annotated thing would cover if nothing hid it
+
+
 def render_camera(
     world: World, K: np.ndarray, global_T_cam: np.ndarray, height: int, width: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, int]]:
+) -> View:
     """Render one camera of ``height`` x ``width`` pixels.
 
     ``K`` (3, 3) goes to continuous pixels of that image; ``global_T_cam`` (4, 4) float64, with x
-    right, y down, z forward. Returns rgb (H, W, 3) uint8; depth (H, W) float32, z-depth in metres
-    along the optical axis, inf for sky; object_id (H, W) int32, -1 sky, 0 ground, else the thing's
-    id; object id -> pixels that an annotated thing would cover if nothing hid it.
+    right, y down, z forward.
     """
     rays = _Rays(K, global_T_cam, height, width)
     depth, solid, silhouette = _trace(world.solids, rays)
     rgb = _shade(world, rays, depth.ravel(), solid.ravel())
     object_id = np.append(world.solids.object_id, [0, -1]).astype(np.int32)[solid]
-    return rgb, depth, object_id, silhouette
+    return View(rgb, depth, object_id, silhouette)
 
 
 def _trace(solids: Solids, rays: _Rays) -> tuple[np.ndarray, np.ndarray, dict[int, int]]:
