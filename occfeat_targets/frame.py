@@ -58,7 +58,7 @@ def frame_targets(
 ) -> dict[str, np.ndarray]:
     """What the store holds of one frame that is not in the tables: arrays by the names, dtypes and
     axes of the outputs' specs, trimmed to what is valid. Raises FrameError: the frame can't be
-    processed (naming scene, sample, file), or an output does not give what its specs say."""
+    processed (naming scene, sample, file), or an output breaks its specs (naming the array)."""
     full_size = config.images.corruption != "none"  # it works on the original's pixels
     layout, near_m, size = outputs[0].layout, config.lidar.near_m, config.teacher.input_size
     inputs = FrameInputs(record, layout, near_m, teacher, size, full_size)
@@ -82,7 +82,10 @@ def _require_specs(output: Output, arrays: Mapping[str, np.ndarray]) -> None:
         raise ValueError(f"{name} gives {[*arrays]}, its specs are of {[*specs]}")
     for key, values in arrays.items():
         spec, values, shape = specs[key], np.asarray(values), specs[key].shape
-        if spec.rows and len(values) <= shape[0]:
+        if spec.rows:
+            if len(values) > shape[0]:
+                text = f"{len(values)} rows of {key}, the store has room for {shape[0]}"
+                raise ValueError(f"{name} gives {text}: raise {spec.setting}")
             shape = (len(values), *shape[1:])
         if (values.dtype, values.shape) != (np.dtype(spec.dtype), shape):
             given = f"{values.dtype} {values.shape}, its spec says {spec.dtype} {spec.axes}"

@@ -25,8 +25,9 @@ def check_jpeg(path: Path, hw: tuple[int, int]) -> str | None:
 
 def decode_jpeg(path: Path, at_least_hw: tuple[int, int]) -> Image.Image:
     """Decode at the smallest DCT scale (1, 1/2, 1/4, 1/8) that covers ``at_least_hw``: an RGB
-    image. Raises ValueError, naming the file, if it is missing, truncated, has a hole, or breaks
-    the decoder. Flipped bits in the middle can't be told from image content."""
+    image, whose size may be a fraction of the file's. Raises ValueError, naming the file, if it is
+    missing, truncated, has a hole, or breaks the decoder. Flipped bits in the middle can't be told
+    from image content."""
     try:
         content = path.read_bytes()
         if JPEG_HOLE in content:  # decoders paint such damage grey and say nothing

@@ -11,13 +11,13 @@ from pyquaternion import Quaternion
 
 from occfeat_targets.build import read_dataset
 from occfeat_targets.config import TargetsConfig
-from occfeat_targets.frame import layout_of, make_outputs
+from occfeat_targets.frame import frame_targets, layout_of, make_outputs
 from occfeat_targets.outputs.base import FrameInputs
 from occfeat_targets.outputs.boxes import Boxes as BoxesOutput
 from occfeat_targets.outputs.boxes import footprint, vehicle_masks
 from occfeat_targets.outputs.map import map_masks
 from occfeat_targets.outputs.masks import draw_line, fill_polygon
-from occfeat_targets.sources.base import Boxes, MapLayers, Shapes
+from occfeat_targets.sources.base import Boxes, FrameError, MapLayers, Shapes
 from occfeat_targets.sources.nuscenes import AREAS, MAP_CLASSES
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.teachers.base import NoTeacher
@@ -115,6 +115,27 @@ def test_all_boxes_are_stored_and_the_masks_are_of_vehicle_classes_alone(demo_ro
     assert found["vehicle"].any()
     unknown = dataclasses.replace(record, boxes=Boxes(("tram",), box[:1], annotated.visibility[:1]))
     assert list(output.faults(unknown)) == ["boxes of no known class: tram"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "room", "message"),
+    [
+        ("boxes.max_boxes", 1, "Boxes gives [0-9]+ rows of boxes"),
+        ("lidar.max_points", 2000, "Points gives [0-9]+ rows of points"),
+        ("lidar.max_points", 20, "Voxels gives [0-9]+ rows of voxel_index"),
+    ],
+)
+def test_a_frame_with_more_rows_than_there_is_room_for_says_what_to_raise(
+    demo_root, setting, room, message
+):
+    config = TargetsConfig.load(None, [f"{setting}={room}", "map.mode=never"])
+    dataset = read_dataset(demo_root, None, config)
+    name = message.partition(" ")[0]
+    outputs = make_outputs(config, layout_of(config, vars(dataset), 0))
+    outputs = [output for output in outputs if type(output).__name__ == name]
+    message = f"{message}, the store has room for {room}: raise {setting}$"
+    with pytest.raises(FrameError, match=f"sample .*: {message}"):
+        frame_targets(dataset.records[0], config, outputs, NoTeacher())
 
 
 def test_vehicles_of_nuscenes_are_all_categories_of_that_name_and_no_other(demo_root):

@@ -130,7 +130,8 @@ class FrameInputs:
 
 
 class Output:
-    """One stored thing, by its settings (of class ``Settings``) and the store's layout."""
+    """One stored thing, by its settings (of class ``Settings``) and the store's layout. Subclasses
+    override what concerns them."""
 
     Settings: type[Settings] = Settings
 

@@ -33,7 +33,7 @@ class Boxes(Output):
     def specs(self) -> tuple[ArraySpec, ...]:
         """See :class:`Output`."""
         n, (X, Y) = self.settings.max_boxes, self.layout.grid.bev_shape
-        ragged: dict[str, Any] = {"rows": "n_boxes", "chunk": n}
+        ragged: dict[str, Any] = {"rows": "n_boxes", "chunk": n, "setting": "boxes.max_boxes"}
         axes, bev = {"box": n, "parameter": 8}, {"x": X, "y": Y}
         doc = "in ego: centre x, y, z, length, width, height (m), yaw (rad), visibility 0-4"
         visible = "0 where only vehicles of visibility 1 lie, else 1"
@@ -46,7 +46,8 @@ class Boxes(Output):
         )
 
     def compute(self, frame: FrameInputs) -> dict[str, np.ndarray]:
-        """``boxes`` float32 (n, 8), ``box_class`` uint8 (n,), ``vehicle*`` uint8 (X, Y)."""
+        """``boxes`` float32 (n, 8), ``box_class`` uint8 (n,), ``vehicle`` and ``vehicle_visible``
+        uint8 (X, Y)."""
         annotated = frame.record.boxes
         boxes = np.column_stack([annotated.box, annotated.visibility]).astype(np.float32)
         numbers = {name: i for i, name in enumerate(self.layout.box_classes)}
@@ -87,8 +88,8 @@ class Boxes(Output):
 
 
 def vehicle_masks(vehicles: np.ndarray, grid: VoxelGrid) -> tuple[np.ndarray, np.ndarray]:
-    """BEV masks ``(vehicle, visible)``, uint8 (X, Y), of vehicles (n, 8), rows of ``boxes``: 1
-    where a cell's centre lies in a footprint; 0 where only vehicles of visibility 1 lie, else 1."""
+    """BEV masks uint8 (X, Y) of vehicles (n, 8), rows of ``boxes``: ``vehicle`` is 1 where a cell's
+    centre lies in a footprint; ``visible`` is 0 where only vehicles of visibility 1 lie, else 1."""
     seen, unseen = np.zeros((2, *grid.bev_shape), dtype=bool)
     for vehicle in vehicles.astype(np.float64):
         mask = unseen if vehicle[7] == INVISIBLE else seen

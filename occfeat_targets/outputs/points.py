@@ -24,7 +24,7 @@ class Points(Output):
         n = self.layout.max_points
         doc = "lidar in ego: x, y, z in steps of attribute `point_step_m`, intensity"
         axes = {"point": n, "xyzi": 4}
-        ragged: dict[str, Any] = {"rows": "n_points", "chunk": min(8192, n)}
+        ragged: Any = {"rows": "n_points", "chunk": min(8192, n), "setting": "lidar.max_points"}
         return (
             ArraySpec("n_points", "int32", {}, "stored lidar returns", -1),
             ArraySpec("points", "int16", axes, doc, -32768, **ragged),

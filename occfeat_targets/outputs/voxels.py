@@ -23,7 +23,7 @@ class Voxels(Output):
     def specs(self) -> tuple[ArraySpec, ...]:
         """See :class:`Output`."""
         n, dim = self.layout.max_voxels, self.layout.feature_dim
-        ragged: dict[str, Any] = {"rows": "n_voxels", "chunk": min(4096, n)}
+        ragged: Any = {"rows": "n_voxels", "chunk": min(4096, n), "setting": "lidar.max_points"}
         V = {"voxel": n}
         doc = "flat (Z, X, Y) indices of occupied voxels, ascending"
         bits = "bit c = camera c sees the voxel; 0 = no feature target"
@@ -92,7 +92,8 @@ class Voxels(Output):
             yield f"feature_cameras contradicts the calibration at {wrong} voxels"
 
     def compare(self, stored: dict[str, Any], again: dict[str, np.ndarray]) -> Iterator[str]:
-        """Voxels and cameras must be equal, features' cosine at least 0.999: rounding varies."""
+        """Voxels and cameras must be equal, features' cosine at least 0.999, since processors and
+        library versions round differently."""
         for name in ("voxel_index", "feature_cameras"):
             if not np.array_equal(stored[name], again[name]):
                 yield f"{name} differs from the recomputed one"

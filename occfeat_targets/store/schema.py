@@ -64,6 +64,8 @@ class ArraySpec:
     chunk: int | None = None
     """Rows of an inner chunk, for arrays sharded by block; None: one chunk over all frames."""
     codec: str = "zstd"
+    setting: str = "its spec"
+    """Where there is room for more rows: what a frame that has too many is told to raise."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,7 +79,7 @@ class ArraySpec:
 
     @classmethod
     def of(cls, array: Any) -> Self:
-        """Of an array (of zarr) that :func:`create_arrays` made; the codec is not told."""
+        """Of an array (of zarr) that :func:`create_arrays` made; codec and setting are not told."""
         chunk = array.chunks[1] if array.shards else None
         axes = dict(zip(array.metadata.dimension_names[1:], array.shape[1:], strict=True))
         doc, rows = (array.attrs.get(key) for key in ("description", "rows"))
