@@ -23,9 +23,9 @@ class BarePread(FrameDataset):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """A sample like the real one, but of compressed bytes."""
-        i, store = int(self.frames[position]), self.reader.store
-        sample: dict[str, Any] = {"frame": i} | self.reader.read(i, ("K", "cam_T_ego"))
-        for name in self.names[:-2]:
+        i, store, calibration = int(self.frames[position]), self.reader.store, ("K", "cam_T_ego")
+        sample: dict[str, Any] = {"frame": i} | self.reader.read(i, calibration)
+        for name in (name for name in self.names if name not in calibration):
             key, ranges = store.sharded[name].ranges(i, store.n_rows(i, name))
             with open(f"{self.reader.url}/{key}", "rb", buffering=0) as file:  # but for checksums
                 parts = [os.pread(file.fileno(), length - 4, at) for at, length in ranges]

@@ -3,15 +3,15 @@
 \b
 stages   milliseconds a frame of the target build's functions, on one core
 build    the whole target build as a user runs it (start-up included) beside the teacher alone on
-         the same images with all cores
+         the same images with all cores; memory is that of the largest process waited for
 loader   the loader of a pretraining (features, voxels, camera bits, images; global shuffle) beside
          one that only preads the very same bytes and decodes the same stored JPEGs, and one that
          decodes and resizes the dataset's original images instead; the page cache is warm
 lifting  beside Simple-BEV's dense form, at the paper's size (224x400 images, the store's grid,
          batch 1, 128 channels)
 head     the pretraining's, beside the paper's dense form, likewise
-steps    of a pretraining with EfficientNet-B0 at batch 1, or 16 with a GPU: images/s, how much of
-         the time is spent waiting for data, and what the teacher in the loop would add
+steps    of a pretraining with EfficientNet-B0 at batch 1, or 16 with a GPU: images/s, the share
+         spent waiting for data, and what the teacher in the loop would add, measured by itself
 
 The first two, and the original images, need the extra ``targets``.
 """
@@ -76,7 +76,8 @@ Figures = tuple[float, ...]
 
 
 def stages(asked: SimpleNamespace) -> None:
-    """Print how long our functions take, with all they call, in a block of frames on one thread."""
+    """Print how long our functions take in a block of frames on one thread: with all they call,
+    which overlaps, and on their own, which sums up. Both include what profiling costs."""
     _, config, dataset = read(asked)
     with tempfile.TemporaryDirectory() as url:
         writer.begin(url, config, dataset, overwrite=True)
@@ -87,13 +88,16 @@ def stages(asked: SimpleNamespace) -> None:
         profile = Profile(builtins=False)
         profile.runcall(writer.write_block, job)
     entries = sorted(profile.getstats(), key=lambda entry: -entry.totaltime)
-    lines, total = [["function (1 thread)", "ms/frame", "share"]], entries[0].totaltime
+    lines = [["function (1 thread)", "ms/frame", "share", "own ms/frame"]]
+    others, total, ms = entries[0].totaltime, entries[0].totaltime, 1e3 / len(job.records)
     for entry in entries:
         code: Any = entry.code
         is_ours = "occfeat_targets" in code.co_filename and "<" not in code.co_qualname
         if is_ours and entry.totaltime > total / 1000:
-            per_frame = f"{1e3 * entry.totaltime / len(job.records):.2f}"
-            lines.append([code.co_qualname, per_frame, f"{entry.totaltime / total:.1%}"])
+            others -= entry.inlinetime
+            per_frame, own = (f"{ms * s:.2f}" for s in (entry.totaltime, entry.inlinetime))
+            lines.append([code.co_qualname, per_frame, f"{entry.totaltime / total:.1%}", own])
+    lines.append(["all other functions", "", "", f"{ms * others:.2f}"])
     print("\n" + as_columns(lines))
 
 
@@ -120,7 +124,7 @@ def build(asked: SimpleNamespace) -> None:
 
 
 def whole_build(command: list[str], frames: int) -> Figures:
-    """Frames/s of the build as a user runs it, and MB of its largest process."""
+    """Frames/s of the build as a user runs it, and :func:`most_memory`."""
     start = time.perf_counter()
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     return frames / (time.perf_counter() - start), most_memory()
@@ -129,7 +133,7 @@ def whole_build(command: list[str], frames: int) -> Figures:
 def teacher_alone(
     records: list[FrameRecord], config: TargetsConfig, processes: int, threads: int
 ) -> Figures:
-    """The same of forward passes alone, in processes of so many threads each."""
+    """The same of forward passes alone: frames/s are processes x frames / summed seconds."""
     setup = (records[0], config, threads)  # loads the teacher and warms everything up
     with ProcessPoolExecutor(processes, SPAWN, initializer=forward, initargs=setup) as pool:
         seconds = list(pool.map(forward, records, repeat(config), repeat(threads)))
@@ -227,16 +231,17 @@ def timed(run: Callable[[], Any]) -> Figures:
 
 
 def peak_memory() -> int:
-    """Bytes of this process, of the GPU if there is one."""
+    """Bytes of this process, of the GPU if there is one; 0 where Linux does not say."""
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated()
     # Unlike ru_maxrss this is free of what the parent used.
     _, _, rest = Path("/proc/self/status").read_text().partition("VmHWM:")
-    return 1024 * int(rest.split()[0])
+    return 1024 * int(rest.split()[0]) if rest else 0
 
 
 def steps(asked: SimpleNamespace) -> None:
-    """Print what a step of a real training takes, and the share of it spent waiting for data."""
+    """Print what a step of a real training takes, the share of it spent waiting for data, and what
+    the teacher would add: a step with it in the loop is the sum of these two, measured apart."""
     batch = 16 if DEVICE.type == "cuda" else 1
     data, plan = CONFIG.data.with_(workers=asked.workers), CONFIG.pretrain.with_(batch=batch)
     config = CONFIG.with_(data=data, pretrain=plan)
@@ -254,7 +259,9 @@ def steps(asked: SimpleNamespace) -> None:
         f"data, {images / seconds.mean():.1f} images/s, peak {peak_memory() / 1e6:.0f} MB"
     )
     settings = TargetsConfig.load(None, [f"teacher.name={asked.teacher}"]).teacher
-    teacher, (height, width) = shared_teacher(settings), settings.input_size
+    threads, (height, width) = torch.get_num_threads(), settings.input_size
+    teacher = shared_teacher(settings)  # which holds torch to one thread
+    torch.set_num_threads(threads)
     black = [Image.new("RGB", (width, height))] * len(trainer.store.attrs["cameras"])
     milliseconds, _ = timed(lambda: dense_features(teacher, black, (height, width)))
     print(f"the teacher in the loop would add {batch * milliseconds / 1e3:.2f} s a step")

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,11 +105,39 @@ def test_parts_of_training(tiny_store, monkeypatch):
     assert re.fullmatch(r"the teacher in the loop would add \d+\.\d+ s a step", lines[-1])
 
 
+def test_the_teacher_of_a_step_has_its_threads(tiny_store, monkeypatch):
+    monkeypatch.setattr(benchmark, "CONFIG", TrainConfig.load(None, [*SMALL, "pretrain.epochs=1"]))
+    used, before = [], torch.get_num_threads()
+
+    def timed(_):
+        used.append(torch.get_num_threads())
+        return 1, 0
+
+    monkeypatch.setattr(benchmark, "timed", timed)
+    try:
+        torch.set_num_threads(3)
+        benchmark.steps(SimpleNamespace(store=str(tiny_store), workers=0, teacher=TEACHER[1]))
+    finally:
+        torch.set_num_threads(before)
+    assert used == [3]
+
+
+def test_memory_is_0_where_the_system_does_not_say(monkeypatch):
+    monkeypatch.setattr(benchmark, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(Path, "read_text", lambda path: "Name: python\n")
+    assert benchmark.peak_memory() == 0
+
+
 def test_stages_of_the_build(demo_root):
     lines = run("stages", "--dataroot", demo_root, *TEACHER, "--frames", 2)
     for name in ("FrameInputs.lidar", "dense_features", "Voxels.compute", "write_frames"):
         (line,) = (line for line in lines if line.startswith(f"{name} "))
-        assert float(line.split()[1]) > 0
+        milliseconds, own = (float(line.split()[column]) for column in (1, 3))
+        assert milliseconds >= own > 0
+    whole, rest = (line for line in lines if line.startswith(("write_block ", "all other ")))
+    own = sum(float(line.split()[-1]) for line in lines[1:])
+    assert own == pytest.approx(float(whole.split()[1]), abs=0.3)
+    assert float(rest.split()[-1]) > 0
 
 
 def test_the_teacher_alone(demo_root):
