@@ -1,6 +1,5 @@
 """What a store holds, as a plain dict and as text."""
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -27,12 +26,11 @@ def summarise(url: str) -> dict[str, Any]:
         size = attrs["config"]["block_frames"]
         done = sum(name.endswith(".json") for name in find(url, MARKERS))
         return summary | {"blocks": -(-len(store) // size), "blocks_done": done}
-    origins = [(store.split(i), store.scene(i)) for i in range(len(store))]
+    splits: dict[str, list[str]] = {}  # to the scene of each frame
+    for i in range(len(store)):
+        splits.setdefault(store.split(i), []).append(store.scene(i))
     return summary | {
-        "splits": {
-            name: {"frames": n, "scenes": len({scene for split, scene in origins if split == name})}
-            for name, n in sorted(Counter(split for split, _ in origins).items())
-        },
+        "splits": {s: {"frames": len(f), "scenes": len({*f})} for s, f in sorted(splits.items())},
         "map_classes": attrs["map_classes"],
         "failed": attrs["failed"],
         "voxels_per_frame": _voxels(store),

@@ -42,16 +42,16 @@ class TargetStore:
     @cached_property
     def per_frame(self) -> dict[str, np.ndarray]:
         """The small arrays, whole: name to (N, ...). Raises StoreError: one is damaged or lost."""
-        arrays = {}
-        for spec in self.specs.values():
-            if spec.chunk is None:
-                try:
-                    values = arrays[spec.name] = np.asarray(self.array(spec.name)[:])
-                except (ValueError, RuntimeError, OSError) as error:
-                    raise StoreError(f"{self.url}: {spec.name} is damaged: {error}") from error
-                if spec.missing(values).any():
-                    raise StoreError(f"{self.url}: {spec.name} was lost, or never written")
-        return arrays
+        return {s.name: self._whole(s) for s in self.specs.values() if s.chunk is None}
+
+    def _whole(self, spec: ArraySpec) -> np.ndarray:
+        try:
+            values = np.asarray(self.array(spec.name)[:])
+        except (ValueError, RuntimeError, OSError) as error:
+            raise StoreError(f"{self.url}: {spec.name} is damaged: {error}") from error
+        if spec.missing(values).any():
+            raise StoreError(f"{self.url}: {spec.name} was lost, or never written")
+        return values
 
     @cached_property
     def sharded(self) -> dict[str, ShardedArray]:

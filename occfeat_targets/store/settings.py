@@ -151,8 +151,9 @@ def _message(cls: type[BaseModel], error: ValidationError, section: str) -> str:
     if first["type"] == "value_error":
         raised = first.get("ctx", {}).get("error")
         text = str(raised)
-        named = isinstance(raised, ConfigError) or name in text  # settings in settings name theirs
-        return text if named or not leaf else f"{name} {text}"
+        if isinstance(raised, ConfigError):  # of settings within settings: it names its key
+            return text
+        return text if not leaf or name in text else f"{name} {text}"
     rule = first["msg"].replace("Input should be", "must be")
     if first["type"] in ("model_type", "dataclass_type", "dict_type"):
         rule = "must be a mapping"

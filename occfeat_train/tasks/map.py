@@ -91,7 +91,7 @@ def map_targets(batch: Batch, angle: Tensor, grid: VoxelGrid) -> Targets:
     # At the volume's lower bound, because flat indices of the lowest layer are those of the BEV.
     z = torch.full_like(xy_ego[..., :1], grid.z[0])
     index, known = flat_index(torch.cat([xy_ego, z], dim=-1).reshape(-1, 3), grid)
+    source = torch.where(known, index, 0).view(len(angle), 1, -1)  # stored cell of each cell
     known = known.view(len(angle), *grid.bev_shape)
-    source = torch.where(known, index.view(known.shape), 0).flatten(1)
-    moved = stored.flatten(2).gather(2, source[:, None].expand(-1, stored.shape[1], -1))
-    return {"map": moved.view_as(stored).float() * known[:, None], "known": known}
+    moved = stored.flatten(2).gather(2, source.expand(-1, stored.shape[1], -1)).view_as(stored)
+    return {"map": (moved * known[:, None]).float(), "known": known}
