@@ -87,8 +87,8 @@ def build(
     """Write all blocks that are not done yet and finish the store, after :func:`prepare`. With
     ``skip_errors`` the other frames are finished when one fails; else it stops after the running
     blocks. Returns the frames that failed then, index to message. Raises BuildStopped if a frame or
-    block failed (run the same command again to continue), and TeacherError, ConfigError or
-    StoreError from the workers' side of the set-up."""
+    block failed (run the same command again to continue), ClusterError if the workers are gone, and
+    TeacherError, ConfigError or StoreError from the workers' side of the set-up."""
     # Loads the teacher on all workers at once, and finds out if they have different ones.
     teacher, *others = executor.everywhere(writer.describe_teacher, config)
     for other in others:

@@ -32,7 +32,7 @@ _SETTINGS = {
 
 
 class ClusterError(RuntimeError):
-    """The cluster can't be reached, or a task kills its worker every time."""
+    """The cluster can't be reached, a task kills its worker every time, or all workers are gone."""
 
 
 class InProcess:

@@ -22,7 +22,8 @@ class TargetsConfig(Settings):
     """Everything that decides the bytes of a targets store."""
 
     source: str = "auto"
-    """Whose dataroot: a name of ``sources.SOURCES``, ``package.module:name``, or found out."""
+    """Whose dataroot: a name of ``sources.SOURCES``, ``package.module:name``, or ``auto``:
+    whichever recognises it."""
     grid: VoxelGrid = VoxelGrid()
     lidar: LidarSettings = LidarSettings()
     teacher: TeacherSettings = TeacherSettings()

@@ -113,8 +113,9 @@ def _brightness(image: np.ndarray, rng: Generator, added: float) -> np.ndarray:
 def _low_light(
     image: np.ndarray, rng: Generator, scale: float, photons: float, sigma: float
 ) -> np.ndarray:
-    """Range stretched to 0..1, squared, darkened by ``scale``; photon noise (1: ``photons``); and
-    sensor noise, drawn first: severities share it, since they can't share photon counts."""
+    """Range stretched to 0..1, squared, darkened to at most ``scale``; then photon noise (a value
+    of 1 expects ``photons``), then sensor noise, drawn first: the severities share it, as they
+    can't share photon counts."""
     low, high = int(image.min()), int(image.max())
     stretched = (np.arange(256) - low) / max(high - low, 1)
     sensor = rng.standard_normal(image.shape, dtype=np.float32)
@@ -165,7 +166,8 @@ def _snow(
 ) -> np.ndarray:
     """ImageNet-C's snow: a whitened image (``keep`` of it, the rest at least 1.5 times its grey
     plus a half), and flakes on it, twice: ``noise`` (mean, spread), its middle enlarged by
-    ``zoom``, where it reaches ``threshold``, smeared (``blur``: radius, sigma)."""
+    ``zoom``, where it reaches ``threshold``, smeared (``blur``: radius, sigma) in a direction drawn
+    last."""
     height, width, _ = image.shape
     mean, spread = map(np.float32, noise)
     flakes = mean + spread * rng.standard_normal((height, width), dtype=np.float32)

@@ -31,7 +31,7 @@ def export(run: Run, out: Path) -> None:
 
 
 def load_bev_net(directory: str | Path) -> BEVNet:
-    """The exported network, in evaluation mode; RunError: there is none, or its files don't fit."""
+    """The exported network, in evaluation mode. RunError: none, or its files don't fit together."""
     directory = Path(directory)
     try:
         description = json.loads((directory / "model.json").read_text())

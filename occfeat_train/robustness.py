@@ -29,10 +29,13 @@ def evaluate_corrupted(
     """IoU of a finetuned run on the job's store and on corrupted ones of the same frames.
 
     ``folder`` is the directory or URL of the latter (``occfeat-targets corrupt``); ``say`` gets a
-    line before each store. Returns for ``corrupted.json``: ``clean`` (the clean store's result),
-    ``iou`` (corruption and severity to IoU in per cent), ``mean`` and ``RR`` (per cent) of complete
-    corruptions, ``mRR`` over those, ``missing`` (corruptions, or single severities of them). Raises
-    RunError and StoreError as :func:`evaluate`, or if a store is not of the clean one's frames.
+    line before each store.
+
+    Returns for ``corrupted.json``: ``clean`` (the clean store's result), ``iou`` (corruption and
+    severity to IoU in per cent), ``mean`` and ``RR`` (per cent) of complete corruptions, ``mRR``
+    over those, ``missing`` (corruptions, or single severities of them).
+
+    Raises RunError and StoreError as :func:`evaluate`; or a store is not of the clean one's frames.
     """
     folder = absolute(folder)
     found = find_corrupted(folder)

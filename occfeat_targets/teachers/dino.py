@@ -46,7 +46,7 @@ class DinoTeacher:
 
 
 def random_teacher(settings: TeacherSettings) -> DinoTeacher:
-    """``random:SEED``: a ViT-S/14 with random weights. Raises ConfigError: SEED is no number."""
+    """``random:SEED``: a ViT-S/14 with random weights. ConfigError: SEED is no whole number."""
     from transformers import Dinov2Config, Dinov2Model
 
     text = settings.name.removeprefix("random:")

@@ -28,10 +28,12 @@ def select_frames(
     f = 1/k every k-th, the rule of SLidR and ALSO (1 % of 700 scenes: the 100th, 200th, ...
     700th). If none stays, the first does.
 
-    ``splits`` are names as in the store's attribute of that name; ``fraction`` in (0, 1], a decimal
-    number or text, so that 0.1 means exactly 1/10; ``unit`` is what it counts: scenes having frames
-    in the splits, or frames. Returns frame numbers, ascending. Raises ValueError: a fraction
-    outside of (0, 1] or an unknown unit; StoreError: nothing is left.
+    ``splits`` are names as in the store's attribute; ``fraction`` in (0, 1] a decimal number or
+    text: 0.1 is exactly 1/10; ``unit`` is what it counts: frames, or scenes that have some there.
+
+    Returns frame numbers, ascending.
+
+    Raises ValueError: a fraction outside of (0, 1] or an unknown unit; StoreError: nothing is left.
     """
     share = Fraction(str(fraction))
     if not 0 < share <= 1:
@@ -75,7 +77,7 @@ class ShardSampler:
     What does not fill a last global batch is left out, until the next epoch's order.
 
     ``n`` is the dataset's length; ``seed`` of the shuffle, not negative; ``rank`` is this process
-    among ``world``. ValueError: the ranks cannot share a batch evenly, or n is less than one.
+    among ``world``. ValueError: the ranks can't share a batch evenly, or n is less than one batch.
     """
 
     def __init__(self, n: int, batch: int, seed: int, rank: int = 0, world: int = 1):

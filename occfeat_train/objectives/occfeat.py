@@ -128,10 +128,10 @@ def voxel_targets(batch: Batch, angle: Tensor, grid: VoxelGrid, point_step_m: fl
 
     From collated ``voxel`` (V,), ``feature_cameras`` (V,), ``features`` int8 (V, C) unless only
     occupancy is learned, and, if any ``angle`` (as in :meth:`Objective.targets`) is not 0,
-    ``points``, ``n_points`` and, with the features, ``feature_scale``; ``grid`` and
-    ``point_step_m`` of the store. Returns ``voxel`` int64 (V',) distinct flat indices over the
-    batch, ``valid`` bool (V',) that have a feature target, and, if the batch has features,
-    ``features`` (V', C) whose direction is the target.
+    ``points``, ``n_points`` and, with the features, ``feature_scale``; the store's grid and step.
+
+    Returns ``voxel`` int64 (V',), distinct flat indices over the batch; ``valid`` bool (V',), that
+    have a feature target; if there are any, ``features`` (V', C), whose direction is the target.
     """
     voxel = batch["voxel"].long()
     valid = batch["feature_cameras"].bool()  # uint16, with more than 8 cameras, has no comparison

@@ -98,10 +98,11 @@ def vehicle_targets(boxes: Tensor, counts: Tensor, angle: Tensor, grid: VoxelGri
     """Vehicle mask, validity, centre heat map and offsets, in the BEV frame.
 
     Of vehicles float32 (M, 8), as the store's ``boxes``, sample by sample; ``counts`` int64 (B,),
-    how many each sample has; ``angle`` as in :meth:`Objective.targets`. Returns ``vehicle`` float
-    (B, X, Y); ``visible`` bool (B, X, Y), False where only vehicles of visibility 0-40 % lie;
-    ``centre`` float (B, X, Y) in 0..1; ``offset`` float (B, 2, X, Y), cell minus vehicle centre in
-    cells; ``has_offset`` bool (B, X, Y).
+    how many each sample has; ``angle`` as in :meth:`Objective.targets`.
+
+    Returns ``vehicle`` float (B, X, Y); ``visible`` bool (B, X, Y), False where only vehicles of
+    visibility 0-40 % lie; ``centre`` float (B, X, Y) in 0..1; ``offset`` float (B, 2, X, Y), cell
+    minus vehicle centre in cells; ``has_offset`` bool (B, X, Y).
     """
     turn = angle.to(boxes.device).repeat_interleave(counts)
     (cos, sin), (x, y) = (turn.cos(), turn.sin()), boxes[:, :2].unbind(1)
