@@ -28,8 +28,9 @@ def select_frames(
     f = 1/k every k-th, the rule of SLidR and ALSO (1 % of 700 scenes: the 100th, 200th, ...
     700th). If none stays, the first does.
 
-    ``splits`` are names as in the store's attribute; ``fraction`` in (0, 1] a decimal number or
-    text: 0.1 is exactly 1/10; ``unit`` is what it counts: frames, or scenes that have some there.
+    ``splits`` are names as in the store's attribute of that name; ``fraction`` in (0, 1], a decimal
+    number or text, so that 0.1 means exactly 1/10; ``unit`` is what it counts: scenes having frames
+    in the splits, or frames.
 
     Returns frame numbers, ascending.
 

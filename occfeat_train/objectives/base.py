@@ -39,8 +39,9 @@ class Panel(NamedTuple):
 class Objective(nn.Module):
     """Base of all objectives, found by name in ``objectives.OBJECTIVES`` (``pretrain.objective``).
 
-    Of ``settings`` of its own ``Settings``, the section ``objectives.NAME``; the ``store`` that it
-    will see; ``channels`` C of the BEV features; and whether augmentation turns the BEV frame.
+    Made of ``settings`` of its own ``Settings``, from the section ``objectives.NAME``; the
+    ``store`` it will be trained or evaluated on; ``channels`` C of the BEV features; and whether
+    augmentation turns the BEV frame.
     StoreError: the store lacks what it needs; the message says what to do.
     """
 

@@ -15,8 +15,9 @@ class Meter(Protocol):
         """Count a batch and what :meth:`Task.predict` made of it."""
 
     def result(self) -> dict[str, Any]:
-        """For ``result.json``, summed over the processes, which all call it: ``rows``, name to per
-        cents; ``headline``, ``{"name": ..., "iou": ...}``, the task's IoU, None where undefined."""
+        """For ``result.json``, summed over all processes, which all call it: ``rows``, name to
+        numbers in per cent; ``headline``, ``{"name": ..., "iou": ...}`` of the task, the IoU None
+        where undefined."""
         ...
 
 
