@@ -16,7 +16,7 @@ installed := $(VENV)/.installed
 options := $(if $(VERSION),--version $(VERSION)) $(if $(TEACHER),--teacher $(TEACHER)) \
 	$(if $(WORKERS),--workers $(WORKERS)) $(if $(SCHEDULER),--scheduler $(SCHEDULER))
 
-.PHONY: install targets miniature test quick lint format
+.PHONY: install targets miniature test quick fuzz lint format
 .DEFAULT_GOAL := targets
 
 install: $(installed)
@@ -51,6 +51,10 @@ test: $(installed)
 
 quick: $(installed)
 	$(pytest) -m 'not slow'
+
+# Everything that is parsed, 10,000 damaged cases each: an hour and a half on two cores.
+fuzz: $(installed)
+	OCCFEAT_FUZZ=10000 $(pytest) --timeout 7200 tests/test_fuzz.py
 
 lint: $(installed)
 	$(bin)/ruff check .

@@ -16,7 +16,7 @@ WORKER_BYTES = 1_500_000_000
 _GPU_THREADS = 8
 """Most threads of a GPU worker: JPEG decoding, not the teacher, bounds it."""
 _RETRIES = 2
-_RECOUNT_SECONDS = 10
+_LOOK_SECONDS = 10
 _CONNECT_SECONDS = 10
 _GONE_SECONDS = 300
 """How long all workers may be away: a dead one is started again, in minutes on a busy machine."""
@@ -58,7 +58,6 @@ class DaskExecutor:
 
     def __init__(self, client: Any):
         self._client = client
-        self._n_threads, self._recount_at = 1, 0.0
 
     def _wait(self, futures: list, how: str) -> set:
         """Those of the futures that are done, if ``how`` all are or the first one is. Raises
@@ -68,7 +67,7 @@ class DaskExecutor:
         seen = time.monotonic()
         while True:
             try:
-                found: Any = wait(futures, timeout=_RECOUNT_SECONDS, return_when=how)
+                found: Any = wait(futures, timeout=_LOOK_SECONDS, return_when=how)
                 return found.done
             except TimeoutError:
                 if self._client.nthreads():
@@ -76,13 +75,6 @@ class DaskExecutor:
                 elif time.monotonic() - seen > _GONE_SECONDS:
                     text = f"all workers are gone, for {_GONE_SECONDS} s now: run it again to go on"
                     raise ClusterError(text) from None
-
-    def _threads(self) -> int:
-        """Threads of all workers; asked anew now and then, as workers of a cluster come and go."""
-        if time.monotonic() > self._recount_at:
-            self._recount_at = time.monotonic() + _RECOUNT_SECONDS
-            self._n_threads = max(1, sum(self._client.nthreads().values()))
-        return self._n_threads
 
     def everywhere(self, function: Callable, argument: Any) -> list:
         """See :class:`InProcess`."""
@@ -103,8 +95,9 @@ class DaskExecutor:
         running: dict[Any, Any] = {}
 
         def top_up() -> None:
+            threads = max(1, sum(self._client.nthreads().values()))  # workers come and go
             # One waiting task per thread hides the round trip; more would only hold memory.
-            for job in islice(jobs, max(0, 2 * self._threads() - len(running))):
+            for job in islice(jobs, max(0, 2 * threads - len(running))):
                 # One buffer instead of hundreds of small arrays: half the scheduler's time.
                 call = (_unpack_and_run, function, pickle.dumps(job))
                 future = self._client.submit(*call, retries=_RETRIES, pure=False)

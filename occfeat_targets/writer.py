@@ -295,7 +295,7 @@ def _existing_attributes(url: str) -> dict | None:
         return None
     try:
         attrs = dict(files.open_group(url, "r").attrs)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         attrs = {}
     if attrs.get("format") != schema.FORMAT:
         raise StoreError(f"{url} exists and is not an {schema.FORMAT} store: choose another place")

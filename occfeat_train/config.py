@@ -106,7 +106,7 @@ class TrainConfig(Settings):
         """Each by its thing's own settings class; imports only what is named."""
         section, registry = info.field_name, TASKS if info.field_name == "tasks" else OBJECTIVES
         if not isinstance(values, dict):
-            raise ConfigError(f"{section} must be a mapping, got {values!r}")
+            raise ConfigError(f"{section} must be a mapping, got {values!r:.200}")
         sections = dict(values)
         for name, given in values.items():
             if not isinstance(given, Settings):

@@ -222,7 +222,7 @@ def test_a_cluster_whose_workers_are_all_starting_again_is_waited_for(one):
 def test_a_build_without_workers_ends(monkeypatch):
     """Dask closes a local worker for good that is late to come back; ours never are."""
     monkeypatch.setattr(cluster_module, "_GONE_SECONDS", 1)
-    monkeypatch.setattr(cluster_module, "_RECOUNT_SECONDS", 1)
+    monkeypatch.setattr(cluster_module, "_LOOK_SECONDS", 1)
     with executor(workers=1) as cluster:
         assert dask.config.get("distributed.deploy.lost-worker-timeout") == "1 week"
         with dask.config.set({"distributed.deploy.lost-worker-timeout": "1 ms"}):

@@ -97,6 +97,8 @@ class FrameInputs:
                 raise ValueError(f"{path}: read_lidar gave shape {rows.shape}, should be (M, 4)")
             if bad := np.count_nonzero(~np.isfinite(rows).all(axis=1)):
                 raise ValueError(f"{path} has {bad} points with NaN or infinite coordinates")
+            if bad := np.count_nonzero((rows[:, 3] < 0) | (rows[:, 3] > 255)):
+                raise ValueError(f"{path} has {bad} points with an intensity outside 0..255")
             rows = rows[~(np.abs(rows[:, :2]) < self.near_m).all(axis=1)]
             xyz_ego.append(transform(ego_T_sensor, rows[:, :3]))
             intensity.append(rows[:, 3])

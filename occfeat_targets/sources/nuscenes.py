@@ -8,13 +8,21 @@ import difflib
 import json
 import threading
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from itertools import chain, islice
-from pathlib import Path
-from typing import TYPE_CHECKING
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from pydantic import (
+    AfterValidator,
+    Field,
+    FiniteFloat,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+)
 from tqdm import tqdm
 
 from occfeat_targets.geometry import inverse_rigid, rigid, yaw
@@ -60,6 +68,40 @@ _SPLITS = {
 _reading_map = threading.Lock()
 
 
+def _inside(name: str) -> str:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
+        raise ValueError("must be a path inside the dataroot")
+    return name
+
+
+_Name = Annotated[str, Field(max_length=1000), AfterValidator(_inside)]
+_Pixels = Annotated[int, Field(ge=0, lt=2**16)]
+_Vector = Annotated[list[FiniteFloat], Field(min_length=3, max_length=3)]
+_Rotation = Annotated[list[FiniteFloat], Field(min_length=4, max_length=4)]
+_POSE = {"token": str, "rotation": _Rotation, "translation": _Vector}
+_BOX = {"size": _Vector, "category_name": str, "visibility_token": Literal["", *"1234"]}
+_ROWS: dict[str, Any] = {
+    "scene": {"name": _Name, "log_token": str, "first_sample_token": str},
+    "sample": {
+        **dict.fromkeys(("token", "scene_token", "next"), str),
+        "data": dict[str, str],  # this and the next by the devkit
+        "anns": list[str],
+    },
+    "sample_data": {
+        **dict.fromkeys(("token", "ego_pose_token", "calibrated_sensor_token", "prev"), str),
+        "filename": _Name,
+        "timestamp": Annotated[int, Field(ge=0, lt=2**63)],
+        "height": _Pixels,
+        "width": _Pixels,
+    },
+    "ego_pose": _POSE,
+    "calibrated_sensor": {**_POSE, "camera_intrinsic": list[_Vector]},
+    "sample_annotation": {**_POSE, **_BOX},
+    "log": {"location": _Name},
+}
+"""What is used of a table's rows, and checked then."""
+
+
 class NuScenesSource:
     """nuScenes, and whatever is written like it; see ``base.Source``."""
 
@@ -82,23 +124,23 @@ class NuScenesSource:
         dataroot = dataroot.resolve()  # workers may run elsewhere
         try:
             nusc = NuScenes(version=version, dataroot=str(dataroot), verbose=False)
-        except (AssertionError, KeyError, json.JSONDecodeError, OSError) as error:
-            problem = f"nuscenes-devkit cannot load {dataroot / version}: {error!r}"
+        except Exception as error:  # whatever its code says of tables that are not as it thinks
+            problem = f"nuscenes-devkit cannot load {dataroot / version}: {error!r:.300}"
             raise SourceError(problem) from error
         split_of = _split_of_scene(dataroot, version)
         scenes = _selected_scenes(nusc, frames, split_of)
         map_path = _map_paths(nusc, dataroot, scenes, map_mode)
-        chains = (_chain(nusc, "sample", scene["first_sample_token"]) for scene in scenes)
+        chains = (_chain(nusc, "sample", scene.first_sample_token) for scene in scenes)
         samples = list(islice(chain.from_iterable(chains), frames.limit))
         progress = tqdm(samples, desc="reading tables", unit="frame", disable=None)
         is_demo = (dataroot / "demo_world.json").exists()
-        classes = tuple(row["name"] for row in nusc.category)
+        classes = tuple(dict.fromkeys(str(row.get("name", "")) for row in nusc.category))
         return Dataset(
             records=[_record(nusc, split_of, map_path, sample, sweeps) for sample in progress],
             name="occfeat demo world" if is_demo else "nuScenes",
             version=version,
             reader=metadata.version("nuscenes-devkit"),
-            scenes=tuple(scene["name"] for scene in scenes),
+            scenes=tuple(scene.name for scene in scenes),
             splits=tuple(dict.fromkeys(split_of.values())),
             cameras=CAMERAS,
             box_classes=classes,
@@ -112,6 +154,8 @@ class NuScenesSource:
             size = path.stat().st_size
         except OSError:
             raise ValueError("is missing") from None
+        if not path.is_file():
+            raise ValueError("is no regular file")
         if size == 0 or size % LIDAR_ROW_BYTES:
             raise ValueError(f"is truncated: {size} bytes, not a multiple of {LIDAR_ROW_BYTES}")
         return size // LIDAR_ROW_BYTES
@@ -156,7 +200,11 @@ def _split_of_scene(dataroot: Path, version: str) -> dict[str, str]:
 
     own = dataroot / version / "splits.json"  # the devkit's convention for custom splits
     if own.exists():
-        splits = json.loads(own.read_text())
+        try:
+            splits = TypeAdapter(dict[str, list[str]]).validate_json(own.read_bytes())
+        except (OSError, ValueError) as error:
+            said = f'{own} should be {{"train": [scene names], "val": [scene names]}}'
+            raise SourceError(f"{said}: {str(error).splitlines()[0]}") from error
     elif version in _SPLITS:
         official = create_splits_scenes()
         splits = {name: official[name] for name in _SPLITS[version]}
@@ -168,10 +216,9 @@ def _split_of_scene(dataroot: Path, version: str) -> dict[str, str]:
     return {scene: split for split, scenes in splits.items() for scene in scenes}
 
 
-def _selected_scenes(
-    nusc: NuScenes, frames: FramesSettings, split_of: dict[str, str]
-) -> list[dict]:
-    names = [scene["name"] for scene in nusc.scene]
+def _selected_scenes(nusc: NuScenes, frames: FramesSettings, split_of: dict[str, str]) -> list:
+    rows = [_row(nusc, "scene", scene["token"]) for scene in nusc.scene]
+    names = [scene.name for scene in rows]
     if lost := [name for name in names if name not in split_of]:
         raise SourceError(f"scenes in no split of {nusc.version}: {', '.join(lost[:5])}")
     for name in frames.scenes:
@@ -184,7 +231,7 @@ def _selected_scenes(
             raise SourceError(f"no split {split} in {nusc.version}; there are {known}")
     kept = frames.splits or split_of.values()
     wanted = {name for name in frames.scenes or names if split_of[name] in kept}
-    scenes = [scene for scene in nusc.scene if scene["name"] in wanted]
+    scenes = [scene for scene in rows if scene.name in wanted]
     if not scenes:
         raise SourceError(
             f"no keyframes left: {nusc.version} in {nusc.dataroot} has {len(names)} scene(s), none "
@@ -193,9 +240,9 @@ def _selected_scenes(
     return scenes
 
 
-def _map_paths(nusc: NuScenes, dataroot: Path, scenes: list[dict], mode: MapMode) -> dict[str, str]:
+def _map_paths(nusc: NuScenes, dataroot: Path, scenes: list, mode: MapMode) -> dict[str, str]:
     """Map-expansion file of each scene's location, by scene name; empty strings for no maps."""
-    place = {s["name"]: nusc.get("log", s["log_token"])["location"] for s in scenes}
+    place = {s.name: _row(nusc, "log", s.log_token).location for s in scenes}
     paths = {name: str(dataroot / "maps/expansion" / f"{place[name]}.json") for name in place}
     missing = [path for path in dict.fromkeys(paths.values()) if not Path(path).exists()]
     if mode == "never" or (mode == "auto" and {*missing} == {*paths.values()}):
@@ -208,76 +255,100 @@ def _map_paths(nusc: NuScenes, dataroot: Path, scenes: list[dict], mode: MapMode
     return paths
 
 
-def _chain(nusc: NuScenes, table: str, token: str, link: str = "next") -> Iterator[dict]:
+@cache
+def _model(table: str) -> Any:
+    columns: Any = {name: (kind, ...) for name, kind in _ROWS[table].items()}
+    return create_model(table, **columns)
+
+
+def _row(nusc: NuScenes, table: str, token: str) -> Any:
+    """A row of a table, checked. Raises SourceError, naming table and row."""
+    try:
+        return _model(table).model_validate(nusc.get(table, token), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = ".".join(map(str, first["loc"]))
+        problem = f"row {token:.40}: {what}: {first['msg']}, got {first['input']!r:.60}"
+    except (KeyError, TypeError):
+        problem = f"there is no row {token!r:.60}, which another table names"
+    raise SourceError(f"{nusc.version}/{table}.json: {problem}")
+
+
+def _chain(nusc: NuScenes, table: str, token: str, link: str = "next") -> Iterator[Any]:
+    seen = set()
     while token:
-        row = nusc.get(table, token)
+        if token in seen:
+            problem = f"row {token} comes after itself: {link} goes in a circle"
+            raise SourceError(f"{nusc.version}/{table}.json: {problem}")
+        seen.add(token)
+        row = _row(nusc, table, token)
         yield row
-        token = row[link]
+        token = getattr(row, link)
 
 
-def _sensor_pose(nusc: NuScenes, data: dict) -> tuple[np.ndarray, np.ndarray, dict]:
+def _sensor_pose(nusc: NuScenes, data: Any) -> tuple[np.ndarray, np.ndarray, Any]:
     """``(global_T_ego, ego_T_sensor, calibrated_sensor)`` of a sample_data at its own time."""
-    pose = nusc.get("ego_pose", data["ego_pose_token"])
-    sensor = nusc.get("calibrated_sensor", data["calibrated_sensor_token"])
-    global_T_ego = rigid(pose["rotation"], pose["translation"])
-    return global_T_ego, rigid(sensor["rotation"], sensor["translation"]), sensor
+    pose = _row(nusc, "ego_pose", data.ego_pose_token)
+    sensor = _row(nusc, "calibrated_sensor", data.calibrated_sensor_token)
+    global_T_ego = rigid(pose.rotation, pose.translation)
+    return global_T_ego, rigid(sensor.rotation, sensor.translation), sensor
 
 
 def _record(
-    nusc: NuScenes, split_of: dict, map_path: dict, sample: dict, n_sweeps: int
+    nusc: NuScenes, split_of: dict, map_path: dict, sample: Any, n_sweeps: int
 ) -> FrameRecord:
     """One keyframe; the dicts have splits and map files by scene name."""
-    name = nusc.get("scene", sample["scene_token"])["name"]
-    where = f"{name}, sample {sample['token']}"
-    if missing := [c for c in (LIDAR, *CAMERAS) if c not in sample["data"]]:
+    name = _row(nusc, "scene", sample.scene_token).name
+    where = f"{name}, sample {sample.token}"
+    if missing := [c for c in (LIDAR, *CAMERAS) if c not in sample.data]:
         raise SourceError(f"{where}: no keyframe of {', '.join(missing)}")
-    lidar = nusc.get("sample_data", sample["data"][LIDAR])
+    lidar = _row(nusc, "sample_data", sample.data[LIDAR])
     global_T_ego = _sensor_pose(nusc, lidar)[0]
     ego_T_global = inverse_rigid(global_T_ego)
     sweep_paths, ego_T_sweep = [], []
-    for sweep in islice(_chain(nusc, "sample_data", lidar["token"], "prev"), n_sweeps):
+    for sweep in islice(_chain(nusc, "sample_data", lidar.token, "prev"), n_sweeps):
         global_T_then, then_T_lidar, _sensor = _sensor_pose(nusc, sweep)
-        sweep_paths.append(str(Path(nusc.dataroot) / sweep["filename"]))
+        sweep_paths.append(str(Path(nusc.dataroot) / sweep.filename))
         ego_T_sweep.append(ego_T_global @ global_T_then @ then_T_lidar)
     images, K, cam_T_ego = [], [], []
     for camera in CAMERAS:
-        image = nusc.get("sample_data", sample["data"][camera])
+        image = _row(nusc, "sample_data", sample.data[camera])
         global_T_egocam, egocam_T_cam, sensor = _sensor_pose(nusc, image)
-        if np.shape(sensor["camera_intrinsic"]) != (3, 3):
+        if len(sensor.camera_intrinsic) != 3:
             raise SourceError(f"{where}: {camera}: camera_intrinsic is not 3x3")
         images.append(image)
-        K.append(sensor["camera_intrinsic"])
+        K.append(sensor.camera_intrinsic)
         # Through the camera's own ego pose: the car moves between lidar and camera times.
         cam_T_ego.append(inverse_rigid(global_T_egocam @ egocam_T_cam) @ global_T_ego)
     return FrameRecord(
-        token=sample["token"],
+        token=sample.token,
         scene=name,
         split=split_of[name],
-        timestamp_us=lidar["timestamp"],
+        timestamp_us=lidar.timestamp,
         map_path=map_path[name],
-        image_paths=tuple(str(Path(nusc.dataroot) / image["filename"]) for image in images),
-        image_hw=tuple((image["height"], image["width"]) for image in images),
+        image_paths=tuple(str(Path(nusc.dataroot) / image.filename) for image in images),
+        image_hw=tuple((image.height, image.width) for image in images),
         K=np.array(K, dtype=np.float64),
         cam_T_ego=np.stack(cam_T_ego),
         sweep_paths=tuple(sweep_paths),
         ego_T_sweep=np.stack(ego_T_sweep),
         global_T_ego=global_T_ego,
-        boxes=_boxes(nusc, sample, ego_T_global),
+        boxes=_boxes(nusc, sample.anns, ego_T_global),
     )
 
 
-def _boxes(nusc: NuScenes, sample: dict, ego_T_global: np.ndarray) -> Boxes:
-    rows = [nusc.get("sample_annotation", token) for token in sample["anns"]]
+def _boxes(nusc: NuScenes, tokens: list[str], ego_T_global: np.ndarray) -> Boxes:
+    rows = [_row(nusc, "sample_annotation", token) for token in tokens]
     n = len(rows)
     ego_T_box = ego_T_global @ rigid(
-        np.reshape([row["rotation"] for row in rows], (n, 4)),
-        np.reshape([row["translation"] for row in rows], (n, 3)),
+        np.reshape([row.rotation for row in rows], (n, 4)),
+        np.reshape([row.translation for row in rows], (n, 3)),
     )
-    width, length, height = np.reshape([row["size"] for row in rows], (n, 3)).T
+    width, length, height = np.reshape([row.size for row in rows], (n, 3)).T
     return Boxes(
-        category=tuple(row["category_name"] for row in rows),
+        category=tuple(row.category_name for row in rows),
         box=np.column_stack([ego_T_box[:, :3, 3], length, width, height, yaw(ego_T_box)]),
-        visibility=np.array([int(row["visibility_token"] or 0) for row in rows], dtype=np.uint8),
+        visibility=np.array([int(row.visibility_token or 0) for row in rows], dtype=np.uint8),
     )
 
 
@@ -288,7 +359,10 @@ def _read_map(path: str) -> MapLayers:
         nodes = {n["token"]: (n["x"], n["y"]) for n in tables["node"]}
 
         def points(holder: dict, key: str = "node_tokens") -> np.ndarray:
-            return np.array([nodes[t] for t in holder[key]], dtype=np.float64).reshape(-1, 2)
+            found = np.array([nodes[t] for t in holder[key]], dtype=np.float64).reshape(-1, 2)
+            if not np.isfinite(found).all():
+                raise ValueError("a node is not finite")
+            return found
 
         polygon = {
             p["token"]: [points(p, "exterior_node_tokens"), *map(points, p["holes"])]
@@ -302,8 +376,8 @@ def _read_map(path: str) -> MapLayers:
         lines = {n: [line[r["line_token"]] for r in tables[layer]] for n, layer in LINES.items()}
     except OSError as error:
         raise ValueError(f"{path}: cannot read the map expansion: {error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a nuScenes map expansion file ({error!r})") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a nuScenes map expansion file ({error!r:.300})") from error
     return MapLayers(
         {name: Shapes([s for s in found if len(s[0]) > 2]) for name, found in areas.items()},
         {name: Shapes([s for s in found if len(s[0]) > 1]) for name, found in lines.items()},

@@ -132,7 +132,7 @@ def open_store(url: str, allow_incomplete: bool = False) -> TargetStore:
         raise StoreError(
             f"{url}: no targets store here (make one: occfeat-targets build)"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"{url}: its zarr.json is damaged, or not of a group") from error
     attrs = dict(group.attrs)
     if attrs.get("format") != FORMAT:

@@ -43,6 +43,8 @@ class Settings(BaseModel):
             return cls.model_validate_json(json.dumps(values, default=str))
         except ValidationError as error:
             raise ConfigError(_message(cls, error, section)) from None
+        except ValueError as error:  # of numbers with thousands of digits
+            raise ConfigError(f"settings: {error}") from None
 
     @classmethod
     def load(cls, path: Path | None, overrides: Sequence[str] = ()) -> Self:
@@ -92,15 +94,15 @@ def override(values: dict, overrides: Sequence[str]) -> dict:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"--set wants section.key=value, got {text!r}")
+            raise ConfigError(f"--set wants section.key=value, got {text!r:.200}")
         parts = re.findall(r'"[^"]*"|[^."]+', key.strip()) or [""]
         *sections, leaf = [part.strip('"') for part in parts]
         target = values
         for section in sections:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
-                raise ConfigError(f"--set {text}: {section} is not a section")
-        target[leaf] = _parse_yaml(value, f"--set {text}")
+                raise ConfigError(f"--set {text:.200}: {section} is not a section")
+        target[leaf] = _parse_yaml(value, f"--set {text:.200}")
     return values
 
 
@@ -137,7 +139,7 @@ def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{where}: not valid YAML: {error}") from error
+        raise ConfigError(f"{where}: not valid YAML: {error!s:.500}") from error
 
 
 def _message(cls: type[BaseModel], error: ValidationError, section: str) -> str:
@@ -157,7 +159,7 @@ def _message(cls: type[BaseModel], error: ValidationError, section: str) -> str:
     rule = first["msg"].replace("Input should be", "must be")
     if first["type"] in ("model_type", "dataclass_type", "dict_type"):
         rule = "must be a mapping"
-    return f"{name} {rule[0].lower()}{rule[1:]}, got {first['input']!r}"
+    return f"{name} {rule[0].lower()}{rule[1:]}, got {first['input']!r:.200}"
 
 
 def _known(cls: Any, path: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,7 +65,7 @@ class Run:
         """What ``run.json`` says, or RunError: there is no run here."""
         try:
             description = json.loads((self.path / "run.json").read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(f"{self.path} is not a run of occfeat-train: {error}") from error
         if not isinstance(description, dict) or description.get("format") != FORMAT:
             raise RunError(f"{self.path}/run.json was not written by occfeat-train")
@@ -79,7 +80,7 @@ class Run:
         path = self._newest_checkpoint()
         try:
             return json.loads(path.read_text())["position"]
-        except (ValueError, KeyError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise RunError(f"{path} is damaged: delete it and {path.stem}.pt") from error
 
     def is_finished(self) -> bool:
@@ -118,6 +119,9 @@ class Run:
         marker = self._newest_checkpoint()
         path = marker.with_suffix(".pt")
         try:
+            with zipfile.ZipFile(path) as file:  # torch does not look at its checksums
+                if damaged := file.testzip():
+                    raise ValueError(f"{damaged} does not match its checksum")
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
             reason = (str(error).splitlines() or [repr(error)])[0]

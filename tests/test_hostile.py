@@ -1,0 +1,97 @@
+"""Dataroots that were made to do harm, or that a broken disk left: refused in one sentence."""
+
+import json
+import os
+import re
+import struct
+
+import numpy as np
+import pytest
+from conftest import FAST, build_store
+
+from occfeat_targets.build import BuildStopped, check_records, read_dataset
+from occfeat_targets.config import TargetsConfig
+from occfeat_targets.images import decode_jpeg
+from occfeat_targets.sources.base import SourceError
+
+
+def check(dataroot):
+    config = TargetsConfig.load(None, FAST)
+    check_records(read_dataset(dataroot, None, config), config)
+
+
+def change(dataroot, table, edit):
+    (file,) = dataroot.glob(f"*/{table}.json")
+    rows = json.loads(file.read_text())
+    edit(rows)
+    file.write_text(json.dumps(rows))
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "samples/../../secret.jpg", "a\0b"])
+def test_files_outside_the_dataroot_are_not_read(dataroot, name):
+    change(dataroot, "sample_data", lambda rows: rows[0].update(filename=name))
+    with pytest.raises(SourceError, match=r"sample_data.json: row \w+: filename: .*inside"):
+        for _ in range(2):
+            change(dataroot, "sample_data", lambda rows: [r.update(filename=name) for r in rows])
+            check(dataroot)
+
+
+def test_a_chain_of_samples_that_bites_its_tail(dataroot):
+    def bite(rows):
+        for row in rows:
+            row["next"] = row["token"]
+
+    change(dataroot, "sample", bite)
+    with pytest.raises(SourceError, match=r"sample.json: row \w+ comes after itself: next goes"):
+        check(dataroot)
+
+
+def test_a_chain_of_sweeps_that_bites_its_tail(dataroot):
+    change(dataroot, "sample_data", lambda rows: [r.update(prev=r["token"]) for r in rows])
+    config = TargetsConfig.load(None, [*FAST, "lidar.sweeps=10"])
+    with pytest.raises(SourceError, match=r"sample_data.json: row \w+ comes after itself: prev"):
+        read_dataset(dataroot, None, config)
+
+
+def test_keyframes_are_not_dropped_silently(dataroot):
+    change(dataroot, "sample", lambda rows: [row.update(next=None) for row in rows])
+    with pytest.raises(SourceError, match=r"sample.json: row \w+: next: .*valid string, got None"):
+        check(dataroot)
+
+
+@pytest.mark.parametrize("sensor", ["CAM_FRONT", "LIDAR_TOP"])
+def test_a_pipe_is_not_waited_for(dataroot, sensor):
+    file = next(dataroot.glob(f"samples/{sensor}/*"))
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(SourceError, match=f"{re.escape(file.name)} is no regular file"):
+        check(dataroot)
+
+
+def test_a_jpeg_that_claims_to_be_huge(dataroot):
+    """By its header alone; the devkit lifts Pillow's own limit."""
+    import nuscenes.utils.map_mask  # noqa: F401
+
+    file = next(dataroot.glob("samples/CAM_FRONT/*"))
+    data = bytearray(file.read_bytes())
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", 65_500, 65_500)
+    file.write_bytes(data)
+    with pytest.raises(SourceError, match=f"{re.escape(file.name)} claims 65500x65500 pixels"):
+        check(dataroot)
+    with pytest.raises(
+        ValueError, match=f"{re.escape(file.name)}: cannot decode.*65500x65500 pixels"
+    ):
+        decode_jpeg(file, (100, 200))
+
+
+@pytest.mark.parametrize("value", [-1.0, 255.5, 1e9])
+def test_intensities_out_of_range(dataroot, tmp_path, value):
+    file = next(dataroot.glob("samples/LIDAR_TOP/*"))
+    rows = np.fromfile(file, "<f4").reshape(-1, 5)
+    rows[7:9, 3] = value
+    rows.tofile(file)
+    with pytest.raises(
+        BuildStopped, match=f"{re.escape(file.name)} has 2 points with an intensity outside"
+    ):
+        build_store(dataroot, tmp_path / "targets.zarr")
