@@ -163,12 +163,10 @@ class NuScenesSource:
     def read_lidar(self, path: Path) -> np.ndarray:
         """See ``base.Source``."""
         try:
-            raw = path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{path}: cannot read the lidar file: {error.strerror}") from error
-        if not raw or len(raw) % LIDAR_ROW_BYTES:
-            raise ValueError(f"{path} is truncated: {len(raw)} bytes, not {LIDAR_ROW_BYTES} a row")
-        return np.frombuffer(raw, "<f4").reshape(-1, 5)[:, :4]
+            self.n_returns(path)
+            return np.fromfile(path, "<f4").reshape(-1, 5)[:, :4]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} {error}") from error
 
     def read_map(self, path: str) -> MapLayers:
         """See ``base.Source``: a file ``maps/expansion/<location>.json``."""

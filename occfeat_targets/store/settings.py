@@ -7,23 +7,17 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 
 class ConfigError(ValueError):
     """A setting is unknown or impossible; the message names it."""
 
 
-def _positive(size: tuple[int, int]) -> tuple[int, int]:
-    if min(size) < 1:
-        raise ValueError(f"must be [height, width], got {list(size)}")
-    return size
-
-
-Size = Annotated[tuple[int, int], AfterValidator(_positive)]
+Size = tuple[PositiveInt, PositiveInt]
 """(height, width)."""
 
 
