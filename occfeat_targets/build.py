@@ -16,6 +16,7 @@ from occfeat_targets.config import TargetsConfig
 from occfeat_targets.frame import layout_of, make_outputs
 from occfeat_targets.sources import SOURCES
 from occfeat_targets.sources.base import Dataset, FrameRecord, SourceError
+from occfeat_targets.store.files import one_writer
 from occfeat_targets.store.reader import open_store
 from occfeat_targets.store.schema import MAX_CAMERAS
 from occfeat_targets.store.settings import differences
@@ -89,36 +90,37 @@ def build(
     blocks. Returns the frames that failed then, index to message. Raises BuildStopped if a frame or
     block failed (run the same command again to continue), ClusterError if the workers are gone, and
     TeacherError, ConfigError or StoreError from the workers' side of the set-up."""
-    # Loads the teacher on all workers at once, and finds out if they have different ones.
-    teacher, *others = executor.everywhere(writer.describe_teacher, config)
-    for other in others:
-        if lines := differences(teacher, other):
-            raise TeacherError(f"the workers have different teachers: {'; '.join(lines)}")
-    writer.set_teacher(url, config, teacher)
-    jobs = writer.plan(url, config, dataset.records, teacher, skip_errors)
-    problems: list[str] = []
-    until_trouble = takewhile(lambda job: not problems, jobs)
-    todo = sum(len(job.records) for job in jobs)
-    with tqdm(
-        total=len(dataset.records),
-        initial=len(dataset.records) - todo,
-        desc="building",
-        unit="frame",
-        mininterval=0.1 if sys.stderr.isatty() else 30,  # a line now and then in a log file
-    ) as progress:
-        for job, result in executor.run(writer.write_block, until_trouble):
-            if isinstance(result, dict):
-                progress.update(len(job.records))
-                problems += [] if skip_errors else result.values()
-            else:
-                problems.append(f"block {job.index} ({job.records[0]} …): {result}")
-    if problems:
-        lines = "\n".join(f"  {problem}" for problem in problems)
-        raise BuildStopped(
-            f"stopped, {len(problems)} problem(s):\n{lines}\nWhat is finished is kept: mend this "
-            "and run the same command again, or leave such frames out with --on-error skip"
-        )
-    return writer.finalise(url, config, dataset)
+    with one_writer(url):
+        # Loads the teacher on all workers at once, and finds out if they have different ones.
+        teacher, *others = executor.everywhere(writer.describe_teacher, config)
+        for other in others:
+            if lines := differences(teacher, other):
+                raise TeacherError(f"the workers have different teachers: {'; '.join(lines)}")
+        writer.set_teacher(url, config, teacher)
+        jobs = writer.plan(url, config, dataset.records, teacher, skip_errors)
+        problems: list[str] = []
+        until_trouble = takewhile(lambda job: not problems, jobs)
+        todo = sum(len(job.records) for job in jobs)
+        with tqdm(
+            total=len(dataset.records),
+            initial=len(dataset.records) - todo,
+            desc="building",
+            unit="frame",
+            mininterval=0.1 if sys.stderr.isatty() else 30,  # a line now and then in a log file
+        ) as progress:
+            for job, result in executor.run(writer.write_block, until_trouble):
+                if isinstance(result, dict):
+                    progress.update(len(job.records))
+                    problems += [] if skip_errors else result.values()
+                else:
+                    problems.append(f"block {job.index} ({job.records[0]} …): {result}")
+        if problems:
+            lines = "\n".join(f"  {problem}" for problem in problems)
+            raise BuildStopped(
+                f"stopped, {len(problems)} problem(s):\n{lines}\nWhat is finished is kept: mend "
+                "this and run the same command again, or leave such frames out: --on-error skip"
+            )
+        return writer.finalise(url, config, dataset)
 
 
 def read_split(dataroot: Path, url: str, split: str | None) -> tuple[TargetsConfig, Dataset]:

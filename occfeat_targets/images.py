@@ -9,8 +9,7 @@ from PIL import Image
 from occfeat_targets.store.schema import JPEG_HOLE
 
 MAX_PIXELS = 100_000_000
-"""A header that claims more is damaged, and would cost memory before it is found out. Pillow's own
-limit does not hold: nuscenes-devkit lifts it."""
+"""A header that claims more is damaged. Pillow's own limit is lifted by nuscenes-devkit."""
 
 
 def check_jpeg(path: Path, hw: tuple[int, int]) -> str | None:

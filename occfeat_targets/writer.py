@@ -6,6 +6,7 @@ small per-frame arrays, sets ``complete``, and last writes all objects' checksum
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -22,7 +23,7 @@ from occfeat_targets.outputs.base import Output
 from occfeat_targets.outputs.points import point_step_m
 from occfeat_targets.sources.base import Dataset, FrameError, FrameRecord
 from occfeat_targets.store import checksums, files, schema
-from occfeat_targets.store.files import StoreError
+from occfeat_targets.store.files import StoreError, one_writer
 from occfeat_targets.store.reader import SEAL, array_seals, seal
 from occfeat_targets.store.settings import differences
 from occfeat_targets.teachers import shared_teacher
@@ -50,25 +51,22 @@ class BlockJob:
 def begin(url: str, config: TargetsConfig, dataset: Dataset, overwrite: bool) -> None:
     """Create the root group, or check that the one there is this very build's. Raises StoreError:
     not writable, something else there, or begun with other settings (all differences listed)."""
-    fs, path = files.filesystem(url)
-    trash = f"{path}.deleting"
     wanted = _root_attributes(config, dataset)
     try:
-        if fs.exists(trash):  # an earlier --overwrite was killed half-way
-            fs.rm(trash, recursive=True)
-        existing = _existing_attributes(url)
-        # Without a teacher nothing was computed: its settings bind nobody.
-        if existing is not None and (overwrite or "teacher" not in existing):
-            fs.mv(path, trash, recursive=True)  # a half-deleted store must not look like one
-            fs.rm(trash, recursive=True)
-            existing = None
-        if existing is None:
-            zarr.create_group(files.zarr_store(url, read_only=False), attributes=wanted)
-        else:
-            _refuse_other(url, existing, wanted)
+        with one_writer(url):
+            existing = _existing_attributes(url)
+            if existing is None:
+                zarr.create_group(files.zarr_store(url, read_only=False), attributes=wanted)
+            # Without a teacher nothing was computed: its settings bind nobody.
+            elif overwrite or "teacher" not in existing:
+                files.open_group(url, "r+").attrs.put(wanted)  # first: no half-deleted store is one
+                fs, path = files.filesystem(url)
+                fs.rm([f"{path}/{key}" for key in files.find(url) if key != "zarr.json"])
+            else:
+                _refuse_other(url, existing, wanted)
+            sweep_litter(url)
     except OSError as error:
         raise StoreError(f"cannot write {url}: {error.strerror or error}") from error
-    sweep_litter(url)
 
 
 def _refuse_other(url: str, existing: dict, wanted: dict) -> None:
@@ -289,9 +287,8 @@ def _records_sha256(dataset: Dataset) -> str:
 def _existing_attributes(url: str) -> dict | None:
     """Root attributes of the store at ``url``, or None where there is nothing. Raises StoreError
     if something else is there; it is left alone."""
-    fs, path = files.filesystem(url)
-    found = fs.ls(path, detail=False) if fs.exists(path) else []
-    if all(name.endswith(".partial") for name in found):  # nothing, or a begin that was killed
+    # Nothing, or what a killed begin leaves: LocalStore's unfinished zarr.json.
+    if all(re.fullmatch(r"zarr\.\w+\.partial", key) for key in files.find(url)):
         return None
     try:
         attrs = dict(files.open_group(url, "r").attrs)

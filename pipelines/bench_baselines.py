@@ -1,7 +1,5 @@
 """What the benchmarks compare with: the same done in the ordinary way."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from typing import Any

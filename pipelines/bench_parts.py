@@ -1,7 +1,7 @@
 """How fast is it, and what do its tricks buy? Compare figures of one run only: machines are noisy.
 
 \b
-stages   milliseconds a frame of the target build's functions, on one core
+stages   a profile of the target build's functions, on one core
 build    the whole target build as a user runs it (start-up included) beside the teacher alone on
          the same images with all cores; memory is that of the largest process waited for
 loader   the loader of a pretraining (features, voxels, camera bits, images; global shuffle) beside
@@ -15,8 +15,6 @@ steps    of a pretraining with EfficientNet-B0 at batch 1, or 16 with a GPU: ima
 
 The first two, and the original images, need the extra ``targets``.
 """
-
-from __future__ import annotations
 
 import multiprocessing
 import os
@@ -33,6 +31,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import repeat
 from pathlib import Path
+from pstats import Stats
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,8 +75,8 @@ Figures = tuple[float, ...]
 
 
 def stages(asked: SimpleNamespace) -> None:
-    """Print how long our functions take in a block of frames on one thread: with all they call,
-    which overlaps, and on their own, which sums up. Both include what profiling costs."""
+    """Profile a block of frames on one thread: our functions with all they call (``cumtime``, which
+    overlaps) and on their own (``tottime``), in seconds. Both include what profiling costs."""
     _, config, dataset = read(asked)
     with tempfile.TemporaryDirectory() as url:
         writer.begin(url, config, dataset, overwrite=True)
@@ -87,18 +86,8 @@ def stages(asked: SimpleNamespace) -> None:
         writer.write_block(job)  # warms everything up
         profile = Profile(builtins=False)
         profile.runcall(writer.write_block, job)
-    entries = sorted(profile.getstats(), key=lambda entry: -entry.totaltime)
-    lines = [["function (1 thread)", "ms/frame", "share", "own ms/frame"]]
-    others, total, ms = entries[0].totaltime, entries[0].totaltime, 1e3 / len(job.records)
-    for entry in entries:
-        code: Any = entry.code
-        is_ours = "occfeat_targets" in code.co_filename and "<" not in code.co_qualname
-        if is_ours and entry.totaltime > total / 1000:
-            others -= entry.inlinetime
-            per_frame, own = (f"{ms * s:.2f}" for s in (entry.totaltime, entry.inlinetime))
-            lines.append([code.co_qualname, per_frame, f"{entry.totaltime / total:.1%}", own])
-    lines.append(["all other functions", "", "", f"{ms * others:.2f}"])
-    print("\n" + as_columns(lines))
+    print(f"\n{len(job.records)} frames:")
+    Stats(profile).sort_stats("cumulative").print_stats("occfeat_targets")
 
 
 def read(asked: SimpleNamespace) -> tuple[list[str], TargetsConfig, Dataset]:

@@ -1,7 +1,5 @@
 """From recipes to the runs of ``occfeat-train`` that make their numbers."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shlex

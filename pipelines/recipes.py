@@ -5,8 +5,6 @@ A preset (``reproduce_NAME.yaml``) says which training settings all rows start f
 reports.
 """
 
-from __future__ import annotations
-
 from fnmatch import fnmatch
 from pathlib import Path
 

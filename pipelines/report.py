@@ -1,7 +1,5 @@
 """What a reproduction measured beside what the paper reports: text, CSV and a figure."""
 
-from __future__ import annotations
-
 import csv
 import statistics
 from dataclasses import dataclass, field

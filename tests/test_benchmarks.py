@@ -130,14 +130,10 @@ def test_memory_is_0_where_the_system_does_not_say(monkeypatch):
 
 def test_stages_of_the_build(demo_root):
     lines = run("stages", "--dataroot", demo_root, *TEACHER, "--frames", 2)
-    for name in ("FrameInputs.lidar", "dense_features", "Voxels.compute", "write_frames"):
-        (line,) = (line for line in lines if line.startswith(f"{name} "))
-        milliseconds, own = (float(line.split()[column]) for column in (1, 3))
-        assert milliseconds >= own > 0
-    whole, rest = (line for line in lines if line.startswith(("write_block ", "all other ")))
-    own = sum(float(line.split()[-1]) for line in lines[1:])
-    assert own == pytest.approx(float(whole.split()[1]), abs=0.3)
-    assert float(rest.split()[-1]) > 0
+    assert "2 frames:" in lines
+    for name in ("(lidar)", "(dense_features)", "voxels.py", "(write_block)"):
+        own, whole = (float(x) for x in next(x for x in lines if name in x).split()[1:4:2])
+        assert whole >= own >= 0
 
 
 def test_the_teacher_alone(demo_root):

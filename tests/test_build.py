@@ -3,12 +3,15 @@
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
-from conftest import FAST, build_store, tree_bytes
+from conftest import FAST, TESTS, build_store, tree_bytes
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from occfeat_targets import writer
@@ -16,7 +19,7 @@ from occfeat_targets.build import BuildStopped, prepare
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.sources.base import SourceError
 from occfeat_targets.sources.nuscenes import find_version
-from occfeat_targets.store.files import StoreError, zarr_store
+from occfeat_targets.store.files import StoreError, one_writer, zarr_store
 from occfeat_targets.store.reader import open_store
 from occfeat_targets.store.settings import ConfigError
 
@@ -182,12 +185,74 @@ def test_a_worker_with_other_weights_refuses(demo_root, tmp_path, monkeypatch):
         build_store(demo_root, tmp_path / "targets.zarr")
 
 
-def test_overwrite_starts_again_even_after_a_kill_in_mid_deletion(demo_root, demo_store, tmp_path):
-    store = Path(shutil.copytree(demo_store, tmp_path / "targets.zarr"))
-    trash = Path(shutil.copytree(demo_store, tmp_path / "targets.zarr.deleting"))
-    build_store(demo_root, store, "images.quality=50", overwrite=True)
-    assert open_store(store).attrs["config"]["images"]["quality"] == 50
-    assert not trash.exists()
+def test_overwrite_starts_again_even_after_a_kill_in_mid_deletion(
+    demo_root, demo_store, tmp_path, monkeypatch
+):
+    store = Path(shutil.copytree(demo_store, tmp_path / "real.zarr"))
+    link = tmp_path / "targets.zarr"
+    link.symlink_to(store)
+    beside = Path(shutil.copytree(demo_store, tmp_path / "targets.zarr.deleting"))
+    remove = LocalFileSystem.rm
+
+    def killed(self, paths, **more):
+        remove(self, paths[::2], **more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalFileSystem, "rm", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_store(demo_root, link, "images.quality=50", overwrite=True)
+    with pytest.raises(StoreError, match="is not finished"):
+        open_store(store)
+    monkeypatch.undo()
+    build_store(demo_root, link, "images.quality=50")
+    build_store(demo_root, tmp_path / "fresh.zarr", "images.quality=50")
+    assert tree_bytes(store) == tree_bytes(tmp_path / "fresh.zarr")
+    assert link.is_symlink() and tree_bytes(beside) == tree_bytes(demo_store)
+
+
+def test_files_of_others_that_are_partial_are_left_alone(demo_root, tmp_path):
+    mine = tmp_path / "targets.zarr" / "movie.partial"
+    mine.parent.mkdir()
+    mine.write_text("precious")
+    with pytest.raises(StoreError, match="is not an occfeat-targets store"):
+        build_store(demo_root, mine.parent)
+    assert mine.read_text() == "precious"
+
+
+def test_two_builds_of_one_store_at_once(demo_root, demo_store, tmp_path):
+    """The second is refused in one sentence, the first ends as if it had been alone."""
+    code = """if True:
+        import sys
+        from conftest import build_store
+        from occfeat_targets.build import BuildStopped
+        from occfeat_targets.store.files import StoreError
+        try:
+            build_store(*sys.argv[1:])
+        except StoreError as error:
+            sys.exit(str(error))
+    """
+    for _ in range(3):
+        command = [sys.executable, "-c", code, str(demo_root), str(tmp_path / "targets.zarr")]
+        quiet = {"cwd": TESTS, "stderr": subprocess.PIPE, "text": True}
+        both = [subprocess.Popen(command, **quiet) for _ in range(2)]
+        said = [process.communicate(timeout=300)[1].splitlines()[-1:] for process in both]
+        for process, line in zip(both, said, strict=True):
+            assert process.returncode == 0 or "by another process: wait for that" in line[0]
+        build_store(demo_root, tmp_path / "targets.zarr")
+        assert tree_bytes(tmp_path / "targets.zarr") == tree_bytes(demo_store)
+        shutil.rmtree(tmp_path / "targets.zarr")
+
+
+def test_a_build_that_holds_the_store_keeps_others_out(demo_root, demo_store, tmp_path):
+    link = tmp_path / "link.zarr"
+    link.symlink_to(tmp_path / "targets.zarr")
+    with (
+        one_writer(str(tmp_path / "targets.zarr")),
+        pytest.raises(StoreError, match=r"link.zarr is being built by another process: wait"),
+    ):
+        build_store(demo_root, link)
+    build_store(demo_root, tmp_path / "targets.zarr")
+    assert tree_bytes(tmp_path / "targets.zarr") == tree_bytes(demo_store)
 
 
 def test_foreign_directories_are_never_touched(demo_root, tmp_path):

@@ -139,7 +139,7 @@ def open_store(url: str, allow_incomplete: bool = False) -> TargetStore:
         raise StoreError(f"{url} is a Zarr group but not an {FORMAT} store")
     if attrs.get("format_version") != FORMAT_VERSION:
         raise StoreError(
-            f"{url} has format version {attrs.get('format_version')}, this program reads "
+            f"{url} has format version {attrs.get('format_version')!r:.40}, this program reads "
             f"{FORMAT_VERSION}: rebuild the store or use a matching version of occfeat"
         )
     if not attrs.get("complete") and not allow_incomplete:

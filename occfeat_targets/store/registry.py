@@ -21,7 +21,7 @@ class Registry:
         if ":" not in place:
             known = did_you_mean(name, self.names)
             raise ConfigError(
-                f"no {self.kind} {name!r} ({known}); a plug-in is named package.module:name"
+                f"no {self.kind} {name!r:.200} ({known}); a plug-in is named package.module:name"
             )
         module_name, _, attribute = place.partition(":")
         try:
@@ -30,6 +30,6 @@ class Registry:
             if name in self.places and not isinstance(error, ModuleNotFoundError):
                 raise  # a fault of ours
             raise ConfigError(
-                f"cannot load the {self.kind} {name!r}: {error}. A plug-in must be importable as "
+                f"cannot load the {self.kind} {name!r:.200}: {error}. A plug-in must be importable as "
                 "package.module:name, with its folder on PYTHONPATH"
             ) from error

@@ -11,14 +11,13 @@
 Every file is written beside its place and renamed, so a kill leaves the last good one.
 """
 
-import fcntl
 import json
 import os
 import platform
 import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 import zarr
 
+from occfeat_targets.store.files import locked
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.settings import differences
 from occfeat_train import __version__
@@ -100,18 +100,9 @@ class Run:
         for path in (*litter, *self.path.glob("*.part")):
             path.unlink()
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep others from training the same run at the same time; a kill lets go of it. RunError:
-        another process is at it, or the filesystem knows no locks."""
-        with (self.path / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(f"another process is training {self.path}") from None
-            except OSError as error:
-                raise RunError(f"cannot lock {file.name}: {error}; put runs elsewhere") from error
-            yield
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep others from training the same run at the same time. RunError: see ``locked``."""
+        return locked(self.path / "lock", RunError(f"another process is training {self.path}"))
 
     def load(self) -> tuple[dict[str, Any], dict]:
         """State (on the CPU) and position of the newest checkpoint; unpickles nothing but tensors.
