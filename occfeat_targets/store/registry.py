@@ -30,6 +30,6 @@ class Registry:
             if name in self.places and not isinstance(error, ModuleNotFoundError):
                 raise  # a fault of ours
             raise ConfigError(
-                f"cannot load the {self.kind} {name!r:.200}: {error}. A plug-in must be importable as "
-                "package.module:name, with its folder on PYTHONPATH"
+                f"cannot load the {self.kind} {name!r:.200}: {error}. A plug-in must be importable "
+                "as package.module:name, with its folder on PYTHONPATH"
             ) from error
