@@ -33,7 +33,7 @@ from occfeat_train.config import TrainConfig
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.run import Run, RunError
 
-FEW = 25
+FEW = 12
 CASES = int(os.environ.get("OCCFEAT_FUZZ", FEW))
 SECONDS, BYTES = 30, 2_000_000_000
 """What one case may take, and by how much memory may grow."""
