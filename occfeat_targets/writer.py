@@ -61,7 +61,8 @@ def begin(url: str, config: TargetsConfig, dataset: Dataset, overwrite: bool) ->
             elif overwrite or "teacher" not in existing:
                 files.open_group(url, "r+").attrs.put(wanted)  # first: no half-deleted store is one
                 fs, path = files.filesystem(url)
-                fs.rm([f"{path}/{key}" for key in files.find(url) if key != "zarr.json"])
+                if rest := [f"{path}/{key}" for key in files.find(url) if key != "zarr.json"]:
+                    fs.rm(rest)
             else:
                 _refuse_other(url, existing, wanted)
             sweep_litter(url)
@@ -290,9 +291,10 @@ def _existing_attributes(url: str) -> dict | None:
     # Nothing, or what a killed begin leaves: LocalStore's unfinished zarr.json.
     if all(re.fullmatch(r"zarr\.\w+\.partial", key) for key in files.find(url)):
         return None
+    no_group = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
     try:
         attrs = dict(files.open_group(url, "r").attrs)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, *no_group):
         attrs = {}
     if attrs.get("format") != schema.FORMAT:
         raise StoreError(f"{url} exists and is not an {schema.FORMAT} store: choose another place")
