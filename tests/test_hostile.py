@@ -29,11 +29,9 @@ def change(dataroot, table, edit):
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "samples/../../secret.jpg", "a\0b"])
 def test_files_outside_the_dataroot_are_not_read(dataroot, name):
-    change(dataroot, "sample_data", lambda rows: rows[0].update(filename=name))
+    change(dataroot, "sample_data", lambda rows: [row.update(filename=name) for row in rows])
     with pytest.raises(SourceError, match=r"sample_data.json: row \w+: filename: .*inside"):
-        for _ in range(2):
-            change(dataroot, "sample_data", lambda rows: [r.update(filename=name) for r in rows])
-            check(dataroot)
+        check(dataroot)
 
 
 def test_a_chain_of_samples_that_bites_its_tail(dataroot):
