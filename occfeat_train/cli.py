@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -263,18 +262,15 @@ def _train(kind: str, asked: dict[str, Any], then: str) -> None:
 
 @contextmanager
 def _session() -> Iterator[tuple["Process", Say]]:
-    """Join the process group; the main process speaks; known errors become one clear sentence.
-
-    Where there are other processes, an error ends this one at once: they may be waiting for it in
-    a collective, and an orderly exit would wait for them. torchrun then stops them.
-    """
+    """Join the process group; the main process speaks; known errors become one clear sentence."""
     from occfeat_targets.store.files import StoreError
     from occfeat_targets.store.settings import ConfigError
-    from occfeat_train.distributed import process_group
+    from occfeat_train.distributed import ProcessLost, leave, process_group
     from occfeat_train.models.encoder_weights import WeightsError
     from occfeat_train.runs.run import RunError
     from occfeat_train.train import NonFiniteLoss
 
+    lost = False
     try:
         with process_group() as process:
             yield process, click.echo if process.is_main else (lambda _: None)
@@ -284,10 +280,11 @@ def _session() -> Iterator[tuple["Process", Say]]:
         if text.startswith("Caught "):  # from a reading process: torch puts a traceback before it
             text = text.splitlines()[-1].partition("Error: ")[2] or text
         text = f"Error: {text}"
+    except ProcessLost as error:
+        lost, text = True, f"Error: {error}; go on from the last checkpoint with --resume"
     except Exception:
         text = traceback.format_exc()
-    click.echo(text, err=True)
     if "WORLD_SIZE" in os.environ:
-        sys.stderr.flush()
-        os._exit(1)
+        leave(text, lost)
+    click.echo(text, err=True)
     raise SystemExit(1)

@@ -82,6 +82,9 @@ class RunSettings(Settings):
     """Optimiser steps between two lines of the log."""
     save_minutes: float = Field(default=10.0, ge=0)
     """Time between checkpoints; there is also one at the end, and one when stopped."""
+    validate_every: int = Field(default=0, ge=0)
+    """Epochs between two looks at the evaluation split, also after the last: its loss while
+    pretraining, its IoU while finetuning. They change nothing; 0 takes none."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the tensorboard package)."""
 

@@ -1,16 +1,25 @@
 """Processes and devices: from torchrun's environment, or one plain process without it."""
 
+import json
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
 from occfeat_targets.store.settings import ConfigError
+
+
+class ProcessLost(RuntimeError):
+    """Another process of this training ended while this one needed it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,8 @@ class Process:
 @contextmanager
 def process_group() -> Iterator[Process]:
     """Join the other processes torchrun started, if any, and leave them at the end. NCCL with one
-    GPU a process if there are any, else gloo on the CPU. ConfigError: this machine has too few."""
+    GPU a process if there are any, else gloo on the CPU. ConfigError: this machine has too few;
+    ProcessLost."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     backend, device_id, device = "gloo", None, torch.device("cpu")
@@ -51,11 +61,38 @@ def process_group() -> Iterator[Process]:
         yield Process(rank, world, device)
     except SystemExit as error:  # after Ctrl-C, in all processes
         stopped = error
+    except RuntimeError as error:
+        if "gloo/transport" in str(error) or isinstance(error, dist.DistError):
+            raise ProcessLost(f"process {rank} of {world} lost another one") from error
+        raise
     # Not after an error: the others may be waiting in a collective, and this would wait for them.
     if world > 1:
         dist.destroy_process_group()
     if stopped:
         raise stopped
+
+
+def note(text: str) -> None:
+    """A sentence for the user on stderr; of several processes, from the main one."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"Note: {text}", file=sys.stderr)
+
+
+def leave(text: str, lost: bool) -> NoReturn:
+    """End this process, one of several, at once with an error: others may be waiting for it in a
+    collective, and an orderly exit would wait for them. torchrun then stops them.
+
+    The long report that it prints last has ``text``, which is in the file that it named. ``lost``:
+    the cause is the end of another process, of which torchrun must hear first.
+    """
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if lost or not report or os.environ["RANK"] == "0":
+        print(text, file=sys.stderr, flush=True)
+    if report:
+        time.sleep(1 if lost else 0)
+        said = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(report).write_text(json.dumps({"message": said}))
+    os._exit(1)
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
@@ -71,6 +108,12 @@ def from_main(value: str) -> str:
     if dist.is_initialized():
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
+    """Give all processes the main one's values, in place."""
+    for tensor in tensors if dist.is_initialized() else ():
+        dist.broadcast(tensor, 0)
 
 
 def any_process(*flags: bool, device: torch.device) -> list[bool]:
@@ -113,6 +156,10 @@ def stop_signals(tell: bool) -> Iterator[Callable[[], bool]]:
     previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(received)
+    except Exception:
+        if dist.is_initialized():  # torchrun stops the rest once one is gone: first say why
+            previous[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

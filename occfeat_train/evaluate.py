@@ -1,6 +1,6 @@
 """Evaluation of a finetuned network over a whole split, by its task's own meter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -32,19 +32,10 @@ def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
     """
     if job.task is None:
         raise RunError(f"{run.path} is a pretraining: finetune it first, then evaluate that run")
-    store, data = open_store(job.store), job.config.data
-    frames = select_frames(store, split_names(data.eval_split, "val"))
+    store = open_store(job.store)
+    frames = select_frames(store, split_names(job.config.data.eval_split, "val"))
     network, position = trained_network(job, run, store)
-    network.to(process.device)
-    task = cast(Task, network.objective)
-    dataset = FrameDataset(job.store, frames, ("images", *task.eval_arrays))
-    batches = eval_batches(len(frames), _BATCH, process.rank, process.world)
-    on_gpu = process.device.type == "cuda"
-    loader = make_loader(dataset, batches, data.workers, data.start_method, pin_memory=on_gpu)
-    meter = task.meter(process.device)
-    for batch in tqdm(loader, unit="batch", desc="evaluate", disable=not process.is_main):
-        batch = {name: values.to(process.device) for name, values in batch.items()}
-        meter.add(batch, predict(network, batch, job, task.predict))
+    measured = measure(job, network.to(process.device), frames, process)
     return {
         "run": str(run.path),
         **{name: position[name] for name in ("step", "finished")},
@@ -52,8 +43,23 @@ def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
         "splits": sorted({store.split(i) for i in frames}),
         "frames": len(frames),
         **{name: getattr(job, name) for name in ("fraction", "init", "task")},
-        **meter.result(),
+        **measured,
     }
+
+
+def measure(job: Job, network: Network, frames: Sequence[int], process: Process) -> dict[str, Any]:
+    """``tasks.base.Meter.result`` of a network's task on frames of the job's store."""
+    task, data = cast(Task, network.objective), job.config.data
+    dataset = FrameDataset(job.store, frames, ("images", *task.eval_arrays))
+    batches = eval_batches(len(frames), _BATCH, process.rank, process.world)
+    on_gpu = process.device.type == "cuda"
+    loader = make_loader(dataset, batches, data.workers, data.start_method, pin_memory=on_gpu)
+    meter = task.meter(process.device)
+    looks = {"unit": "batch", "leave": None, "disable": not process.is_main}
+    for batch in tqdm(loader, desc="evaluate", **looks):
+        batch = {name: values.to(process.device) for name, values in batch.items()}
+        meter.add(batch, predict(network, batch, job, task.predict))
+    return meter.result()
 
 
 def predict(network: Network, batch: Batch, job: Job, head: Callable[[torch.Tensor], Any]) -> Any:

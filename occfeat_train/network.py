@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from occfeat_targets.store.reader import TargetStore
+from occfeat_train.augment import draw, network_inputs
 from occfeat_train.models.bev_net import BEVNet, ModelSettings
 from occfeat_train.models.encoder_weights import load_encoder_weights
 from occfeat_train.objectives.base import Batch, Loss, Objective, Targets
@@ -80,6 +81,19 @@ def trained_network(job: Job, run: Run, store: TargetStore) -> tuple[Network, di
     state, position = run.load()
     load_same_tensors(network, state["network"], run.path)
     return network, position
+
+
+def prepare(
+    batch: Batch, job: Job, network: Network, epoch: int, device: torch.device
+) -> tuple[Batch, Targets]:
+    """A collated batch moved to the device and augmented: network inputs and targets."""
+    config = job.config
+    frames, n_cameras = batch["frame"], batch["K"].shape[1]
+    draws = draw(config.augment, config.run.seed, epoch, frames, n_cameras)
+    batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+    with torch.no_grad():
+        inputs = network_inputs(batch, draws, config.model.image_size, config.augment.shift)
+        return inputs, network.objective.targets(batch | {"seed": draws.seed}, draws.angle)
 
 
 def bev_net_state(state: Mapping[str, Any]) -> dict[str, Any]:

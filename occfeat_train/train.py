@@ -8,8 +8,8 @@ import importlib.util
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -21,7 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.reader import open_store
 from occfeat_targets.store.settings import ConfigError
-from occfeat_train.augment import draw, network_inputs
 from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.data.order import ShardSampler, select_frames, split_names
 from occfeat_train.data.workers import make_loader
@@ -30,14 +29,17 @@ from occfeat_train.distributed import (
     all_reduce_sum,
     any_process,
     barrier,
+    note,
     pick_precision,
     stop_signals,
 )
-from occfeat_train.network import Network, build_network
-from occfeat_train.objectives.base import Batch, Targets
+from occfeat_train.network import Network, build_network, prepare
+from occfeat_train.objectives.base import Batch
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.log import RunLog
 from occfeat_train.runs.run import Run, RunError
+from occfeat_train.tasks.base import Task
+from occfeat_train.validate import validate
 
 LEAST_SCALE = 2.0**-10
 """Float16 losses are scaled, at first by 2^16, and a gradient that is not finite halves the scale:
@@ -57,12 +59,19 @@ def train(job: Job, run: Run, process: Process, resume: bool) -> bool:
     frame; NonFiniteLoss, in all processes, before the step that would have spread it.
     """
     trainer = Trainer(job, process)
-    report = trainer.begin(run if resume and run.checkpoints() else None)
-    if process.is_main and not resume:
-        run.create(job.describe(trainer.store))
-    barrier()
-    first, total, board = trainer.position.step, trainer.total_steps, job.config.run.tensorboard
-    with run.locked() if process.is_main else nullcontext():
+    alone = run.locked() if process.is_main else nullcontext()
+    with ExitStack() as held:
+        if resume:
+            held.enter_context(alone)
+        report = trainer.begin(run if resume and run.checkpoints() else None)
+        if not resume:
+            held.enter_context(alone)
+            if process.is_main:
+                run.create(job.describe(trainer.store))
+        elif process.is_main:
+            trainer.lengthen(run)
+        barrier()
+        first, total, board = trainer.position.step, trainer.total_steps, job.config.run.tensorboard
         log = RunLog(run.path, process.is_main, total, first, board)
         log.say(f"{run.path}: {trainer.describe()}\n{report}")
         with stop_signals(process.is_main) as stop, closing(log):
@@ -83,6 +92,9 @@ class Trainer:
         self.steps_per_epoch = len(self.frames) // (plan.batch * plan.accumulate)
         self.total_steps = self.steps_per_epoch * plan.epochs
         self.position = Position()
+        self.held_out = []
+        if config.run.validate_every:
+            self.held_out = select_frames(self.store, split_names(config.data.eval_split, "val"))
         batch = f"{job.kind}.batch"
         if plan.batch % process.world:
             raise RunError(
@@ -100,19 +112,40 @@ class Trainer:
         returns a report of where its weights came from. Raises what ``build_network`` does."""
         torch.manual_seed(self.job.config.run.seed)
         network, report = build_network(self.job, self.store, load_weights=run is None)
-        if lacking := [a for a in network.objective.arrays if a not in self.store.specs]:
+        arrays = network.objective.arrays
+        if self.held_out and isinstance(network.objective, Task):
+            arrays += network.objective.eval_arrays
+        if lacking := [name for name in arrays if name not in self.store.specs]:
             raise StoreError(
                 f"{self.store.url} has no {', '.join(lacking)}, which {self.job.title} needs: "
                 "rebuild it with that"
+            )
+        size, stored = (
+            self.job.config.model.image_size,
+            self.store.attrs["config"]["images"]["size"],
+        )
+        if any(ours > theirs for ours, theirs in zip(size, stored, strict=True)):
+            note(
+                f"model.image_size {list(size)} is more than the {list(stored)} of the store's "
+                "images, which are enlarged: that costs time and adds no detail"
             )
         device = self.process.device
         self.learner = make_learner(self.job, network.to(device), self.total_steps, device)
         if run:
             state, position = run.load()
             self.learner.load_state_dict(state)
-            self.position = Position(**position)
-            report = f"resumed after step {self.position.step}"
+            step, total = position["step"], self.total_steps
+            if step > total:
+                raise RunError(f"{run.path} has done {step} steps, more than the {total} asked for")
+            self.position = replace(Position(**position), finished=step == total)
+            report = f"resumed after step {step}"
         return report
+
+    def lengthen(self, run: Run) -> None:
+        """Let a run, if it was asked to go on for longer than it was to, say so of itself."""
+        run.set_epochs(self.job.kind, self.job.plan.epochs)
+        if self.position.step and run.position()["finished"] != self.position.finished:
+            run.save(self.learner.state_dict(), asdict(self.position))
 
     def describe(self) -> str:
         """One line for the log."""
@@ -151,16 +184,19 @@ class Trainer:
                 # By the main process's clock: others' may differ.
                 is_due = process.is_main and started - saved_at >= 60 * settings.save_minutes
                 stopping, saving = any_process(stop(), is_due, device=process.device)
-                values = self.step(model, micro)
+                losses, more = self.step(model, micro)
                 epoch, step = self.position.epoch, self.position.step + 1
                 self.position = Position(
                     *divmod(step, self.steps_per_epoch), step, step == self.total_steps
                 )
-                log.bar.update()
-                if step % settings.log_every == 0 or self.position.finished:
+                is_logged = step % settings.log_every == 0 or self.position.finished
+                log.show(epoch, plan.epochs, losses if is_logged else {})
+                if is_logged:
                     seconds = time.monotonic() - started
-                    values |= {"epoch": epoch, "seconds": seconds, "waited": waited / seconds}
-                    log.write(step, values)
+                    more |= {"epoch": epoch + 1, "seconds": seconds, "waited": waited / seconds}
+                    log.write(step, losses | more)
+                if not stopping:
+                    self.look(log)
                 if stopping or saving or self.position.finished:
                     if process.is_main:
                         run.save(self.learner.state_dict(), asdict(self.position))
@@ -170,10 +206,21 @@ class Trainer:
                     return self.position.finished
         return True
 
-    def step(self, model: Any, micro: list[Batch]) -> dict[str, float]:
+    def look(self, log: RunLog) -> None:
+        """Log how the network does on the evaluation split, if an epoch ends at which it should."""
+        every, now, epochs = self.job.config.run.validate_every, self.position, self.job.plan.epochs
+        if not every or now.step_in_epoch or (now.epoch % every and not now.finished):
+            return
+        values = validate(self.job, self.learner.network, self.held_out, self.process)
+        named = {f"held_out_{name}": value for name, value in values.items()}
+        log.write(now.step, {"epoch": now.epoch, **named})
+        said = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
+        log.say(f"epoch {now.epoch}/{epochs}, {len(self.held_out)} held-out frames: {said}")
+
+    def step(self, model: Any, micro: list[Batch]) -> tuple[dict[str, float], dict[str, float]]:
         """One optimiser step of this process's micro-batches by the network, or DDP around it.
-        Returns the step's numbers over all processes: loss, its terms, gradient norm, learning
-        rate. Raises NonFiniteLoss, in all processes; nothing was changed."""
+        Returns the step's numbers over all processes: loss and its terms; gradient norm and
+        learning rate. Raises NonFiniteLoss, in all processes; nothing was changed."""
         config, process, step = self.job.config, self.process, self.position.step
         learner, device = self.learner, process.device
         own_seed = np.random.SeedSequence((config.run.seed, step, process.rank))
@@ -206,8 +253,8 @@ class Trainer:
         norm, is_sound = learner.update(config.run.clip_norm)
         if not is_sound:
             raise NonFiniteLoss(_blame(step, micro, losses))
-        values = dict(zip(["loss", *terms], total, strict=True))
-        return values | {"gradient_norm": norm, "lr": lr}
+        losses_by_name = dict(zip(["loss", *terms], total, strict=True))
+        return losses_by_name, {"gradient_norm": norm, "lr": lr}
 
 
 @dataclass(frozen=True)
@@ -279,19 +326,6 @@ def make_learner(job: Job, network: Network, total_steps: int, device: torch.dev
             cycle_momentum=False,
         )
     return Learner(network, optimiser, scheduler, torch.amp.GradScaler(device.type, enabled=half))
-
-
-def prepare(
-    batch: Batch, job: Job, network: Network, epoch: int, device: torch.device
-) -> tuple[Batch, Targets]:
-    """A collated batch moved to the device and augmented: network inputs and targets."""
-    config = job.config
-    frames, n_cameras = batch["frame"], batch["K"].shape[1]
-    draws = draw(config.augment, config.run.seed, epoch, frames, n_cameras)
-    batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
-    with torch.no_grad():
-        inputs = network_inputs(batch, draws, config.model.image_size, config.augment.shift)
-        return inputs, network.objective.targets(batch | {"seed": draws.seed}, draws.angle)
 
 
 def _blame(step: int, micro: list[Batch], losses: list[torch.Tensor]) -> str:

@@ -41,7 +41,6 @@ import torch
 from PIL import Image
 from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from occfeat_pipelines.bench_baselines import BarePread, DenseHead, DenseLift, OriginalImages
 from occfeat_targets import writer
@@ -238,7 +237,7 @@ def steps(asked: SimpleNamespace) -> None:
     trainer.begin()
     lines: list[dict[str, float]] = []
     run: Any = SimpleNamespace(save=lambda *_: None)
-    log: Any = SimpleNamespace(bar=tqdm(disable=True), write=lambda _, line: lines.append(line))
+    log: Any = SimpleNamespace(show=lambda *_: None, write=lambda _, line: lines.append(line))
     trainer.fit(run, log, lambda: len(lines) == 9)
     seconds, share = (np.array([line[key] for line in lines[1:]]) for key in ("seconds", "waited"))
     images = batch * len(trainer.store.attrs["cameras"])

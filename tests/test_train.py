@@ -102,7 +102,7 @@ def test_two_processes_can_t_train_the_same_run(undisturbed, tmp_path):
     with copy.locked():
         output = run("pretrain", "--resume", "--run-dir", copy.path, cwd=tmp_path, code=1)
     assert "another process is training" in output
-    with pytest.raises(RunError, match="was just taken"):
+    with pytest.raises(RunError, match="is not empty"):
         copy.create({})
 
 

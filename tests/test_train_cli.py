@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_store import change_attributes, make_tiny_store
 from train_runs import SMALL, assert_same_state, final_state, options, run, start, stop_at_step
 
+from occfeat_targets.store.reader import SEAL
 from occfeat_targets.store.settings import settings_file
 from occfeat_train.cli import main
 from occfeat_train.config import TrainConfig
@@ -251,6 +252,7 @@ def test_tensorboard_is_needed_for_training_alone(workplace, tmp_path, monkeypat
     run = shutil.copytree(_only(cwd, "finetune"), tmp_path / "run")
     description = json.loads((run / "run.json").read_text())
     description["config"]["run"]["tensorboard"] = True
+    del description[SEAL]
     (run / "run.json").write_text(json.dumps(description))
     with chdir(tmp_path):
         changed = ("evaluate", "--run-dir", "run", "--set", "run.precision=bfloat16")
@@ -259,24 +261,12 @@ def test_tensorboard_is_needed_for_training_alone(workplace, tmp_path, monkeypat
     assert json.loads((run / "result.json").read_text())["set"] == ["run.precision=bfloat16"]
 
 
-def test_a_damaged_checkpoint_is_named(workplace, tmp_path):
-    cwd, _ = workplace
-    copy = Run(shutil.copytree(_only(cwd, "pretrain"), tmp_path / "copy"))
-    newest = max(copy.path.glob("checkpoint-*.pt"))
-    newest.write_bytes(newest.read_bytes()[:1000])
-    with pytest.raises(RunError, match=f"{newest.name} is damaged .* delete it"):
-        copy.load()
-    newest.unlink()
-    newest.with_suffix(".json").unlink()
-    assert copy.load()[1]["step"] == 8  # the one before is still there
-
-
-def test_a_checkpoint_with_code_in_it_is_not_run(workplace, tmp_path):
+def test_a_checkpoint_with_code_in_it_is_not_run(workplace, tmp_path, capsys):
     cwd, _ = workplace
     copy = Run(shutil.copytree(_only(cwd, "pretrain"), tmp_path / "copy"))
     torch.save({"network": print}, max(copy.path.glob("checkpoint-*.pt")))
-    with pytest.raises(RunError, match="is damaged"):
-        copy.load()
+    assert copy.load()[1]["step"] == 8
+    assert "checkpoint-00000009 is damaged (Weights only load failed" in capsys.readouterr().err
 
 
 def test_the_paper_preset_lists_every_setting_at_its_default(pytestconfig):

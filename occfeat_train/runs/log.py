@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from occfeat_train.runs.run import replace
+from occfeat_train.runs.run import replace, writing
 
 
 class RunLog:
@@ -21,7 +21,8 @@ class RunLog:
         self.board = None
         if not active:
             return
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        text = self.path.read_text(errors="replace") if self.path.exists() else ""
+        lines = text.splitlines(keepends=True)
         kept = [line for line in lines if _step(line) <= step]
         replace(self.path, lambda part: part.write_text("".join(kept)))
         if tensorboard:
@@ -35,12 +36,18 @@ class RunLog:
             return
         # Gradients may overflow in float16, and JSON has no infinity.
         plain = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps({"step": step, **plain}) + "\n")
-        self.bar.set_postfix({k: f"{values[k]:.4g}" for k in ("loss", "epoch")})
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
+
+    def show(self, done: int, of: int, losses: dict[str, float]) -> None:
+        """Move the bar by a step, of an epoch after ``done`` others; ``losses`` it shows if any."""
+        self.bar.set_description(f"epoch {done + 1}/{of}", refresh=False)
+        self.bar.update()
+        if losses:
+            self.bar.set_postfix({k: f"{v:.4g}" for k, v in losses.items()})
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

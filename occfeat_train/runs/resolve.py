@@ -1,7 +1,6 @@
 """What a command works on where the user names only some of it: jobs, settings and runs."""
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,19 @@ from occfeat_targets.store.files import absolute
 from occfeat_targets.store.reader import open_store
 from occfeat_targets.store.settings import override, read_yaml, settings_file
 from occfeat_train.config import TrainConfig
+from occfeat_train.distributed import note
 from occfeat_train.runs.job import Job
-from occfeat_train.runs.run import Run, RunError, timestamp
+from occfeat_train.runs.run import DamagedError, Run, RunError, timestamp
 from occfeat_train.tasks import TASKS
 
 RUNS = Path("runs")
 HOW = (
     *("run.precision", "run.log_every", "run.save_minutes", "run.tensorboard"),
-    *("data.workers", "data.start_method"),
+    *("run.validate_every", "data.workers", "data.start_method"),
 )
 """Settings that a resumed run may change: how it runs, not what it computes."""
+LONGER = "pretrain.epochs"
+"""One more of a pretraining: its rate is constant, so that it can be trained for longer."""
 Asked = Mapping[str, Any]
 """Options: ``store``, ``config``, ``overrides`` (``section.key=value`` texts), ``run``; of pretrain
 ``objective``; of finetune ``task``, ``fraction``, ``fraction_unit`` and ``init``."""
@@ -64,7 +66,8 @@ def new_job(kind: str, asked: Asked, say: Callable[[str], None]) -> tuple[Job, P
 
 
 def resumed(kind: str, asked: Asked, given: Collection[str]) -> tuple[Job, Path]:
-    """The job and directory to go on with; of its settings only :data:`HOW` may change.
+    """The job and directory to go on with; of its settings only :data:`HOW` and :data:`LONGER` may
+    change.
 
     No ``run`` is the newest unfinished one of the kind; ``store`` is where its store is now, if
     not where it was. Of ``given``, the options that the user named, those of :data:`KEPT` are
@@ -74,10 +77,13 @@ def resumed(kind: str, asked: Asked, given: Collection[str]) -> tuple[Job, Path]
     overrides = asked["overrides"]
     if kept := [name for name in KEPT if name in given]:
         raise RunError(f"a resumed run keeps its --{kept[0].replace('_', '-')}: leave it out")
-    if fixed := [text for text in overrides if text.partition("=")[0] not in HOW]:
+    free = (*HOW, LONGER) if kind == "pretrain" else HOW
+    if fixed := [text for text in overrides if text.partition("=")[0] not in free]:
+        name = fixed[0].partition("=")[0]
+        why = ", whose rates rise and fall over them" if name == "finetune.epochs" else ""
         raise RunError(
-            f"a resumed run keeps its {fixed[0].partition('=')[0]}: leave --set {fixed[0]} out; "
-            f"it can change {', '.join(HOW)}"
+            f"a resumed run keeps its {name}{why}: leave --set {fixed[0]} out; it can change "
+            f"{', '.join(free)}"
         )
     missing = f"there is no unfinished {kind} run in {RUNS}/: name it, --run-dir"
     found = _named_or_newest(asked["run"], (kind,), False, missing)
@@ -126,10 +132,13 @@ def _named_or_newest(
     runs = []
     for path in RUNS.glob("*/run.json"):
         run = Run(path.parent)
-        with suppress(RunError):  # another program's run.json
-            if run.description().get("kind") in kinds:
+        try:
+            if run.description().get("kind") in kinds and run.is_finished() == finished:
                 runs.append(run)
-    runs = [run for run in runs if run.is_finished() == finished]
+        except DamagedError as error:
+            note(f"left out: {error}")
+        except RunError:
+            pass  # another program's run.json
     if not runs:
         raise RunError(missing)
 

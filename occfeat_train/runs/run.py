@@ -16,27 +16,33 @@ import os
 import platform
 import time
 import zipfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import zarr
 
 from occfeat_targets.store.files import locked
-from occfeat_targets.store.reader import TargetStore
+from occfeat_targets.store.reader import SEAL, TargetStore, seal
 from occfeat_targets.store.settings import differences
 from occfeat_train import __version__
+from occfeat_train.distributed import note
 
 FORMAT = "occfeat-run"
 KEEP = 2
 """Checkpoints kept: the newest, and one more in case a disk loses that."""
+T = TypeVar("T")
 
 
 class RunError(RuntimeError):
-    """A run or checkpoint is missing, foreign, damaged or does not fit."""
+    """A run or checkpoint is missing, foreign, damaged or does not fit, or can't be written."""
+
+
+class DamagedError(RunError):
+    """What a run says of itself, or all of its checkpoints, can't be read."""
 
 
 class Run:
@@ -46,58 +52,78 @@ class Run:
         self.path = Path(path)
 
     def require_new(self) -> None:
-        """Refuse a directory that holds something, by a RunError."""
-        if self.path.exists() and any(self.path.iterdir()):
+        """Refuse a directory that holds something, by a RunError. What a run left that was killed
+        at its very start, a lock and a ``run.json`` that says nothing, is nothing."""
+        try:
+            held = {path.name for path in self.path.iterdir()} - {"lock", "run.json.part"}
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            raise RunError(f"{self.path} is a file: choose another --run-dir") from None
+        if held == {"run.json"}:
+            try:
+                self.description()
+            except DamagedError:
+                return
+        if held:
             raise RunError(
                 f"{self.path} is not empty: choose another --run-dir, or --resume this one"
             )
 
     def create(self, description: dict) -> None:
-        """Make the directory and its ``run.json``, or RunError: another run was a moment faster."""
+        """Make the directory and its ``run.json``; RunError as :meth:`require_new`."""
         self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            (self.path / "run.json").open("x").close()
-        except FileExistsError:
-            raise RunError(f"{self.path} was just taken by another run") from None
-        write_json(self.path / "run.json", {"format": FORMAT, **description})
+        self.require_new()
+        self._describe({"format": FORMAT, **description})
 
     def description(self) -> dict:
-        """What ``run.json`` says, or RunError: there is no run here."""
+        """What ``run.json`` says, or RunError: there is no run here; DamagedError: there was."""
         try:
-            description = json.loads((self.path / "run.json").read_text())
-        except (OSError, ValueError, RecursionError) as error:
+            return _read_sealed(self.path / "run.json")
+        except OSError as error:
             raise RunError(f"{self.path} is not a run of occfeat-train: {error}") from error
-        if not isinstance(description, dict) or description.get("format") != FORMAT:
-            raise RunError(f"{self.path}/run.json was not written by occfeat-train")
-        return description
+        except (ValueError, RecursionError) as error:
+            copies = [f"put a copy of {path.name} in its place" for path in self.checkpoints()[:1]]
+            todo = copies or ["train anew, in another --run-dir"]
+            raise DamagedError(f"{self.path}/run.json is damaged ({error}): {todo[0]}") from error
+
+    def set_epochs(self, kind: str, epochs: int) -> None:
+        """Change how long it is to train."""
+        said = self.description()
+        if said["config"][kind]["epochs"] != epochs:
+            said["config"][kind]["epochs"] = epochs
+            self._describe(said)
+
+    def _describe(self, said: dict) -> None:
+        write_json(self.path / "run.json", said | {SEAL: seal(said)})
 
     def checkpoints(self) -> list[Path]:
         """JSON files of whole checkpoints, newest first."""
         return sorted(self.path.glob("checkpoint-*.json"), reverse=True)
 
     def position(self) -> dict:
-        """``train.Position`` of the newest checkpoint, or RunError: none is there, or damaged."""
-        path = self._newest_checkpoint()
-        try:
-            return json.loads(path.read_text())["position"]
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise RunError(f"{path} is damaged: delete it and {path.stem}.pt") from error
+        """``train.Position`` of the newest checkpoint; RunError: there is none, DamagedError: none
+        can be read."""
+        return self._newest(lambda marker: _read_sealed(marker)["position"])[0]
 
     def is_finished(self) -> bool:
         """Whether training came to its end."""
         return bool(self.checkpoints()) and self.position()["finished"]
 
     def save(self, state: dict[str, Any], position: dict) -> None:
-        """Write a checkpoint, then remove all but the newest :data:`KEEP`."""
+        """Write a checkpoint, then remove all but it and those before it, :data:`KEEP` together.
+        RunError: the disk is full, say; older checkpoints are left."""
         name = f"checkpoint-{position['step']:08d}"
         replace(self.path / f"{name}.pt", lambda part: torch.save(state, part))
         said = self.description() | {"versions": versions(), "position": position}
-        write_json(self.path / f"{name}.json", said)
-        for old in self.checkpoints()[KEEP:]:
-            old.unlink()  # first the marker: a .pt without it counts for nothing
-        kept = {path.stem for path in self.checkpoints()}
-        litter = [p for p in self.path.glob("checkpoint-*.pt") if p.stem not in kept]
-        for path in (*litter, *self.path.glob("*.part")):
+        write_json(self.path / f"{name}.json", said | {SEAL: seal(said)})
+        # Later ones were damaged: training had gone on from them.
+        kept = [path.stem for path in self.checkpoints() if path.stem <= name][:KEEP]
+        for suffix in (".json", ".pt"):  # first the marker: a .pt without it counts for nothing
+            for path in self.path.glob(f"checkpoint-*{suffix}"):
+                if path.stem not in kept:
+                    path.unlink()
+        for path in self.path.glob("*.part"):
             path.unlink()
 
     def locked(self) -> AbstractContextManager[None]:
@@ -105,26 +131,26 @@ class Run:
         return locked(self.path / "lock", RunError(f"another process is training {self.path}"))
 
     def load(self) -> tuple[dict[str, Any], dict]:
-        """State (on the CPU) and position of the newest checkpoint; unpickles nothing but tensors.
-        RunError: there is none, or its file can't be read."""
-        marker = self._newest_checkpoint()
-        path = marker.with_suffix(".pt")
-        try:
-            with zipfile.ZipFile(path) as file:  # torch does not look at its checksums
-                if damaged := file.testzip():
-                    raise ValueError(f"{damaged} does not match its checksum")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds for a damaged file
-            reason = (str(error).splitlines() or [repr(error)])[0]
-            raise RunError(
-                f"{path} is damaged ({reason}): delete it and {marker.name} to use the "
-                "checkpoint before"
-            ) from error
-        return state, self.position()
+        """State (on the CPU) and position of the newest checkpoint that is whole, with a note to
+        the user of those that are not; unpickles nothing but tensors. RunError: there is none,
+        DamagedError: none can be read."""
+        loaded, damaged = self._newest(_load_checkpoint)
+        for error in damaged:
+            note(f"{error}; the checkpoint before it is taken, of step {loaded[1]['step']}")
+        return loaded
 
-    def _newest_checkpoint(self) -> Path:
-        if found := self.checkpoints():
-            return found[0]
+    def _newest(self, read: Callable[[Path], T]) -> tuple[T, list[DamagedError]]:
+        """What ``read`` makes of the newest checkpoint's JSON file that it can read, and why it
+        could not read those after it."""
+        damaged = []
+        for marker in self.checkpoints():
+            try:
+                return read(marker), damaged
+            except Exception as error:  # torch raises many kinds for a damaged file
+                reason = (str(error).splitlines() or [repr(error)])[0]
+                damaged.append(DamagedError(f"{marker.with_suffix('')} is damaged ({reason})"))
+        if damaged:
+            raise DamagedError(f"{damaged[0]}, and there is no whole one before it: train anew")
         raise RunError(f"{self.path} has no checkpoint: --resume it, or train anew")
 
 
@@ -161,6 +187,27 @@ def versions() -> dict[str, str]:
     return {"occfeat": __version__, **libraries, "python": platform.python_version()}
 
 
+def _read_sealed(path: Path) -> dict:
+    """JSON that was written with its checksum (runs of older versions have none). OSError,
+    ValueError, RecursionError: it can't be read; RunError: it is of another program."""
+    said = json.loads(path.read_text())
+    if not isinstance(said, dict) or (SEAL not in said and said.get("format") != FORMAT):
+        raise RunError(f"{path} was not written by occfeat-train")
+    sealed = said.pop(SEAL, None)
+    if sealed not in (None, seal(said)):
+        raise ValueError("it does not match its checksum")
+    return said
+
+
+def _load_checkpoint(marker: Path) -> tuple[dict[str, Any], dict]:
+    """State and position; raises whatever a damaged file leads to."""
+    position, path = _read_sealed(marker)["position"], marker.with_suffix(".pt")
+    with zipfile.ZipFile(path) as file:  # torch does not look at its checksums
+        if damaged := file.testzip():
+            raise ValueError(f"{damaged} does not match its checksum")
+    return torch.load(path, map_location="cpu", weights_only=True), position
+
+
 def timestamp() -> str:
     """Local time as ``20260102-030405``, for names."""
     return time.strftime("%Y%m%d-%H%M%S")
@@ -172,9 +219,27 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside its place, then put it there."""
+    """Write a file beside its place, then put it there. RunError, and what was there stays."""
     part = path.with_name(path.name + ".part")
-    write(part)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with writing(path):
+        try:
+            write(part)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise RunError if the disk does not take what the ``with`` block writes to a file."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the latter is torch's
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise RunError(
+            f"cannot write {path}: {reason}; what was there is left as it was: make room, then "
+            "go on (a training with --resume)"
+        ) from error
