@@ -92,9 +92,7 @@ class Trainer:
         self.steps_per_epoch = len(self.frames) // (plan.batch * plan.accumulate)
         self.total_steps = self.steps_per_epoch * plan.epochs
         self.position = Position()
-        self.held_out = []
-        if config.run.validate_every:
-            self.held_out = select_frames(self.store, split_names(config.data.eval_split, "val"))
+        self.held_out = self._held_out() if config.run.validate_every else []
         batch = f"{job.kind}.batch"
         if plan.batch % process.world:
             raise RunError(
@@ -106,6 +104,13 @@ class Trainer:
                 f"{len(self.frames)} frames are less than one step of {batch} {plan.batch} x "
                 f"{job.kind}.accumulate {plan.accumulate}: lower one of them"
             )
+
+    def _held_out(self) -> list[int]:
+        splits = split_names(self.job.config.data.eval_split, "val")
+        try:
+            return select_frames(self.store, splits)
+        except StoreError as error:
+            raise StoreError(f"{error}; --set run.validate_every=0 looks at none") from error
 
     def begin(self, run: Run | None = None) -> str:
         """Make the network and what trains it, as in the newest checkpoint of a run to go on with;

@@ -30,7 +30,7 @@ HAS_DEVKIT = importlib.util.find_spec("nuscenes") is not None
 collect_ignore = [] if HAS_DEVKIT else [f"test_{name}.py" for name in OFFLINE.split()]
 SLOW = (
     "build checksums cluster demo_world docs encoder_weights gradients img_also kill map_task "
-    "overfit reproduce robustness seams_targets seams_train train train_cli train_view"
+    "overfit reproduce robustness runs seams_targets seams_train train train_cli train_view"
 )
 """Tests that start processes, train or build: all but these are ``make quick``."""
 FAST = ["teacher.name=teachers:PatchMeans", "block_frames=2", "map.mode=required"]

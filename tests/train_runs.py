@@ -2,11 +2,12 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
-from contextlib import chdir
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
 import torch
@@ -106,6 +107,30 @@ def log_of(directory):
     path = Path(directory) / "log.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def curve(directory):
+    """All that a run logged of its steps but times."""
+    lines = [line for line in log_of(directory) if "loss" in line]
+    return [{k: v for k, v in x.items() if k not in ("seconds", "waited")} for x in lines]
+
+
+def flip(path, at):
+    """Damage a byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 + at % 255
+    path.write_bytes(content)
+
+
+@contextmanager
+def full_disk(size):
+    """No file can grow beyond a size."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def final_state(directory):
