@@ -84,7 +84,7 @@ def _one_message() -> Iterator[None]:
     try:
         yield
     except (BuildStopped, ClusterError, StoreError, TeacherError, ValueError, OSError) as error:
-        click.secho(f"error: {error}", fg="red", err=True)
+        click.secho(f"Error: {error}", fg="red", err=True)
         sys.exit(EXIT_FAILED)
     except KeyboardInterrupt:
         click.echo("\ninterrupted; run the same command again to continue", err=True)
@@ -155,12 +155,12 @@ def build(dataroot: Path, store: str, overwrite: bool, on_error: str, **options:
         settings, store = _settings(options), absolute(store)
         if settings.teacher.name.startswith("random:"):
             click.echo(
-                f"note: teacher {settings.teacher.name} has random weights; these are not DINOv2 "
+                f"Note: teacher {settings.teacher.name} has random weights; these are not DINOv2 "
                 "features (fine for trying things out, useless for results)"
             )
         dataset = building.prepare(dataroot, store, options["version"], settings, overwrite)
         if not dataset.map_classes and settings.map.mode == "auto":
-            click.echo("note: this dataset has no map, so no map labels are stored")
+            click.echo("Note: this dataset has no map, so no map labels are stored")
         if is_complete(store):
             click.echo(f"{store} is complete: {len(dataset.records)} frames, nothing to do")
             return

@@ -27,6 +27,8 @@ class DataSettings(Settings):
     """Reading processes per training process; 0 reads in the training process itself."""
     start_method: Literal["forkserver", "spawn", "fork"] = "forkserver"
     """How reading processes start."""
+    check_reads: bool = True
+    """Compare what is trained on with its checksums."""
 
 
 class PretrainSettings(Settings):

@@ -169,7 +169,7 @@ class Trainer:
         process, plan = self.process, self.job.plan
         settings, data = self.job.config.run, self.job.config.data
         arrays = ("images", *self.learner.network.objective.arrays)
-        dataset = FrameDataset(self.job.store, self.frames, arrays)
+        dataset = FrameDataset(self.job.store, self.frames, arrays, data.check_reads)
         batch, on_gpu = plan.batch, process.device.type == "cuda"
         sampler = ShardSampler(len(dataset), batch, settings.seed, process.rank, process.world)
         loader = make_loader(dataset, sampler, data.workers, data.start_method, pin_memory=on_gpu)

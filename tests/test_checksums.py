@@ -204,7 +204,7 @@ def test_a_damaged_root_gets_one_sentence(demo_root, small_store, objects, damag
         place = [*rest[:1], str(small_store), *rest[1:]]
         result = CliRunner().invoke(main, [command, *place])
         assert result.exit_code == 1, (command, result.output)
-        assert result.output.startswith("error: ") and result.output.count("\n") == 1, command
+        assert result.output.startswith("Error: ") and result.output.count("\n") == 1, command
 
 
 # --- checksums of a build that was disturbed ------------------------------------------------------

@@ -131,7 +131,7 @@ def test_mistakes_get_one_message_and_status_1(arguments, message, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     result = _run(*arguments)
     assert result.exit_code == 1
-    assert result.output.startswith(("error:", "note:"))
+    assert result.output.startswith(("Error:", "Note:"))
     assert message in result.output
     assert "Traceback" not in result.output
     assert not list(tmp_path.iterdir())
@@ -149,7 +149,7 @@ def test_a_broken_pipe_of_the_work_says_its_message(monkeypatch):
     """Such as a worker's socket or a remote store's connection: not the end of our own output."""
     monkeypatch.setattr(verify, "verify_store", fail_with(BrokenPipeError(32, "Broken pipe")))
     result = _run("verify", "targets.zarr")
-    assert (result.exit_code, result.output) == (1, "error: [Errno 32] Broken pipe\n")
+    assert (result.exit_code, result.output) == (1, "Error: [Errno 32] Broken pipe\n")
 
 
 def test_a_bug_in_printing_raises(built, monkeypatch):
@@ -186,7 +186,7 @@ def test_check_counts_frames(demo_root):
 def test_demo_data_refuses_nonsense(tmp_path):
     result = _run("demo-data", tmp_path / "world", "--scenes", 1)
     assert result.exit_code == 1
-    assert result.output.startswith("error:")
+    assert result.output.startswith("Error:")
 
 
 def test_the_makefile_passes_its_variables_on(pytestconfig):

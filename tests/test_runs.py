@@ -14,6 +14,7 @@ import torch
 from torture_train import torture
 from train_runs import assert_same_state, curve, flip, full_disk, log_of, options, run, start
 
+from occfeat_targets.store.reader import open_store
 from occfeat_train.config import TrainConfig
 from occfeat_train.distributed import Process
 from occfeat_train.runs import resolve
@@ -237,3 +238,15 @@ def test_a_killed_second_trainer_leaves_the_first_alone(undisturbed, tmp_path):
 def test_a_few_rounds_of_torture(tmp_path, capsys):
     """One of each fault but the last, which has a test above."""
     assert torture(rounds=4, seed=0, home=tmp_path) == 0, capsys.readouterr().out
+
+
+def test_checksums_of_what_is_read_can_be_left_out(tiny_store, tmp_path):
+    """Here it is the checksum of frame 0's voxels that is wrong."""
+    store = shutil.copytree(tiny_store, tmp_path / "targets.zarr")
+    opened = open_store(store)
+    key, ranges = opened.sharded["voxel_index"].ranges(0, opened.n_rows(0, "voxel_index"))
+    flip(store / key, sum(ranges[0]) - 1)
+    settings = ("--store", store, *options("pretrain.epochs=1"))
+    said = run("pretrain", *settings, cwd=tmp_path, code=1)
+    assert "an inner chunk does not match its checksum" in said
+    run("pretrain", *settings, "--set", "data.check_reads=false", cwd=tmp_path)

@@ -23,6 +23,9 @@ them is ``arrays``, which has a checksum of what each array's ``zarr.json`` says
 class TargetStore:
     """Read access to a store, one per process. Opens arrays when asked for, holds no open files."""
 
+    check_reads = True
+    """Whether a checksum is taken of what is read of the large arrays."""
+
     def __init__(self, url: str, group: zarr.Group):
         self.url = str(url)
         self.group = group
@@ -57,7 +60,7 @@ class TargetStore:
     def sharded(self) -> dict[str, ShardedArray]:
         """The large arrays, by name."""
         large = (name for name, spec in self.specs.items() if spec.chunk is not None)
-        return {name: ShardedArray(self.url, self.array(name)) for name in large}
+        return {name: ShardedArray(self.url, self.array(name), self.check_reads) for name in large}
 
     def __len__(self) -> int:
         """Number of frames, failed ones included."""

@@ -39,14 +39,15 @@ from occfeat_targets.store.schema import JPEG_HOLE
 
 
 class FrameReader:
-    """Reads frames of a store, which it opens when first needed, again in each process."""
+    """Reads frames of a store, which it opens when first needed, again in each process; with
+    ``check``, their checksums are looked at."""
 
-    def __init__(self, url: str):
-        self.url = absolute(url)
+    def __init__(self, url: str, check: bool = True):
+        self.url, self.check = absolute(url), check
         self._pid: int | None = None
 
     def __reduce__(self):
-        return FrameReader, (self.url,)
+        return FrameReader, (self.url, self.check)
 
     @property
     def store(self) -> TargetStore:
@@ -54,6 +55,7 @@ class FrameReader:
         :func:`occfeat_targets.store.reader.open_store`."""
         if self._pid != os.getpid():
             self._store, self._pid = open_store(self.url), os.getpid()
+            self._store.check_reads = self.check
         return self._store
 
     def read(self, i: int, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -103,12 +105,13 @@ def decode_images(
 
 class FrameDataset(Dataset):
     """Frames ``frames`` of the store at a path or URL, of which it reads the arrays ``names``
-    besides ``K`` and ``cam_T_ego``. Holds plain data, so that it can be sent to workers."""
+    besides ``K`` and ``cam_T_ego``, see :class:`FrameReader`. Holds plain data, so that it can be
+    sent to workers."""
 
-    def __init__(self, url: str, frames: Sequence[int], names: tuple[str, ...]):
+    def __init__(self, url: str, frames: Sequence[int], names: tuple[str, ...], check: bool = True):
         self.frames = np.asarray(frames, dtype=np.int64)
         self.names = (*names, "K", "cam_T_ego")
-        self.reader = FrameReader(url)
+        self.reader = FrameReader(url, check)
 
     def __len__(self) -> int:
         return len(self.frames)

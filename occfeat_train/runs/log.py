@@ -16,11 +16,13 @@ class RunLog:
         """Start, or go on at ``step``: lines after it, of a killed run, are dropped."""
         self.active = active
         self.path = Path(directory) / "log.jsonl"
+        self.board = None
+        if active:
+            self._go_on(step, tensorboard)
         looks = {"unit": "step", "dynamic_ncols": True, "disable": not active}
         self.bar = tqdm(total=total, initial=step, **looks)
-        self.board = None
-        if not active:
-            return
+
+    def _go_on(self, step: int, tensorboard: bool) -> None:
         text = self.path.read_text(errors="replace") if self.path.exists() else ""
         lines = text.splitlines(keepends=True)
         kept = [line for line in lines if _step(line) <= step]
@@ -28,7 +30,7 @@ class RunLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(directory), purge_step=step + 1)
+            self.board = SummaryWriter(str(self.path.parent), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log one step's numbers."""
