@@ -78,11 +78,17 @@ def _one_message() -> Iterator[None]:
     """Expected errors of work become one message and exit status 1; the rest are bugs and raise."""
     from occfeat_targets.build import BuildStopped
     from occfeat_targets.cluster import ClusterError
+    from occfeat_targets.store.extras import how_to_install
     from occfeat_targets.store.files import StoreError
     from occfeat_targets.teachers.base import TeacherError
 
     try:
         yield
+    except ModuleNotFoundError as error:
+        if (text := how_to_install(error)) is None:
+            raise
+        click.secho(f"error: {text}", fg="red", err=True)
+        sys.exit(EXIT_FAILED)
     except (BuildStopped, ClusterError, StoreError, TeacherError, ValueError, OSError) as error:
         click.secho(f"Error: {error}", fg="red", err=True)
         sys.exit(EXIT_FAILED)

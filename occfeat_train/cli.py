@@ -263,6 +263,7 @@ def _train(kind: str, asked: dict[str, Any], then: str) -> None:
 @contextmanager
 def _session() -> Iterator[tuple["Process", Say]]:
     """Join the process group; the main process speaks; known errors become one clear sentence."""
+    from occfeat_targets.store.extras import how_to_install
     from occfeat_targets.store.files import StoreError
     from occfeat_targets.store.settings import ConfigError
     from occfeat_train.distributed import ProcessLost, leave, process_group
@@ -282,8 +283,9 @@ def _session() -> Iterator[tuple["Process", Say]]:
         text = f"Error: {text}"
     except ProcessLost as error:
         lost, text = True, f"Error: {error}; go on from the last checkpoint with --resume"
-    except Exception:
-        text = traceback.format_exc()
+    except Exception as error:
+        known = isinstance(error, ModuleNotFoundError) and how_to_install(error)
+        text = f"Error: {known}" if known else traceback.format_exc()
     if "WORLD_SIZE" in os.environ:
         leave(text, lost)
     click.echo(text, err=True)

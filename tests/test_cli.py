@@ -3,6 +3,8 @@
 import json
 import shutil
 import subprocess
+import sys
+from importlib import metadata
 
 import pytest
 from click.testing import CliRunner
@@ -11,6 +13,7 @@ from conftest import FAST
 from occfeat_targets import info, verify
 from occfeat_targets.cli import EXIT_SKIPPED, main
 from occfeat_targets.config import TargetsConfig
+from occfeat_targets.store.extras import EXTRAS
 from occfeat_targets.store.reader import open_store
 
 SETTINGS = [part for setting in FAST for part in ("--set", setting)]
@@ -135,6 +138,28 @@ def test_mistakes_get_one_message_and_status_1(arguments, message, tmp_path, mon
     assert message in result.output
     assert "Traceback" not in result.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("module", "workers"), [("nuscenes", 0), ("distributed", 2)])
+def test_a_missing_library_is_named_with_its_extra(
+    module, workers, demo_root, tmp_path, monkeypatch
+):
+    """As after ``pip install .``, without ``[targets]``."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    result = _run("build", demo_root, tmp_path / "x.zarr", *SETTINGS, "--workers", workers)
+    assert result.exit_code == 1
+    assert result.output.startswith(f"error: this needs {module}, which is not installed: pip")
+    (extra,) = (extra for extra, modules in EXTRAS.items() if module in modules)
+    assert result.output.endswith(f"pip install 'occfeat[{extra}]'\n")
+    assert extra in metadata.metadata("occfeat").get_all("Provides-Extra")
+
+
+def test_a_missing_module_of_ours_is_a_bug_and_raises(monkeypatch):
+    error = ModuleNotFoundError("No module named 'occfeat_targets.x'", name="occfeat_targets.x")
+    monkeypatch.setattr(verify, "verify_store", fail_with(error))
+    assert _run("verify", "targets.zarr").exception is error
 
 
 def test_other_mistakes(built, demo_root):

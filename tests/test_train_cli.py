@@ -22,6 +22,7 @@ from occfeat_train.config import TrainConfig
 from occfeat_train.export import export, load_bev_net
 from occfeat_train.models.lifts.bevformer import BEVFormerLift
 from occfeat_train.objectives import OBJECTIVES
+from occfeat_train.runs import resolve
 from occfeat_train.runs.run import Run, RunError
 from occfeat_train.tasks import TASKS
 
@@ -136,6 +137,15 @@ def _refused(*arguments, cwd):
     assert result.exit_code == 1, result.output
     assert "Traceback" not in result.output
     return result.output
+
+
+def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch):
+    def find(*_):
+        raise ModuleNotFoundError("No module named 'distributed'", name="distributed")
+
+    monkeypatch.setattr(resolve, "finished", find)
+    output = _refused("evaluate", cwd=tmp_path)
+    assert output.startswith("Error: this needs distributed, which is not installed: pip install")
 
 
 def test_unusable_stores_are_refused_in_one_sentence(tiny_store, tmp_path):
