@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_train.models.bev_net import BEVNet, ModelSettings
 from occfeat_train.network import bev_net_state, load_same_tensors
-from occfeat_train.runs.run import Run, RunError, write_json
+from occfeat_train.runs.run import Run, RunError, replace, write_json
 
 FORMAT = "occfeat-bev-net"
 
@@ -23,7 +23,8 @@ def export(run: Run, out: Path) -> None:
     description = run.description()
     weights = {k: v.contiguous() for k, v in bev_net_state(state["network"]).items()}
     out.mkdir(parents=True)
-    save_file(weights, out / "model.safetensors")
+    # Not by save_file: it lets nobody else read the file, whatever the umask.
+    replace(out / "model.safetensors", lambda part: part.write_bytes(save(weights)))
     said = {name: description["store_identity"][name] for name in ("grid", "teacher")}
     said |= {name: description[name] for name in ("kind", "versions")}
     said |= {"format": FORMAT, "model": description["config"]["model"], "position": position}

@@ -88,6 +88,8 @@ def test_a_checkpoint_says_in_json_what_it_is(workplace):
 def test_export_loads_as_the_readme_says_and_has_no_head(workplace):
     cwd, _ = workplace
     run("export", "--out", "bev-net", cwd=cwd)
+    files = [path.stat().st_mode for path in (cwd / "bev-net").iterdir()]
+    assert len(files) == 2 and len({*files}) == 1  # as the umask says, not for the owner alone
     network = load_bev_net(cwd / "bev-net")
     weights = load_file(cwd / "bev-net" / "model.safetensors")
     trained = final_state(_only(cwd, "pretrain"))
