@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from occfeat_pipelines.recipes import HERE, Preset, Recipe
 from occfeat_targets.store.files import absolute
 from occfeat_targets.store.reader import TargetStore, open_store
-from occfeat_targets.store.settings import ConfigError, read_yaml, settings_file
+from occfeat_targets.store.settings import ConfigError, differences, read_yaml, settings_file
 from occfeat_train.config import TrainConfig
 from occfeat_train.models.encoder_weights import names_file
 from occfeat_train.robustness import headline
@@ -30,6 +31,9 @@ class Training:
     """Over the preset's: together the job's."""
     path: Path
     """Its directory."""
+    store: TargetStore | None
+    """None if it is not there; then ``missing`` says how to build it."""
+    missing: str = ""
 
     def command(self) -> list[str]:
         """Arguments of ``occfeat-train`` to start it, or to go on with it."""
@@ -55,14 +59,18 @@ class Training:
         """Whether it came to its end."""
         return (self.path / "run.json").exists() and Run(self.path).is_finished()
 
-    def require_weights(self, row: str) -> None:
-        """Raise ConfigError for a file that is missing: not after weeks, when the row begins."""
-        weights = self.job.config.model.encoder_weights
-        is_missing = names_file(weights) and not Path(weights).expanduser().is_file()
-        if is_missing and not self.is_finished():
-            raise ConfigError(
-                f"there is no file {weights}, which {row} starts from: put it there, or leave that "
-                "row out with --rows"
+    def faults(self) -> Iterator[str]:
+        """What it would stumble over, not before its turn comes, which may be in weeks."""
+        weights, size = (
+            getattr(self.job.config.model, k) for k in ("encoder_weights", "image_size")
+        )
+        if names_file(weights) and not Path(weights).expanduser().is_file():
+            yield f"there is no file {weights}: put it there, or leave that row out with --rows"
+        stored = self.store.attrs["config"]["images"]["size"] if self.store else size
+        if any(small < large for small, large in zip(stored, size, strict=True)):
+            yield (
+                f"model.image_size {list(size)} is larger than the images {list(stored)} of "
+                f"{self.job.store}: build that store with larger images.size"
             )
 
 
@@ -82,6 +90,23 @@ class Experiment:
     trainings: tuple[Training, ...]
     """A pretraining, if there is one, and the finetuning, which is evaluated."""
 
+    @property
+    def missing(self) -> list[str]:
+        """Stores that are not there, and how to build them."""
+        return [*dict.fromkeys(t.missing for t in self.trainings if t.missing)]
+
+    @property
+    def teacher(self) -> str:
+        """Of the store that it pretrains on; empty without one."""
+        *_, first = reversed(self.trainings)
+        return "" if first.job.task or not first.store else teacher_of(first.store)
+
+    def require_possible(self) -> None:
+        """Raise ConfigError if a training that is not done has faults."""
+        for training in self.trainings:
+            for fault in () if training.is_finished() else training.faults():
+                raise ConfigError(f"row {self.recipe}: {fault}")
+
     def result(self, corrupted: str | None) -> dict[str, Any]:
         """What ``evaluate`` wrote; empty if it did not, or for half a training or other images.
 
@@ -100,6 +125,17 @@ class Experiment:
         if not result:
             return {}
         return {"clean": headline(result["clean"]), **result["mean"], "mRR": result["mRR"]}
+
+
+def with_stores(experiments: list[Experiment], say: Callable[[str], None]) -> list[Experiment]:
+    """Those whose stores are there; of others, says how to build them. ConfigError: all others."""
+    there = [e for e in experiments if not e.missing]
+    missing = {(e.recipe, message) for e in experiments for message in e.missing}
+    if not there:
+        raise ConfigError(min(missing)[1])
+    for recipe, message in sorted(missing):
+        say(f"row {recipe} is left out: {message}")
+    return there
 
 
 @dataclass(frozen=True)
@@ -153,25 +189,40 @@ class Planner:
     def _training(
         self, kind: str, store_name: str, settings: tuple[str, ...], **what: Any
     ) -> Training:
-        store, settings = self._open(store_name), (*settings, *self.overrides)
-        config = TrainConfig.load(settings_file(self.preset.train, "occfeat_train"), settings)
-        job = Job(kind, store.url, config.for_fraction(what.get("fraction", 1)), **what)
-        path = self.out / f"{kind}-{_digest(job, store)}-seed{config.run.seed}"
-        return Training(job, self.preset.train, settings, path)
+        url, store = absolute(beside(self.store, store_name)), None
+        missing = self._missing(url, store_name)
+        if not missing:
+            store = self._open(url)
 
-    def _open(self, name: str) -> TargetStore:
-        """A store, ``name`` in ``stores.yaml``; ConfigError says how to build it if need be."""
-        url, preset = absolute(beside(self.store, name)), self.preset
-        if "://" not in url and not Path(url).exists():
-            settings = _set(read_yaml(HERE / "stores.yaml")[name] if name else ())
-            build = shlex.join(["build", "DATAROOT", url, "--config", preset.targets, *settings])
-            raise ConfigError(f"there is no store {url}; build it: occfeat-targets {build}")
-        store = open_store(url)
+        def job(settings: Iterable[str]) -> Job:
+            config = TrainConfig.load(settings_file(self.preset.train, "occfeat_train"), settings)
+            return Job(kind, url, config.for_fraction(what.get("fraction", 1)), **what)
+
+        settings, shown = (*settings, *self.overrides), ("run.seed=", "pretrain.objective=")
+        usual = job((*(text for text in settings if text.startswith(shown)), *self.overrides))
+        path = self.out / _name(job(settings), usual, store_name, store)
+        return Training(job(settings), self.preset.train, settings, path, store, missing)
+
+    def _missing(self, url: str, name: str) -> str:
+        """How to build a store, ``name`` in ``stores.yaml``; empty if it is there."""
+        if "://" in url or Path(url).exists():
+            return ""
+        settings = _set(read_yaml(HERE / "stores.yaml")[name] if name else ())
+        build = shlex.join(["build", "DATAROOT", url, "--config", self.preset.targets, *settings])
+        return f"there is no store {url}; build it: occfeat-targets {build}"
+
+    def _open(self, url: str) -> TargetStore:
+        store, wanted = open_store(url), self.preset.train
         meant = store.attrs["config"].get("train_preset") or "paper"
-        if meant != preset.train:
+        if meant != wanted:
             raise ConfigError(
                 f"{url} was built to train with the preset {meant}, this one trains with "
-                f"{preset.train}: name a store of its kind, --store"
+                f"{wanted}: name a store of its kind, --store"
+            )
+        if store.attrs["source"]["dataset"] == "nuScenes" and has_random_teacher(store):
+            raise ConfigError(
+                f"the features in {url} come from a teacher with random weights, which says "
+                "nothing of the paper: build it with DINOv2, --teacher facebook/dinov2-small"
             )
         return store
 
@@ -181,14 +232,49 @@ def beside(store: str, name: str) -> str:
     return f"{store.rstrip('/').removesuffix('.zarr')}-{name}.zarr" if name else store
 
 
-def _digest(job: Job, store: TargetStore) -> str:
-    """Of what decides a run's result: neither how it runs, nor settings of what it does not learn,
+def has_random_teacher(store: TargetStore) -> bool:
+    """Whether a store's features come from random weights: good for trying things out only."""
+    return store.attrs["teacher"]["weights"].startswith("random")
+
+
+def teacher_of(store: TargetStore) -> str:
+    """Its name for people, with a warning if its weights are random."""
+    name = store.attrs["teacher"]["name"]
+    return f"{name} (RANDOM WEIGHTS)" if has_random_teacher(store) else name
+
+
+def _name(job: Job, usual: Job, store_name: str, store: TargetStore | None) -> str:
+    """Of a run: what it learns, what its row sets that a ``usual`` job does not, where it starts
+    if that is not said yet, and a digest of all that decides its result (without a store, x)."""
+    words = [job.kind, job.config.model.lift, job.name]
+    words += [f"{100 * job.fraction:g}pct"] if job.task else []
+    for line in differences(_decides(usual), _decides(job)):
+        key, _, change = line.partition(": ")
+        if key not in ("model.lift", "model.encoder_weights"):
+            value = re.sub(r"[^\w.]+", "-", change.partition(" -> ")[2]).strip("-")
+            words.append(f"{key.rpartition('.')[2]}-{value}")
+    words += [store_name] if store_name else []
+    if job.task:
+        start = Path(job.init).name.rsplit("-", 2)[0] if job.init else "none"
+        for said in ("pretrain", *words):
+            start = f"-{start}-".replace(f"-{said}-", "-").strip("-")
+        words.append(f"from-{start}")
+    digest = _digest(job, store) if store else 8 * "x"
+    return "-".join([*words, digest, f"seed{job.config.run.seed}"])
+
+
+def _decides(job: Job) -> dict[str, Any]:
+    """The settings that decide a run's result: neither how it runs, nor of what it does not learn,
     nor where store and runs lie."""
     plain = job.config.plain() | {"own": job.own_settings.plain()}
     for section, _, key in (name.partition(".") for name in HOW):
         del plain[section][key]
     for section in ("finetune" if job.kind == "pretrain" else "pretrain", "objectives", "tasks"):
         del plain[section]
+    return plain
+
+
+def _digest(job: Job, store: TargetStore) -> str:
     init = job.init and Path(job.init).name
-    decides = [job.kind, plain, job.task, job.fraction, init, identity(store)]
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+    decides = [job.kind, _decides(job), job.task, job.fraction, init, identity(store)]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]

@@ -17,6 +17,8 @@ class Cell:
     column: str
     paper: float | None = None
     """None if the paper does not say, or we could not read it."""
+    teacher: str = ""
+    """Whose features the row learned; empty without a pretraining."""
     ours: list[float] = field(default_factory=list)
     """One per seed that is finished."""
 
@@ -36,7 +38,7 @@ def cells(experiments: list[Experiment], corrupted: str | None) -> list[Cell]:
     found: dict[tuple[str, str], Cell] = {}
     for e in experiments:
         for column, value in e.scores(corrupted).items():
-            cell = Cell(e.label, column, None if corrupted else e.paper)
+            cell = Cell(e.label, column, None if corrupted else e.paper, e.teacher)
             cell = found.setdefault((e.recipe, column), cell)
             if value is not None:
                 cell.ours.append(value)
@@ -45,10 +47,15 @@ def cells(experiments: list[Experiment], corrupted: str | None) -> list[Cell]:
 
 def write(table: list[Cell], path: Path) -> None:
     """Print a table, and put it beside the runs as CSV and figure."""
-    print(text(table))
+    print(f"{text(table)}\n\n{caption(table)}")
     write_csv(table, path.with_suffix(".csv"))
     draw(table, path.name, path.with_suffix(".png"))
     print(f"\n{path}.csv and .png")
+
+
+def caption(table: list[Cell]) -> str:
+    """Whose features the rows learned: random weights must not pass for DINOv2."""
+    return f"teacher: {', '.join(sorted({cell.teacher for cell in table} - {''})) or 'none'}"
 
 
 def text(table: list[Cell]) -> str:
@@ -70,11 +77,11 @@ def write_csv(table: list[Cell], path: Path) -> None:
     """The same, with the value of each seed."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["row", "column", "paper", "mean", "std", "seeds", "values"])
+        writer.writerow(["row", "column", "paper", "mean", "std", "seeds", "values", "teacher"])
         for c in table:
             numbers = ["" if v is None else f"{v:.2f}" for v in (c.paper, c.mean, c.spread)]
             values = " ".join(f"{v:.2f}" for v in c.ours)
-            writer.writerow([c.row, c.column, *numbers, len(c.ours), values])
+            writer.writerow([c.row, c.column, *numbers, len(c.ours), values, c.teacher])
 
 
 def draw(table: list[Cell], title: str, path: Path) -> None:
@@ -99,6 +106,6 @@ def draw(table: list[Cell], title: str, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(rows)), rows)
     axes[0].invert_yaxis()
-    figure.suptitle(title)
+    figure.suptitle(f"{title}, {caption(table)}")
     figure.supxlabel("bars: mean ± standard deviation; dots: seeds; diamonds: the paper", size=8)
     figure.savefig(path, dpi=120)

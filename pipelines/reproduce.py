@@ -133,8 +133,7 @@ def run_all(experiments: list[Experiment], machine: Machine, corrupted: str | No
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     chains: dict[Path, list[Experiment]] = {}
     for experiment in experiments:
-        for training in experiment.trainings:
-            training.require_weights(experiment.recipe)
+        experiment.require_possible()
         # Those that share a pretraining run one after another.
         chains.setdefault(experiment.trainings[0].path, []).append(experiment)
 
@@ -147,6 +146,27 @@ def run_all(experiments: list[Experiment], machine: Machine, corrupted: str | No
             machine.stop()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def plan(experiments: list[Experiment], corrupted: str | None) -> Iterator[str]:
+    """Lines of a shell script that does it all: each command once, after a remark on what it is,
+    whether it is done already and what it would stumble over."""
+    seen: set[Path] = set()
+    for experiment in experiments:
+        for training in experiment.trainings:
+            if training.path in seen:
+                continue
+            seen.add(training.path)
+            job, p, done = training.job, training.job.plan, training.is_finished()
+            of = f", {100 * job.fraction:g} % of the labels" if job.task else ""
+            schedule = f"{p.epochs} epochs, batch {p.batch} x {p.accumulate}, rate {p.lr:g}"
+            yield f"\n# {job.title}{of}: {schedule}{', done' if done else ''}"
+            for fault in () if done else filter(None, (training.missing, *training.faults())):
+                yield f"# MISSING: {fault}"
+            yield shlex.join(["occfeat-train", *training.command()])
+            if job.task:
+                yield shlex.join(["occfeat-train", *training.evaluation(corrupted)])
+    yield f"\n# {len(seen)} trainings for {len(experiments)} numbers; nothing was run"
 
 
 def run_chain(chain: list[Experiment], machine: Machine, corrupted: str | None) -> None:
@@ -181,6 +201,7 @@ OUT = "Directory of all runs and of the reports."
 @click.option("--jobs", type=click.IntRange(1), help="At the same time, sharing GPUs or cores.")
 @click.option("--corrupted", metavar="DIR", help="Of occfeat-targets corrupt: table c needs it.")
 @click.option("--out", type=click.Path(path_type=Path), default="reproduction", help=OUT)
+@click.option("--plan", is_flag=True, help="Run nothing and need no store; print all commands.")
 @click.option("--report-only", is_flag=True, help="Run nothing; report what the same options ran.")
 def main(**options: Any) -> None:
     """Run, then report; ``--help`` is the module's docstring."""
@@ -200,7 +221,7 @@ def reproduce(asked: SimpleNamespace) -> None:
     from tqdm import tqdm
 
     from occfeat_pipelines import report
-    from occfeat_pipelines.experiments import Planner
+    from occfeat_pipelines.experiments import Planner, with_stores
     from occfeat_targets.cluster import visible_gpus
 
     corrupted, out = asked.corrupted, asked.out
@@ -213,6 +234,10 @@ def reproduce(asked: SimpleNamespace) -> None:
     planner = Planner(preset, asked.store or preset.store, out.resolve(), asked.overrides)
     seeds, tasks = asked.seeds or preset.seeds, asked.tasks or preset.tasks
     experiments = planner.experiments(recipes, seeds, tasks, asked.fractions)
+    if asked.plan:
+        click.echo("\n".join(plan(experiments, corrupted)))
+        return
+    experiments = with_stores(experiments, click.echo)
     out.mkdir(parents=True, exist_ok=True)
     try:
         if not asked.report_only:

@@ -18,11 +18,11 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from click.testing import CliRunner
-from tiny_store import make_tiny_store
+from tiny_store import change_attributes, make_tiny_store
 from train_runs import SMALL
 
 from occfeat_pipelines import recipes, report, reproduce
-from occfeat_pipelines.experiments import Planner, beside
+from occfeat_pipelines.experiments import Planner, beside, with_stores
 from occfeat_pipelines.recipes import HERE, TABLES, Preset, load_recipes
 from occfeat_pipelines.report import Cell
 from occfeat_targets import cluster
@@ -187,11 +187,65 @@ def test_a_store_of_another_preset_is_refused(tiny_store, store_for):
 
 
 def test_a_missing_store_says_how_to_build_it(store_for, tmp_path):
+    nothing = _experiments(str(tmp_path / "m.zarr"), "3", preset="miniature")
     with pytest.raises(ConfigError, match=r"m\.zarr --config miniature"):
-        _experiments(str(tmp_path / "m.zarr"), "3", preset="miniature")
+        with_stores(nothing, print)
     (tmp_path / "t.zarr").symlink_to(store_for["paper"])
+    nothing = _experiments(str(tmp_path / "t.zarr"), "variants", ("sweeps-10",))
     with pytest.raises(ConfigError, match=r"build .*t-sweeps-10\.zarr .*--set lidar.sweeps=10"):
-        _experiments(str(tmp_path / "t.zarr"), "variants", ("sweeps-10",))
+        with_stores(nothing, print)
+
+
+def test_rows_whose_store_is_missing_are_left_out(store_for, tmp_path):
+    for name in ("t.zarr", "t-sweeps-3.zarr"):
+        (tmp_path / name).symlink_to(store_for["paper"])
+    said = []
+    there = with_stores(_experiments(str(tmp_path / "t.zarr"), "variants"), said.append)
+    assert [e.recipe for e in there] == ["sweeps-3"]
+    rows = ("sweeps-10", "teacher-base", "teacher-giant", "teacher-large")
+    assert len(said) == len(rows)
+    for row, line in zip(rows, said, strict=True):
+        assert line.startswith(f"row {row} is left out: there is no store ")
+        assert f"t-{row}.zarr; build it: occfeat-targets build" in line
+
+
+def test_random_features_do_not_pass_for_the_paper_s(store_for, tmp_path):
+    store = shutil.copytree(store_for["paper"], tmp_path / "targets.zarr")
+    none, learned = _experiments(str(store), "3", ("1", "4"), tasks=("vehicle",))
+    assert (learned.teacher, none.teacher) == ("tiny (RANDOM WEIGHTS)", "")
+    change_attributes(store, source={"dataset": "nuScenes"})
+    with pytest.raises(ConfigError, match="random weights, which says nothing of the paper"):
+        _experiments(str(store), "3")
+
+
+def test_images_larger_than_the_stored_ones_are_refused(store_for):
+    """The tiny store's are 64x96."""
+    store = str(store_for["paper"])
+
+    def require(size):
+        (e,) = _experiments(store, "4", ("1",), overrides=(f"model.image_size={size}",))
+        e.require_possible()
+
+    require("[64,96]")
+    with pytest.raises(ConfigError, match=r"\[64, 128\] is larger than the images \[64, 96\]"):
+        require("[64,128]")
+
+
+def test_runs_have_readable_names(tmp_path):
+    def names(table, row):
+        experiments = _experiments(str(tmp_path / "t.zarr"), table, (row,), tasks=("vehicle",))
+        return [training.path.name for training in experiments[0].trainings]
+
+    x = "xxxxxxxx-seed0"  # without a store
+    assert names("3", "simplebev-occupancy") == [
+        f"pretrain-simplebev-occfeat-features-False-{x}",
+        f"finetune-simplebev-vehicle-1pct-from-occfeat-features-False-{x}",
+    ]
+    assert names("1", "bevformer-enb0-none") == [f"finetune-bevformer-vehicle-1pct-from-none-{x}"]
+    assert names("1", "simplebev-rn50-img-also") == [
+        f"pretrain-simplebev-img-also-encoder-resnet-50-{x}",
+        f"finetune-simplebev-vehicle-1pct-encoder-resnet-50-from-img-also-{x}",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -213,9 +267,9 @@ def test_impossible_recipes(tmp_path, monkeypatch, values, message):
 # Reports
 
 CELLS = [
-    Cell("none", "vehicle, 1 %", 13.7, [10.0, 12.0, 17.0]),
-    Cell("both", "vehicle, 1 %", None, [20.25]),
-    Cell("none", "map, 1 %", 20.1, []),
+    Cell("none", "vehicle, 1 %", 13.7, "", [10.0, 12.0, 17.0]),
+    Cell("both", "vehicle, 1 %", None, "random:0 (RANDOM WEIGHTS)", [20.25]),
+    Cell("none", "map, 1 %", 20.1, "", []),
 ]
 
 
@@ -227,6 +281,7 @@ def test_report_as_text():
         "both vehicle, 1 % - 20.2 (1) -",
         "none map, 1 % 20.1 - -",
     ]
+    assert report.caption(CELLS) == "teacher: random:0 (RANDOM WEIGHTS)"
 
 
 def test_report_as_csv(tmp_path):
@@ -240,6 +295,7 @@ def test_report_as_csv(tmp_path):
         "std": "3.61",
         "seeds": "3",
         "values": "10.00 12.00 17.00",
+        "teacher": "",
     }
     assert [row["std"] for row in rows[1:]] == ["", ""]
 
@@ -249,6 +305,33 @@ def test_report_as_figure(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 5000
     report.draw([], "title", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+# Planning
+
+
+def test_a_plan_needs_no_store_and_prints_each_command_once(tmp_path):
+    options = ["--table", "3", "--rows", "simplebev-[bn]*", "--plan", "--out", tmp_path / "out"]
+    options += ["--store", tmp_path / "no.zarr"]
+    result = CliRunner().invoke(reproduce.main, [str(option) for option in options])
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    commands = [line.split()[1] for line in lines if line.startswith("occfeat-train ")]
+    # Two rows, two tasks, one label fraction: one pretraining for both tasks.
+    assert sorted(commands) == ["evaluate"] * 4 + ["finetune"] * 4 + ["pretrain"]
+    assert "# occfeat pretraining: 50 epochs, batch 16 x 1, rate 0.001" in lines
+    assert f"no store {tmp_path / 'no.zarr'}; build it: occfeat-targets build" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_planned_is_what_is_run(later):
+    planned, commands = later(*BOTH, "--plan")
+    assert commands == [] and planned.count(", done\n") == 2
+    shutil.rmtree(later.out)
+    planned = later(*BOTH, "--plan")[0]
+    lines = [line.split()[1] for line in planned.splitlines() if line.startswith("occfeat-train")]
+    assert lines == later(*BOTH)[1] == ["pretrain", "finetune", "evaluate"]
+    assert all(f"/{path.name}" in planned for path in later.out.glob("*-seed0"))
 
 
 # Running
@@ -333,7 +416,7 @@ class Endless:
     def is_finished(self):
         return False
 
-    def require_weights(self, _row):
+    def require_possible(self):
         pass
 
     def command(self):
@@ -537,7 +620,7 @@ def test_a_missing_weights_file_is_found_before_any_work(reproduction):
     missing = ("--set", "model.encoder_weights=moco_v2_800ep_pretrain.pth.tar")
     output, commands = reproduction(*options, *missing, code=1)
     assert commands == []
-    assert "no file moco_v2_800ep_pretrain.pth.tar, which simplebev-enb0-none starts" in output
+    assert "row simplebev-enb0-none: there is no file moco_v2_800ep_pretrain.pth.tar" in output
     reproduction(*options, *missing, "--report-only")
 
 
