@@ -17,8 +17,8 @@ def draw_frame(url: str, i: int, out: Path) -> None:
     if not 0 <= i < len(store):
         raise ValueError(f"no frame {i}: {url} has frames 0 to {len(store) - 1}")
     frame, (_, outputs) = store.frame(i), stored_outputs(store.attrs)
-    figure = Figure(figsize=(24, 7.2), layout="constrained")
-    parts: Any = figure.subfigures(1, 2, width_ratios=[2.7, 1])
+    figure = Figure(figsize=(26, 7.2), layout="constrained")
+    parts: Any = figure.subfigures(1, 2, width_ratios=[2.1, 1])
     cameras, bev = parts
     n = len(store.attrs["cameras"])
     n_rows = 2 if n > 3 else 1
@@ -32,11 +32,12 @@ def draw_frame(url: str, i: int, out: Path) -> None:
     for output in outputs:
         output.draw_bev(axis, store, frame)
     (x_lo, x_hi, _), (y_lo, y_hi, _) = store.grid.x, store.grid.y
-    axis.plot([0, 0], [0, 3], color="blue", linewidth=2)  # ego, looking ahead
+    axis.plot([0, 0], [0, 3], color="blue", linewidth=2, label="this car, looking ahead")
     axis.set(xlim=(y_hi, y_lo), ylim=(x_lo, x_hi), xlabel="y, left (m)", ylabel="x, forward (m)")
     axis.set_aspect("equal")
-    axis.legend(loc="upper right", fontsize=8)
-    axis.set_title("BEV: lidar by height, labels, map", fontsize=10)
+    # Beside the picture: within it, it would hide a corner of the street.
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, borderaxespad=0)
+    axis.set_title("from above: lidar by height, labels, map", fontsize=10)
     teacher = store.attrs["teacher"]
     figure.suptitle(
         f"{store.scene(i)} ({store.split(i)})  sample {store.token(i)}  {frame['n_voxels']} voxels "

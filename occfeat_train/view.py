@@ -71,7 +71,9 @@ def _draw(
     from matplotlib.figure import Figure
 
     columns = -(-len(images) // 2)
-    widths = [13 / 3 * columns, 3.7 * len(panels)]
+    height, width = next(iter(images.values())).shape[:2]
+    # So wide that two rows of cameras fill the height: no gap between them.
+    widths = [3.1 * columns * width / height, 3.7 * len(panels)]
     figure = Figure(figsize=(sum(widths), 7.2), layout="constrained")
     FigureCanvasAgg(figure)
     parts: Any = figure.subfigures(1, 2, width_ratios=widths)
@@ -85,7 +87,7 @@ def _draw(
         axis.set_title(name, fontsize=10)
     axes = bev.subplots(2, len(panels), squeeze=False)
     for column, panel in zip(axes.T, panels, strict=True):
-        _draw_bev(column[0], grid, panel.target, f"{panel.title}: target")
+        _draw_bev(column[0], grid, panel.target, f"{panel.title}: target{panel.remark}")
         shown = _draw_bev(column[1], grid, panel.predicted, f"{panel.title}: predicted")
         if panel is panels[0] and panel.predicted.ndim == 2:  # colours of features mean nothing
             bev.colorbar(shown, ax=axes, shrink=0.6, label="probability")
@@ -100,6 +102,8 @@ def _draw_bev(axis: Any, grid: VoxelGrid, picture: np.ndarray, title: str) -> An
     shown = axis.imshow(picture, "magma", origin="lower", extent=extent, vmin=0, vmax=1)
     axis.plot([0, 0], [0, 3], color="deepskyblue", linewidth=2)  # ego, looking ahead
     axis.set(xlim=(y_hi, y_lo), ylim=(x_lo, x_hi))
+    axis.set_xlabel("y, left (m)", fontsize=7)
+    axis.set_ylabel("x, forward (m)", fontsize=7)
     axis.tick_params(labelsize=7)
     axis.set_title(title, fontsize=10)
     return shown

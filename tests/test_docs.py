@@ -3,6 +3,7 @@
 In this process, since starting one takes longer than most commands.
 """
 
+import configparser
 import os
 import re
 import runpy
@@ -18,7 +19,7 @@ import yaml
 from click.testing import CliRunner
 from tiny_store import make_tiny_store
 
-from occfeat_targets import cluster
+from occfeat_targets import __version__, cluster
 from occfeat_targets.cli import main as occfeat_targets
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.frame import layout_of, make_outputs
@@ -310,3 +311,36 @@ def test_the_workflow_and_hooks_call_what_exists():
         assert (ROOT / path).exists(), path
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     assert {hook["entry"].split()[0] for hook in hooks} == {".venv/bin/ruff", "make"}
+
+
+def test_the_dockerfile_copies_all_that_pip_needs():
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", "").splitlines()
+    copied = {name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]}
+    assert all((ROOT / name).exists() for name in copied)
+    setup = configparser.ConfigParser()
+    setup.read_string((ROOT / "setup.cfg").read_text())
+    packages = setup["options"]["packages"].split()
+    needed = {name.split(".")[0].replace("occfeat_pipelines", "pipelines") for name in packages}
+    files = {"README.md", setup["metadata"]["license_files"], "setup.cfg", "pyproject.toml"}
+    assert needed | files <= copied
+    run = " ".join(line for line in lines if line.startswith("RUN "))
+    (extra,) = re.findall(r"'\.\[(\w+)\]'", run)
+    assert extra in setup["options.extras_require"]
+    programs = {
+        line.split(" = ")[0]
+        for line in setup["options.entry_points"]["console_scripts"].split("\n")
+        if line
+    }
+    assert programs == {*re.findall(r"occfeat-\w+", run)}
+    assert re.search(r"^torch==", (ROOT / "constraints.txt").read_text(), re.M)
+
+
+def test_the_citation_says_what_the_readme_says():
+    said = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= said.keys()
+    assert said["version"] == __version__
+    paper = said["preferred-citation"]
+    bibtex = " ".join(re.sub(r"[{}\\']", "", *_blocks("README", "bibtex")).split())
+    assert paper["title"] in bibtex and f"= {paper['year']}" in bibtex
+    names = [f"{a['family-names']}, {a['given-names']}" for a in paper["authors"]]
+    assert " and ".join(names).replace("é", "e") in bibtex

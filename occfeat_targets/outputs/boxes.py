@@ -82,9 +82,11 @@ class Boxes(Output):
         hidden = vehicle & (frame["vehicle_visible"] == 0)
         bev_image(axis, store.grid, [(vehicle, _VEHICLE, "vehicle")])
         bev_image(axis, store.grid, [(hidden, _HARDLY_VISIBLE, "vehicle, hardly visible")])
+        line = {"color": "black", "linewidth": 0.8}
+        axis.plot([], [], label="box of any class", **line)
         for box in frame["boxes"]:
             corners = footprint(box)[[0, 1, 2, 3, 0]]
-            axis.plot(corners[:, 1], corners[:, 0], color="black", linewidth=0.8)
+            axis.plot(corners[:, 1], corners[:, 0], **line)
 
 
 def vehicle_masks(vehicles: np.ndarray, grid: VoxelGrid) -> tuple[np.ndarray, np.ndarray]:

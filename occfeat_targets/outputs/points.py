@@ -60,7 +60,11 @@ class Points(Output):
         """Returns inside the grid, coloured by height."""
         xyz = frame["points"][:, :3] * store.attrs["point_step_m"]
         xyz = xyz[store.grid.flat_index(xyz)[1]]
-        axis.scatter(xyz[:, 1], xyz[:, 0], c=xyz[:, 2], s=0.5, cmap="viridis", vmin=-1, vmax=4)
+        y, x, z = xyz[:, 1], xyz[:, 0], xyz[:, 2]
+        shown = axis.scatter(y, x, c=z, s=0.5, cmap="viridis", vmin=-1, vmax=4)
+        axis.figure.colorbar(
+            shown, ax=axis, location="bottom", shrink=0.6, label="lidar: z, up (m)"
+        )
 
 
 def _surely_occupied(grid: VoxelGrid, around: list[np.ndarray]) -> np.ndarray:

@@ -34,6 +34,8 @@ class Panel(NamedTuple):
     title: str
     target: np.ndarray
     predicted: np.ndarray
+    remark: str = ""
+    """On the target, after its title."""
 
 
 class Objective(nn.Module):

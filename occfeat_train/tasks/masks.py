@@ -57,7 +57,8 @@ class MaskTask(Task):
         target, visible = self.truth(batch)
         probability = self.predict(bev)["mask"].float().sigmoid().view_as(target)[0].cpu().numpy()
         shown = (target * torch.where(visible.bool(), 1.0, 0.4)[:, None])[0].cpu().numpy()
-        return list(map(Panel, self.classes, shown, probability))
+        remark = "" if bool(visible.all()) else " (purple: hardly visible)"
+        return [Panel(*each, remark) for each in zip(self.classes, shown, probability, strict=True)]
 
     @classmethod
     def table(cls, rows: dict[str, Any]) -> list[list[str]]:
