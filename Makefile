@@ -1,10 +1,5 @@
-# make targets                       demo world -> targets.zarr (random teacher, offline)
-# make targets NUSCENES=/data/sets/nuscenes [VERSION=v1.0-trainval] [STORE=/fast/targets.zarr]
-#              [TEACHER=DIR or hub id] [WORKERS=8] [SCHEDULER=tcp://host:8786]
-# make miniature                     the paper's Table 3 on a demo world
-# make test                          the tests; make quick: the pure parts, in a minute
-# make lint · make format
-# Each installs into .venv first if need be; PYTHON=python3.11 chooses the interpreter.
+# make help lists what there is. Each installs into .venv first if need be; PYTHON=python3.11 chooses
+# the interpreter.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,8 +11,26 @@ installed := $(VENV)/.installed
 options := $(if $(VERSION),--version $(VERSION)) $(if $(TEACHER),--teacher $(TEACHER)) \
 	$(if $(WORKERS),--workers $(WORKERS)) $(if $(SCHEDULER),--scheduler $(SCHEDULER))
 
-.PHONY: install targets miniature test quick fuzz lint format
+.PHONY: help install targets miniature test quick fuzz lint format
 .DEFAULT_GOAL := targets
+
+# One line each, here and nowhere else.
+define help
+make targets     a demo world and its targets, targets.zarr (random teacher, no download)
+make targets NUSCENES=/data/sets/nuscenes [VERSION=v1.0-trainval] [STORE=/fast/targets.zarr]
+                 [TEACHER=DIR or hub id] [WORKERS=8] [SCHEDULER=tcp://host:8786]
+make miniature   the paper's Table 3 on a demo world, 45 minutes
+make install     into .venv alone
+make test        all tests
+make quick       the pure parts, a minute
+make fuzz        all that is parsed, 10,000 damaged cases each: hours
+make lint        ruff, and types
+make format      ruff mends what it can
+endef
+
+help:
+	$(info $(help))
+	@:
 
 install: $(installed)
 
@@ -36,6 +49,7 @@ targets: $(installed)
 	$(bin)/occfeat-targets verify '$(STORE)'
 endif
 	$(bin)/occfeat-targets info '$(STORE)'
+	@echo "Next: source $(bin)/activate, then occfeat-train pretrain --store '$(STORE)'"
 
 miniature: $(installed)
 	$(bin)/occfeat-targets demo-data miniature-world --version v1.0-trainval --scenes 64 --samples 3

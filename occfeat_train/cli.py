@@ -176,6 +176,7 @@ def evaluate(run: Path | None, store: str | None, corrupted: str | None, **asked
             text, name = evaluate.table(result), "result.json"
         result["set"] = list(asked["overrides"])
         say(json.dumps(result, indent=1) if asked["as_json"] else text)
+        _say_if_random(job.store, tell)
         if process.is_main:
             write_json(finetuned.path / name, result)
 
@@ -221,6 +222,7 @@ def view(store: str | None, run: Path | None, frame: int | None, out: Path) -> N
         if process.is_main:
             i = draw_frame(job, chosen, frame, process.device, out)
             say(f"{out}: frame {i} of {job.store} as {chosen.path} ({job.title}) sees it")
+            _say_if_random(job.store, say)
 
 
 def _train(kind: str, asked: dict[str, Any], then: str) -> None:
@@ -247,17 +249,24 @@ def _train(kind: str, asked: dict[str, Any], then: str) -> None:
         elif process.is_main:  # which makes it soon after
             run.require_new()
         say(f"Store: {job.store}")
-        if store.attrs["teacher"]["weights"].startswith("random"):
-            say(
-                "The store's features come from a RANDOM-WEIGHTS teacher: good for trying things "
-                "out, useless for results."
-            )
+        _say_if_random(job.store, say)
         finished = train(job, run, process, resume)
         say(f"{run.path}: {'finished' if finished else 'stopped'}")
         if not finished:
             say(f"Go on with: occfeat-train {kind} --resume --run-dir {run.path}")
             raise SystemExit(130)
         say(f"Next: occfeat-train {then.format(run.path)}")
+
+
+def _say_if_random(url: str, say: Say) -> None:
+    """What the numbers and pictures of such a store, as the demo's, are worth."""
+    from occfeat_targets.store.reader import open_store
+
+    if open_store(url).attrs["teacher"]["weights"].startswith("random"):
+        say(
+            f"The features of {url} come from a RANDOM-WEIGHTS teacher: good to see that all runs, "
+            "not comparable with the paper."
+        )
 
 
 @contextmanager

@@ -207,6 +207,13 @@ def test_make_commands_are_the_makefile_s():
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 
 
+def test_make_help_names_every_target():
+    helped = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True)
+    named = set(re.findall(r"^make (\w+)", helped.stdout, re.M))
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert named == {*phony.split()} - {"help"}
+
+
 @pytest.mark.parametrize("line", SCRIPTS)
 def test_scripts_are_understood(line, tmp_path, capsys):
     """Reproduction is run by ``test_reproduce`` at toy size; benchmarks take minutes."""

@@ -49,7 +49,7 @@ def test_the_three_commands_find_each_others_results(workplace):
     cwd, (pretrained, finetuned, evaluated) = workplace
     pretraining, finetuning = _only(cwd, "pretrain"), _only(cwd, "finetune")
     assert "preset demo, as " in pretrained
-    assert "RANDOM-WEIGHTS teacher" in pretrained
+    assert "RANDOM-WEIGHTS teacher" in pretrained and "RANDOM-WEIGHTS teacher" in evaluated
     assert f"Starting from: runs/{pretraining.name}" in finetuned
     assert f"Settings: those of runs/{pretraining.name}" in finetuned
     for printed in (pretrained, finetuned, evaluated):
