@@ -43,10 +43,17 @@ def prepare(
 def read_dataset(dataroot: Path, version: str | None, config: TargetsConfig) -> Dataset:
     """Read the tables. Raises SourceError: unusable dataset; and ConfigError: no such source."""
     dataroot, name, known = Path(dataroot), config.source, SOURCES.names
+    found = [each for each in known if name == "auto" and SOURCES(each)().detect(dataroot)]
     if name == "auto":  # where none recognises the dataroot, the first says what is missing
-        name = next((each for each in known if SOURCES(each)().detect(dataroot)), known[0])
+        name = (found or known)[0]
     sweeps, map_mode = config.lidar.sweeps, config.map.mode
-    dataset = SOURCES(name)().read(dataroot, version, config.frames, sweeps, map_mode)
+    try:
+        dataset = SOURCES(name)().read(dataroot, version, config.frames, sweeps, map_mode)
+    except SourceError as error:
+        if found or config.source != "auto" or not dataroot.is_dir():
+            raise
+        hint = "for a dataset of another kind name its reader: --set source=module:Name"
+        raise SourceError(f"{error} ({hint})") from error
     if len(dataset.cameras) > MAX_CAMERAS:
         raise SourceError(f"{dataroot} has {len(dataset.cameras)} cameras, at most {MAX_CAMERAS}")
     if unknown := sorted({*dataset.vehicle_classes} - {*dataset.box_classes}):

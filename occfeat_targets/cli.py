@@ -1,4 +1,4 @@
-"""The ``occfeat-targets`` command: nuScenes dataroot to targets store.
+"""The ``occfeat-targets`` command: a dataset to a targets store.
 
 Commands are thin: they parse, call one function and turn errors into one message. What they need is
 imported where it is used: ``--help`` stays quick.
@@ -134,7 +134,7 @@ def demo_data(out: Path, **options: Any) -> None:
 @click.option(
     "--teacher",
     help="DINOv2 hub id or local directory, random:SEED (no DINOv2 features!), a plug-in "
-    "package.module:factory, or none (a store without features). Default: facebook/dinov2-small.",
+    "package.module:factory on PYTHONPATH, or none (no features). Default: facebook/dinov2-small.",
 )
 @click.option(
     "--precision",
@@ -147,7 +147,9 @@ def demo_data(out: Path, **options: Any) -> None:
 @on_error_option
 @click.option("--overwrite", is_flag=True, help="Delete the targets store that is there first.")
 def build(dataroot: Path, store: str, overwrite: bool, on_error: str, **options: Any) -> None:
-    """Build the targets store STORE from the nuScenes dataroot DATAROOT.
+    """Build the targets store STORE from the dataset in DATAROOT.
+
+    nuScenes is recognised; for another dataset name its reader, --set source=module:Name.
 
     STORE is a directory or a URL that fsspec opens (s3://…). Killed or failed builds continue
     where they were when the same command is run again (without --overwrite).

@@ -111,7 +111,7 @@ def test_settings_come_from_presets_and_files(demo_root, tmp_path):
         assert result.exit_code == 0, result.output
         stored = open_store(store).attrs["config"]
         assert (stored["train_preset"], stored["block_frames"]) == ("demo", block_frames)
-    assert _run("settings").output.startswith("# Targets from nuScenes: every setting")
+    assert _run("settings").output.startswith("# Targets of a dataset (nuScenes, or")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,8 @@ def test_settings_come_from_presets_and_files(demo_root, tmp_path):
         (["info", "nothing.zarr"], "no targets store here"),
         (["verify", "nothing.zarr"], "no targets store here"),
         (["view", "nothing.zarr"], "no targets store here"),
-        (["check", "nowhere"], "no such directory: nowhere"),
+        (["check", "nowhere"], "no such directory: nowhere\n"),
+        (["check", "."], "name its reader: --set source=module:Name)\n"),
         (["build", "nowhere", "x.zarr"], "no such directory: nowhere"),
         (["build", "nowhere", "x.zarr", "--set", "lidar.sweps=2"], "did you mean lidar.sweeps?"),
     ],

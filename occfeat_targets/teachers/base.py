@@ -28,9 +28,10 @@ class TeacherSettings(Settings):
 
 
 class Teacher(Protocol):
-    """A frozen image model that gives dense features. A plug-in should also have ``weights``, a
-    string that identifies its parameters (a ``torch.nn.Module`` gets its state's hash): a build
-    refuses others. Called without gradients; on a GPU worker from several threads at once."""
+    """A frozen image model that gives dense features. A plug-in, ``package.module:factory`` in a
+    folder on ``PYTHONPATH``, should also have ``weights``, a string that identifies its parameters
+    (a ``torch.nn.Module`` gets its state's hash): a build refuses others; and ``precision``, if
+    that is not float32. Called without gradients; on a GPU worker from several threads at once."""
 
     name: str
     dim: int
