@@ -194,7 +194,7 @@ class Planner:
         if not missing:
             store = self._open(url)
 
-        def job(settings: Iterable[str]) -> Job:
+        def job(settings: tuple[str, ...]) -> Job:
             config = TrainConfig.load(settings_file(self.preset.train, "occfeat_train"), settings)
             return Job(kind, url, config.for_fraction(what.get("fraction", 1)), **what)
 

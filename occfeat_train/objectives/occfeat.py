@@ -119,7 +119,7 @@ class OccFeat(Objective):
             for picture, values in zip(pictures, (wanted, got), strict=True):
                 # Voxels ascend with height, and the last one of a column stays.
                 picture[x, y] = feature_colours(values, wanted)
-            panels.append(Panel("features (PCA)", *pictures))
+            panels.append(Panel("features (PCA)", pictures[0], pictures[1]))
         return panels
 
 
