@@ -21,12 +21,14 @@ from occfeat_targets.teachers import shared_teacher
 from occfeat_targets.teachers.base import describe
 
 
-def verify_store(url: str) -> tuple[int, list[str]]:
+def verify_store(url: str, quick: bool = False) -> tuple[int, list[str]]:
     """Check every object against its checksum, then every frame: shapes, ranges, order, images,
-    scales, and whether it fits together. Returns the number of frames, and a line per problem,
-    naming object, or frame, scene and sample. Raises StoreError if the store can't be opened."""
+    scales, and whether it fits together; ``quick``: objects alone, by sizes where frames are in
+    them. Returns the number of frames, and a line per problem, naming object, or frame, scene and
+    sample. Raises StoreError if the store can't be opened."""
     store = open_store(url)
-    if problems := list(check_objects(url)):
+    problems = list(check_objects(url, quick))
+    if quick or problems:
         return len(store), problems
     try:
         _, outputs = stored_outputs(store.attrs)

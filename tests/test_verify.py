@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import zarr
 from conftest import reseal
+from fsspec.implementations.local import LocalFileSystem
 
 from occfeat_targets.frame import stored_outputs
 from occfeat_targets.outputs.points import Points
@@ -185,3 +186,22 @@ def test_flat_ground_on_the_edge_between_two_cells_is_no_damage(demo_store, side
     voxels = store.grid.occupied(np.rint(xyz / step) * step + (0, 0, side))
     points = np.column_stack([np.rint(xyz / step), np.zeros(500)]).astype(np.int16)
     assert _points_check(store, points, voxels) == []
+
+
+def test_a_quick_look_finds_files_and_descriptions_but_reads_no_data(store, monkeypatch):
+    """Sizes tell truncated, lost and added files; a byte in the middle needs the whole."""
+    read, cat_file = [], LocalFileSystem.cat_file
+    noted = lambda fs, path, **more: read.append(path) or cat_file(fs, path, **more)  # noqa: E731
+    monkeypatch.setattr(LocalFileSystem, "cat_file", noted)
+    assert verify_store(str(store), quick=True) == (4, [])
+    assert read and all(path.endswith(("zarr.json", "checksums/c/0")) for path in read)
+    shard, lost, described = (store / n for n in ("features/c/0/0/0", "n_boxes/c/0", "K/zarr.json"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    lost.unlink()
+    described.write_text(described.read_text().replace("3", "4"))
+    (store / "points/c/7").write_bytes(b"")
+    problems = verify_store(str(store), quick=True)[1]
+    for said in ("n_boxes/c/0 is missing", "points/c/7 is no object", "features/c/0/0/0 has ",
+                 "K/zarr.json is damaged"):  # fmt: skip
+        assert sum(said in problem for problem in problems) == 1, said
+    assert len(problems) == 4

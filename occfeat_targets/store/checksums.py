@@ -68,8 +68,9 @@ def write_checksums(
     array[:] = np.frombuffer(_text(sums), np.uint8)
 
 
-def check_objects(url: str) -> Iterator[str]:
-    """Read every object of a finished store: a line for each that is not what was written."""
+def check_objects(url: str, quick: bool = False) -> Iterator[str]:
+    """A line for each object of a finished store that is not what was written. All are read, unless
+    ``quick``: then of what arrays hold only the sizes count."""
     fs, root = filesystem(url)
     found = find(url)
     try:
@@ -87,6 +88,8 @@ def check_objects(url: str) -> Iterator[str]:
     def read(key: str) -> str | None:
         if found[key] != wanted[key][1]:
             return f"{key} has {found[key]} bytes instead of {wanted[key][1]}"
+        if quick and "/c/" in key:
+            return None
         same = checksum(fs.cat_file(f"{root}/{key}")) == wanted[key]
         return None if same else f"{key} is damaged: it does not match its checksum"
 
