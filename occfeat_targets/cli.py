@@ -65,6 +65,13 @@ cluster_options = _together(
     click.option("--threads", type=click.IntRange(min=1), help="Tasks at a time in each worker."),
     click.option("--scheduler", metavar="tcp://HOST:PORT", help="Use a running Dask scheduler."),
 )
+plugin_option = click.option(
+    "--plugin",
+    "plugins",
+    multiple=True,
+    metavar="MODULE:NAME",
+    help="A plug-in that STORE was made with: run its code. May be repeated.",
+)
 on_error_option = click.option(
     "--on-error",
     type=click.Choice(["stop", "skip"]),
@@ -209,6 +216,7 @@ def _leave_out(messages: Collection[str]) -> None:
     metavar="NAME",
     help="Only this one, such as fog-easy. May be repeated. Default: all 24.",
 )
+@plugin_option
 @cluster_options
 @on_error_option
 def corrupt(dataroot: Path, store: str, out: str, on_error: str, **options: Any) -> None:
@@ -230,9 +238,10 @@ def corrupt(dataroot: Path, store: str, out: str, on_error: str, **options: Any)
     from occfeat_targets.cluster import executor
     from occfeat_targets.corruptions import CORRUPTED
     from occfeat_targets.store.files import absolute
+    from occfeat_targets.store.registry import only_plugins
 
     names = options["only"] or CORRUPTED
-    with _one_message():
+    with _one_message(), only_plugins(store, options["plugins"]):
         if unknown := [name for name in names if name not in CORRUPTED]:
             raise ValueError(f"no corruption {unknown[0]}; there are {', '.join(CORRUPTED)}")
         config, dataset = read_split(dataroot, store, options["split"])
@@ -299,16 +308,18 @@ def info(store: str, as_json: bool) -> None:
 @click.option("--recompute", default=0, metavar="K", help="Also recompute K random frames.")
 @click.option("--dataroot", type=path_type, help="Where from; needed for --recompute.")
 @click.option("--seed", default=0, help="Which random frames.")
-def verify(store: str, quick: bool, recompute: int, dataroot: Path | None, seed: int) -> None:
+@plugin_option
+def verify(store: str, quick: bool, recompute: int, plugins: tuple[str, ...], **how: Any) -> None:
     """Re-read every frame of STORE and check that it is sound and consistent."""
+    from occfeat_targets.store.registry import only_plugins
     from occfeat_targets.verify import recompute_frames, verify_store
 
-    if recompute and not dataroot:
+    if recompute and not how["dataroot"]:
         raise click.UsageError("--recompute needs --dataroot")
-    with _one_message():
+    with _one_message(), only_plugins(store, plugins):
         n_frames, problems = verify_store(store, quick)
-        if dataroot and recompute and not problems:
-            problems += recompute_frames(store, dataroot, recompute, seed)
+        if recompute and not problems:
+            problems += recompute_frames(store, count=recompute, **how)
     for problem in problems:
         click.secho(f"  {problem}", fg="red", err=True)
     looked = "looked at" if quick else "read"
@@ -321,12 +332,14 @@ def verify(store: str, quick: bool, recompute: int, dataroot: Path | None, seed:
 @store_argument
 @click.option("--frame", default=0, help="Index of the frame.")
 @click.option("--out", type=path_type, help="Default: view-FRAME.png.")
-def view(store: str, frame: int, out: Path | None) -> None:
+@plugin_option
+def view(store: str, frame: int, out: Path | None, plugins: tuple[str, ...]) -> None:
     """Draw one frame of STORE to a PNG: the cameras with the voxels, and the BEV."""
+    from occfeat_targets.store.registry import only_plugins
     from occfeat_targets.view import draw_frame
 
     out = out or Path(f"view-{frame}.png")
-    with _one_message():
+    with _one_message(), only_plugins(store, plugins):
         draw_frame(store, frame, out)
     click.echo(f"wrote {out}")
 

@@ -48,7 +48,8 @@ def make_outputs(config: TargetsConfig, layout: Layout) -> list[Output]:
 
 
 def stored_outputs(attrs: dict[str, Any]) -> tuple[TargetsConfig, list[Output]]:
-    """Settings and outputs of a store, by its root attributes."""
+    """Settings and outputs of a store, by its root attributes. A store of unknown origin is read
+    within ``registry.only_plugins``."""
     config = TargetsConfig.of(attrs["config"])
     return config, make_outputs(config, layout_of(config, attrs, attrs["teacher"]["dim"]))
 

@@ -50,7 +50,8 @@ def test_build_info_verify_view(demo_root, tmp_path):
     assert sum(summary["voxels_per_frame"]["histogram"].values()) == 3
     assert sum(split["frames"] for split in summary["splits"].values()) == 3
     assert "patch-means" in _run("info", store).output
-    verified = _run("verify", store, "--recompute", 2, "--dataroot", demo_root)
+    trusted = ("--plugin", "teachers:PatchMeans")
+    verified = _run("verify", store, "--recompute", 2, "--dataroot", demo_root, *trusted)
     assert verified.exit_code == 0, verified.output
     assert "3 frames read, 2 recomputed, 0 problem(s)" in verified.output
     drawn = _run("view", store, "--frame", 1, "--out", tmp_path / "view.png")

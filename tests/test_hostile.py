@@ -1,18 +1,28 @@
-"""Dataroots that were made to do harm, or that a broken disk left: refused in one sentence."""
+"""What was made to do harm, or a broken disk left: refused in one sentence."""
 
 import json
 import os
 import re
+import shutil
 import struct
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FAST, build_store
+from click.testing import CliRunner
+from conftest import FAST, build_store, reseal
 
 from occfeat_targets.build import BuildStopped, check_records, read_dataset
+from occfeat_targets.cli import main
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.images import decode_jpeg
 from occfeat_targets.sources.base import SourceError
+from occfeat_targets.store.files import open_group
+
+
+def _run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def check(dataroot):
@@ -93,3 +103,55 @@ def test_intensities_out_of_range(dataroot, tmp_path, value):
         BuildStopped, match=f"{re.escape(file.name)} has 2 points with an intensity outside"
     ):
         build_store(dataroot, tmp_path / "targets.zarr")
+
+
+# --- stores -------------------------------------------------------------------------------------
+
+EVIL = """
+import pathlib
+from teachers import PatchMeans as Teacher
+from occfeat_targets.outputs.base import Output
+from occfeat_targets.sources.nuscenes import NuScenesSource as Source
+pathlib.Path(__file__).with_name("harm").touch()
+"""
+
+
+@pytest.fixture
+def store(demo_store, tmp_path, monkeypatch):
+    """A copy that a test may spoil; beside it a module ``evil``, whose import makes ``harm``."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil.py").write_text(EVIL)
+    yield Path(shutil.copytree(demo_store, tmp_path / "targets.zarr"))
+    sys.modules.pop("evil", None)
+
+
+@pytest.mark.parametrize(
+    ("setting", "kind"),
+    [
+        ({"teacher": {"name": "evil:Teacher"}}, "teacher"),
+        ({"source": "evil:Source"}, "source"),
+        ({"outputs": {"evil:Output": {}}}, "output"),
+    ],
+)
+def test_code_that_a_store_names_runs_only_if_the_user_names_it_too(
+    store, demo_root, tmp_path, setting, kind
+):
+    group = open_group(str(store), "r+")
+    group.attrs["config"] = group.attrs["config"] | setting
+    reseal(store)
+    recompute = ("--recompute", 1, "--dataroot", demo_root, "--plugin", FAST[0].split("=")[1])
+    commands = {
+        "teacher": [("verify", store, *recompute[:-1], "toys:Other")],
+        "source": [("verify", store, *recompute), ("corrupt", demo_root, store, tmp_path / "out")],
+        "output": [("verify", store), ("view", store), ("corrupt", demo_root, store, "out")],
+    }[kind]
+    assert _run("info", store).exit_code == 0
+    for command in commands:
+        result = _run(*command)
+        assert result.exit_code == 1, result.output
+        name = f"evil:{kind.capitalize()}"
+        assert re.match(rf"error: .*{store} was made with the plug-in {name} .* again, --plugin {name}, ",
+                        result.output.splitlines()[-1]), result.output  # fmt: skip
+        assert not (tmp_path / "harm").exists()
+    result = _run(*commands[0], "--plugin", f"evil:{kind.capitalize()}")
+    assert (tmp_path / "harm").exists()
