@@ -5,9 +5,11 @@ import os
 import re
 import shutil
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -19,6 +21,7 @@ from occfeat_targets.config import TargetsConfig
 from occfeat_targets.images import decode_jpeg
 from occfeat_targets.sources.base import SourceError
 from occfeat_targets.store.files import open_group
+from occfeat_targets.store.reader import SEAL, array_seals, seal
 
 
 def _run(*arguments):
@@ -150,8 +153,108 @@ def test_code_that_a_store_names_runs_only_if_the_user_names_it_too(
         result = _run(*command)
         assert result.exit_code == 1, result.output
         name = f"evil:{kind.capitalize()}"
-        assert re.match(rf"error: .*{store} was made with the plug-in {name} .* again, --plugin {name}, ",
-                        result.output.splitlines()[-1]), result.output  # fmt: skip
+        said = result.output.splitlines()[-1]
+        assert said.startswith(f"error: {store} was made with the plug-in {name}"), result.output
+        assert f"again, --plugin {name}, if you trust it" in said
         assert not (tmp_path / "harm").exists()
     result = _run(*commands[0], "--plugin", f"evil:{kind.capitalize()}")
     assert (tmp_path / "harm").exists()
+
+
+def _bomb(n_bytes):
+    """A zstd frame of zeros, by its own words as long: 4 bytes for every 128 KiB, and crc32c."""
+    size = 2**17
+    blocks = [(size << 3 | 1 << 1).to_bytes(3, "little") + b"\0"] * (n_bytes // size)
+    blocks[-1] = (size << 3 | 1 << 1 | 1).to_bytes(3, "little") + b"\0"
+    frame = b"\x28\xb5\x2f\xfd\xa0" + n_bytes.to_bytes(4, "little") + b"".join(blocks)
+    return frame + google_crc32c.value(frame).to_bytes(4, "little")
+
+
+def _edit_arrays(store, edit, names=None):
+    """Change what ``zarr.json`` says of arrays."""
+    for path in store.glob("*/zarr.json"):
+        if path.parent.name in (names or open_group(str(store), "r").attrs["arrays"]):
+            said = json.loads(path.read_text())
+            edit(said)
+            path.write_text(json.dumps(said))
+
+
+def _bill_of_frames(store):
+    """A thousand million frames in every array."""
+    n = 10**9
+    open_group(str(store), "r+").attrs["n_frames"] = n
+
+    def edit(said):
+        said["shape"][0] = n
+        grid = said["chunk_grid"]["configuration"]["chunk_shape"]
+        grid[0] = grid[0] if said["codecs"][0]["name"] == "sharding_indexed" else n
+
+    _edit_arrays(store, edit)
+
+
+def _long_frames(store):
+    """Frames whose voxels would fill two thousand million rows."""
+    array = open_group(str(store), "r+")["n_voxels"]
+    array[:] = 2**31 - 2
+
+    def edit(said):
+        said["shape"][1] = said["chunk_grid"]["configuration"]["chunk_shape"][1] = 2**31
+
+    _edit_arrays(store, edit, ["features", "voxel_index", "feature_scale", "feature_cameras"])
+
+
+def _large_chunks(store):
+    """Inner chunks of so many rows."""
+
+    def edit(said):
+        shape = said["codecs"][0]["configuration"]["chunk_shape"]
+        said["shape"][1] = said["chunk_grid"]["configuration"]["chunk_shape"][1] = shape[1] = 2**34
+
+    _edit_arrays(store, edit, ["points"])
+
+
+SIZES = {
+    "frames, by the attributes": (
+        lambda store: open_group(str(store), "r+").attrs.update({"n_frames": 10**9}),
+        "is not of 1000000000 frames",
+    ),
+    "frames": (_bill_of_frames, "is damaged: it claims [0-9]+ bytes, the most is"),
+    "rows": (_long_frames, "is damaged: it claims [0-9]+ bytes, the most is"),
+    "chunks": (_large_chunks, "points.* is damaged: it claims [0-9]+ bytes, the most is"),
+    "a bomb": (
+        lambda store: (store / "n_voxels/c/0").write_bytes(_bomb(2**31)),
+        "n_voxels is damaged: a chunk is of 2147483648 bytes instead of 16",
+    ),
+}
+READ = """
+import resource, sys, time
+from occfeat_targets.store.files import StoreError
+from occfeat_targets.store.reader import open_store
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 300_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+began = time.monotonic()
+try:
+    store = open_store(sys.argv[1])
+    for i in range(len(store)):
+        store.frame(i)
+except StoreError as error:
+    print(time.monotonic() - began, error)
+"""
+
+
+@pytest.mark.parametrize("what", SIZES)
+def test_sizes_that_a_store_claims_are_not_believed(store, what):
+    """With 300 MB and in a moment, though all its checksums are right."""
+    make, message = SIZES[what]
+    make(store)
+    names = list(open_group(str(store), "r").attrs["arrays"])
+    open_group(str(store), "r+").attrs["arrays"] = array_seals(str(store), names)
+    attrs = open_group(str(store), "r+").attrs
+    attrs[SEAL] = seal(dict(attrs))
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(store)], capture_output=True, text=True, timeout=60
+    )
+    seconds, _, said = done.stdout.partition(" ")
+    assert re.search(message, said) and said.count("\n") == 1, done.stdout + done.stderr
+    assert float(seconds) < 5

@@ -99,7 +99,7 @@ def test_a_scene_without_a_name_is_found(store):
     group.attrs["scenes"] = group.attrs["scenes"][:1]
     reseal(store)
     assert verify_store(store)[1] == [
-        "scene holds numbers that the attribute scenes has no name for"
+        f"{store}: scene holds numbers that the attribute scenes has no name for"
     ]
 
 

@@ -12,12 +12,17 @@ import zarr
 
 from occfeat_targets.store.files import StoreError, filesystem, open_group
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_targets.store.schema import FAILED, FORMAT, FORMAT_VERSION, ArraySpec
-from occfeat_targets.store.shards import ShardedArray
+from occfeat_targets.store.schema import FAILED, FORMAT, FORMAT_VERSION, ArraySpec, Attributes
+from occfeat_targets.store.settings import ConfigError
+from occfeat_targets.store.shards import ShardedArray, read_whole
 
 SEAL = "attributes_crc32c"
 """Root attribute of a finished store: checksum of the others, checked when it is opened. Among
 them is ``arrays``, which has a checksum of what each array's ``zarr.json`` says of it."""
+
+
+NOT_OURS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What zarr raises for a ``zarr.json`` that says something else."""
 
 
 class TargetStore:
@@ -40,17 +45,34 @@ class TargetStore:
     @cached_property
     def specs(self) -> dict[str, ArraySpec]:
         """The arrays this store has, by name."""
-        return {name: ArraySpec.of(self.array(name)) for name in self.attrs["arrays"]}
+        specs = {}
+        for name in self.attrs["arrays"]:
+            array = self.array(name)
+            try:
+                specs[name] = ArraySpec.of(array)
+            except NOT_OURS as error:
+                raise StoreError(f"{self.url}: {name}/zarr.json is of no array of ours") from error
+            if array.shape[0] != len(self):
+                raise StoreError(f"{self.url}: {name} is not of {len(self)} frames")
+        return specs
 
     @cached_property
     def per_frame(self) -> dict[str, np.ndarray]:
         """The small arrays, whole: name to (N, ...). Raises StoreError: one is damaged or lost."""
-        return {s.name: self._whole(s) for s in self.specs.values() if s.chunk is None}
+        small = {s.name: self._whole(s) for s in self.specs.values() if s.chunk is None}
+        for name, names in (("scene", "scenes"), ("split", "splits")):
+            if (small[name] >= len(self.attrs[names])).any():
+                raise StoreError(
+                    f"{self.url}: {name} holds numbers that the attribute {names} has no name for"
+                )
+        return small
 
     def _whole(self, spec: ArraySpec) -> np.ndarray:
         try:
-            values = np.asarray(self.array(spec.name)[:])
-        except (ValueError, RuntimeError, OSError) as error:
+            values = read_whole(self.url, self.array(spec.name))
+        except FileNotFoundError:
+            raise StoreError(f"{self.url}: {spec.name} was lost, or never written") from None
+        except (ValueError, RuntimeError, OSError, MemoryError) as error:
             raise StoreError(f"{self.url}: {spec.name} is damaged: {error}") from error
         if spec.missing(values).any():
             raise StoreError(f"{self.url}: {spec.name} was lost, or never written")
@@ -76,6 +98,8 @@ class TargetStore:
             except (KeyError, FileNotFoundError):
                 message = f"{self.url} has no array {name!r}: the store is damaged"
                 raise StoreError(message) from None
+            except NOT_OURS as error:
+                raise StoreError(f"{self.url}: {name}/zarr.json is of no array of ours") from error
         return self._arrays[name]
 
     def token(self, i: int) -> str:
@@ -135,7 +159,7 @@ def open_store(url: str, allow_incomplete: bool = False) -> TargetStore:
         raise StoreError(
             f"{url}: no targets store here (make one: occfeat-targets build)"
         ) from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except NOT_OURS as error:
         raise StoreError(f"{url}: its zarr.json is damaged, or not of a group") from error
     attrs = dict(group.attrs)
     if attrs.get("format") != FORMAT:
@@ -149,6 +173,10 @@ def open_store(url: str, allow_incomplete: bool = False) -> TargetStore:
         raise StoreError(f"{url} is not finished: run its occfeat-targets build again to continue")
     if attrs.get("complete") and attrs.get(SEAL) != seal(attrs):
         raise StoreError(f"{url}: the attributes in its zarr.json are damaged")
+    try:
+        Attributes.of(attrs, "attributes")
+    except ConfigError as error:
+        raise StoreError(f"{url}: its zarr.json is damaged: {error}") from error
     return TargetStore(url, group)
 
 

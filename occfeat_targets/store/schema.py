@@ -13,7 +13,11 @@ from typing import Any, Self
 
 import numpy as np
 import zarr
+from pydantic import ConfigDict, Field, PositiveInt, model_validator
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+
+from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.settings import Settings, Size
 
 FORMAT = "occfeat-targets"
 FORMAT_VERSION = 2
@@ -84,6 +88,58 @@ class ArraySpec:
         axes = dict(zip(array.metadata.dimension_names[1:], array.shape[1:], strict=True))
         doc, rows = (array.attrs.get(key) for key in ("description", "rows"))
         return cls(array.basename, str(array.dtype), axes, str(doc), array.fill_value, rows, chunk)
+
+
+class _Images(Settings):
+    model_config = ConfigDict(extra="allow")
+    size: Size
+    corruption: str = "none"
+
+
+class _Config(Settings):
+    model_config = ConfigDict(extra="allow")
+    images: _Images
+    block_frames: PositiveInt
+    train_preset: str = ""
+
+
+class _Teacher(Settings):
+    model_config = ConfigDict(extra="allow")
+    name: str
+    weights: str
+    dim: int = Field(ge=0)
+
+
+class Attributes(Settings):
+    """What readers need of the root attributes of a store; there are more."""
+
+    model_config = ConfigDict(extra="allow")
+    complete: bool
+    n_frames: PositiveInt
+    grid: VoxelGrid
+    config: _Config
+    point_step_m: float = Field(gt=0)
+    cameras: list[str] = Field(min_length=1, max_length=MAX_CAMERAS)
+    scenes: list[str]
+    splits: list[str]
+    box_classes: list[str]
+    vehicle_classes: list[str]
+    map_classes: list[str]
+    source: dict[str, str]
+    software: dict[str, str]
+    arrays: dict[str, int] = Field(default_factory=dict)
+    teacher: _Teacher | None = None
+    failed: dict[str, str] | None = None
+    """These three come in the course of the build."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        needed = {"token", "scene", "split", "n_voxels"}
+        if self.complete and not (self.teacher and needed <= self.arrays.keys()):
+            raise ValueError(f"lack the teacher, or one of the arrays {', '.join(sorted(needed))}")
+        if self.complete and self.failed is None:
+            raise ValueError("lack failed")
+        return self
 
 
 def create_arrays(group: zarr.Group, specs: Iterable[ArraySpec], n_frames: int, block: int) -> None:

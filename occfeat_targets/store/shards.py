@@ -1,8 +1,10 @@
-"""Fast reads of one frame from a sharded array: the same Zarr v3 files, without zarr's overhead.
+"""Fast reads of arrays, of one frame if sharded: the same Zarr v3 files, without zarr's overhead.
 zarr-python reads and parses a shard's index again for every frame, several milliseconds. Here each
 process parses an index once and then reads just the inner chunks that it needs. Any layout or codec
-but those of ``occfeat_targets.store.schema`` is refused, never guessed."""
+but those of ``occfeat_targets.store.schema`` is refused, never guessed. No size that a file claims
+is believed before the memory is taken for it."""
 
+import math
 import os
 import struct
 from typing import Any
@@ -21,11 +23,45 @@ numcodecs.blosc.use_threads = False
 _MISSING = 2**64 - 1
 """Offset of an inner chunk that was never written: data never equals the fill value."""
 
+MAX_BYTES = 2**30
+"""Most that a frame of a sharded array may take, or another array as a whole; more is damage."""
+
 Ranges = list[tuple[int, int]]
 """(start, length) in bytes; a negative start counts from the end of the file."""
 
 _CODECS = (("bytes", "crc32c"), ("bytes", "zstd", "crc32c"), ("bytes", "blosc", "crc32c"))
 _ZSTD, _BLOSC = numcodecs.Zstd(), numcodecs.Blosc()
+
+
+def read_whole(url: str, array: Any) -> np.ndarray:
+    """A store's array (of zarr) that is one chunk: ``array[:]``. Raises ValueError, OSError or
+    RuntimeError: it is damaged, or FileNotFoundError; or too large, or laid out in another way."""
+    codecs = array.metadata.to_dict()["codecs"]
+    names = tuple(codec["name"] for codec in codecs)
+    if names not in _CODECS or not _little_endian(codecs[0], array.dtype):
+        raise ValueError(f"it has other codecs than none, zstd or blosc, and crc32c: {codecs}")
+    if array.chunks != array.shape:
+        raise ValueError(f"it has chunks {array.chunks}, should be one of {array.shape}")
+    out = _room(array.shape, array.dtype)
+    fs, root = filesystem(url)
+    key = array.metadata.encode_chunk_key((0,) * array.ndim)
+    _unpack(_checked(fs.cat_file(f"{root}/{array.path}/{key}"), "its chunk"), names, out)
+    return out
+
+
+def _room(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    if (size := math.prod(shape) * dtype.itemsize) > MAX_BYTES:
+        raise ValueError(f"it claims {size} bytes, the most is {MAX_BYTES}")
+    return np.empty(shape, dtype)
+
+
+def _zstd_size(data: bytes) -> int:
+    """How much the header of a zstd frame (RFC 8878, 3.1.1.1) says that it holds; 0: it doesn't."""
+    flags = data[4] if data[:4] == b"\x28\xb5\x2f\xfd" and len(data) > 4 else 0
+    one_segment = flags >> 5 & 1
+    start = 6 - one_segment + (0, 1, 2, 4)[flags & 3]
+    size = data[start : start + (one_segment, 2, 4, 8)[flags >> 6]]
+    return int.from_bytes(size, "little") + (256 if len(size) == 2 else 0)
 
 
 def _unpack(data: bytes, codecs: tuple[str, ...], out: np.ndarray) -> None:
@@ -35,10 +71,12 @@ def _unpack(data: bytes, codecs: tuple[str, ...], out: np.ndarray) -> None:
             raise ValueError("the blosc header of an inner chunk is wrong")
         _BLOSC.decode(data, out)
         return
+    size = _zstd_size(data) if "zstd" in codecs else len(data)
+    if size != out.nbytes:
+        raise ValueError(f"a chunk is of {size} bytes instead of {out.nbytes}")
     if "zstd" in codecs:
-        data = _ZSTD.decode(data)
-    if len(data) != out.nbytes:
-        raise ValueError(f"an inner chunk has {len(data)} bytes instead of {out.nbytes}")
+        _ZSTD.decode(data, out)
+        return
     out.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
 
 
@@ -74,11 +112,10 @@ class ShardedArray:
         """The first n rows of frame i, or all: ``array[i, :n]``. Raises StoreError, naming the
         shard's file, if it is missing, truncated or damaged."""
         rows = self.shape[1] if n is None else min(int(n), self.shape[1])
-        chunks = -(-rows // self._chunk_rows)
-        out = np.empty((chunks, self._chunk_rows, *self.shape[2:]), self.dtype)
-        if chunks:  # a block without any row, such as a vehicle, may have no file
-            key = self._key(i)
-            try:
+        chunks, key = -(-rows // self._chunk_rows), self._key(i)
+        try:
+            out = _room((chunks, self._chunk_rows, *self.shape[2:]), self.dtype)
+            if chunks:  # a block without any row, such as a vehicle, may have no file
                 entries = self._entries(key, i)[:chunks]
                 if (entries[:, 0] == _MISSING).any():
                     raise ValueError("an inner chunk was never written")
@@ -86,10 +123,10 @@ class ShardedArray:
                 for data, target in zip(self._read(key, entries.tolist()), out, strict=True):
                     data = _checked(data, "an inner chunk") if self._check else data[:-4]
                     _unpack(data, self._codecs, target)
-            except FileNotFoundError:
-                raise StoreError(f"{self.url}/{key} is missing") from None
-            except (OSError, ValueError, RuntimeError) as error:  # numcodecs raises RuntimeError
-                raise StoreError(f"{self.url}/{key} is damaged: {error}") from error
+        except FileNotFoundError:
+            raise StoreError(f"{self.url}/{key} is missing") from None
+        except (OSError, ValueError, RuntimeError) as error:  # numcodecs raises RuntimeError
+            raise StoreError(f"{self.url}/{key} is damaged: {error}") from error
         return out.reshape(-1, *self.shape[2:])[:rows]
 
     def ranges(self, i: int, n: int | None = None) -> tuple[str, Ranges]:
@@ -159,7 +196,8 @@ def _read_local(root: str, key: str, ranges: Ranges) -> list[bytes]:
     file = os.open(f"{root}/{key}", os.O_RDONLY)
     try:
         size = os.fstat(file).st_size
-        starts = [max(0, size + start) if start < 0 else start for start, _ in ranges]
-        return [os.pread(file, length, at) for at, (_, length) in zip(starts, ranges, strict=True)]
+        starts = [max(0, size + start) if start < 0 else min(start, size) for start, _ in ranges]
+        wanted = zip(starts, ranges, strict=True)
+        return [os.pread(file, min(length, size - at), at) for at, (_, length) in wanted]
     finally:
         os.close(file)
