@@ -163,6 +163,7 @@ def build(dataroot: Path, store: str, overwrite: bool, on_error: str, **options:
     """
     from occfeat_targets import build as building
     from occfeat_targets.cluster import executor
+    from occfeat_targets.info import counted
     from occfeat_targets.store.files import absolute
     from occfeat_targets.writer import is_complete
 
@@ -177,11 +178,12 @@ def build(dataroot: Path, store: str, overwrite: bool, on_error: str, **options:
         if not dataset.map_classes and settings.map.mode == "auto":
             click.echo("Note: this dataset has no map, so no map labels are stored")
         if is_complete(store):
-            click.echo(f"{store} is complete: {len(dataset.records)} frames, nothing to do")
+            n = counted(len(dataset.records), "frame")
+            click.echo(f"{store} is complete: {n}, nothing to do")
             return
         with executor(options["workers"], options["threads"], options["scheduler"]) as where:
             failed = building.build(store, settings, dataset, where, on_error == "skip")
-    click.echo(f"{store}: {len(dataset.records)} frames, {len(failed)} failed")
+    click.echo(f"{store}: {counted(len(dataset.records), 'frame')}, {len(failed)} failed")
     _leave_out(failed.values())
 
 
@@ -276,13 +278,15 @@ def check(dataroot: Path, **options: Any) -> None:
     build does the same before it starts.
     """
     from occfeat_targets.build import check_records, read_dataset
+    from occfeat_targets.info import counted
 
     with _one_message():
         settings = _settings(options)
         dataset = read_dataset(dataroot, options["version"], settings)
         check_records(dataset, settings)
-    n_scenes, n = len({record.scene for record in dataset.records}), len(dataset.records)
-    click.echo(f"{dataroot}: {dataset.version}, {n_scenes} scenes, {n} keyframes: ok")
+    scenes = counted(len({record.scene for record in dataset.records}), "scene")
+    keyframes = counted(len(dataset.records), "keyframe")
+    click.echo(f"{dataroot}: {dataset.version}, {scenes}, {keyframes}: ok")
 
 
 @main.command()
@@ -311,6 +315,7 @@ def info(store: str, as_json: bool) -> None:
 @plugin_option
 def verify(store: str, quick: bool, recompute: int, plugins: tuple[str, ...], **how: Any) -> None:
     """Re-read every frame of STORE and check that it is sound and consistent."""
+    from occfeat_targets.info import counted
     from occfeat_targets.store.registry import only_plugins
     from occfeat_targets.verify import recompute_frames, verify_store
 
@@ -324,7 +329,8 @@ def verify(store: str, quick: bool, recompute: int, plugins: tuple[str, ...], **
         click.secho(f"  {problem}", fg="red", err=True)
     looked = "looked at" if quick else "read"
     again = f", {min(recompute, n_frames)} recomputed" if recompute and not problems else ""
-    click.echo(f"{store}: {n_frames} frames {looked}{again}, {len(problems)} problem(s)")
+    frames, found = counted(n_frames, "frame"), counted(len(problems), "problem")
+    click.echo(f"{store}: {frames} {looked}{again}, {found}")
     sys.exit(EXIT_FAILED if problems else 0)
 
 

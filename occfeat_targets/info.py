@@ -52,6 +52,11 @@ def _voxels(store: TargetStore) -> dict[str, Any]:
     }
 
 
+def counted(n: int, noun: str) -> str:
+    """As ``1 frame``, ``2 frames``."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def as_text(summary: dict[str, Any]) -> str:
     """The summary as lines to read."""
     images, source = summary["config"]["images"], summary["source"]
@@ -59,17 +64,18 @@ def as_text(summary: dict[str, Any]) -> str:
         ("store", summary["store"]),
         ("state", "complete" if summary["complete"] else "unfinished: run its build again"),
         ("frames", summary["frames"]),
-        ("size", f"{summary['bytes'] / 1e6:.1f} MB in {summary['files']} files"),
+        ("size", f"{summary['bytes'] / 1e6:.1f} MB in {counted(summary['files'], 'file')}"),
         ("source", f"{source['dataset']} {source['version']}"),
         *_teacher_rows(summary["teacher"]),
     ]
     if images["corruption"] != "none":
-        seed = images["corruption_seed"]
+        seed = images.get("corruption_seed")
         rows.append(("images", f"CORRUPTED: {images['corruption']}, seed {seed}"))
     if "blocks" in summary:
         rows.append(("blocks", f"{summary['blocks_done']} of {summary['blocks']} done"))
     for name, split in summary.get("splits", {}).items():
-        rows.append((name, f"{split['frames']} frames of {split['scenes']} scene(s)"))
+        frames, scenes = counted(split["frames"], "frame"), counted(split["scenes"], "scene")
+        rows.append((name, f"{frames} of {scenes}"))
     if voxels := summary.get("voxels_per_frame"):
         rows.append(("voxels/frame", "min {min}, median {median:g}, max {max}".format_map(voxels)))
         most = max(voxels["histogram"].values(), default=1)
@@ -77,7 +83,7 @@ def as_text(summary: dict[str, Any]) -> str:
             rows.append(("", f"{label:>13} {'#' * round(30 * n / most)} {n}"))
         rows.append(("map classes", ", ".join(summary["map_classes"]) or "none"))
         rows += [("failed", message) for message in summary["failed"].values()]
-    rows += summary["config"].items()
+    rows += [(key.replace("_", " "), _words(value)) for key, value in summary["config"].items()]
     return "\n".join(f"{name:<13} {value}" for name, value in rows)
 
 
@@ -89,5 +95,18 @@ def _teacher_rows(teacher: dict[str, Any] | None) -> list[tuple[str, object]]:
     rows = [("teacher", f"{teacher['name']}  weights {teacher['weights']}")]
     if teacher["weights"].startswith("random"):
         rows.append(("", "RANDOM WEIGHTS: these are not DINOv2 features"))
-    details = ", ".join(f"{key}={teacher[key]}" for key in ("layer", "input_size", "precision"))
-    return [*rows, ("", details)]
+    details = {key: teacher.get(key) for key in ("layer", "input_size", "precision")}
+    return [*rows, ("", _words(details))]
+
+
+def _words(value: object) -> str:
+    """A setting for people: ``sweeps 1, near m 2.2``, ``252 x 448``; lists that choose nothing mean
+    ``all``."""
+    if isinstance(value, dict):
+        said = (f"{key.replace('_', ' ')} {_words(inner)}" for key, inner in value.items())
+        return ", ".join(said) or "none"
+    if isinstance(value, list):
+        return (" x " if len(value) == 2 else " ").join(map(_words, value)) or "all"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    return str(value)

@@ -53,7 +53,7 @@ def recompute_frames(url: str, dataroot: Path, count: int, seed: int) -> list[st
     # Not precision: a store built on a GPU can be checked on a CPU.
     ours, theirs = describe(teacher, config.teacher), store.attrs["teacher"]
     same = ("weights", "layer", "dim", "input_size")
-    if other := differences({k: theirs[k] for k in same}, {k: ours[k] for k in same}):
+    if other := differences({k: theirs.get(k) for k in same}, {k: ours[k] for k in same}):
         return [f"the teacher here is not the store's: {'; '.join(other)}"]
     good = np.flatnonzero(store.per_frame["n_voxels"] != FAILED)
     rng = np.random.default_rng(seed)

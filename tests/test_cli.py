@@ -53,7 +53,7 @@ def test_build_info_verify_view(demo_root, tmp_path):
     trusted = ("--plugin", "teachers:PatchMeans")
     verified = _run("verify", store, "--recompute", 2, "--dataroot", demo_root, *trusted)
     assert verified.exit_code == 0, verified.output
-    assert "3 frames read, 2 recomputed, 0 problem(s)" in verified.output
+    assert "3 frames read, 2 recomputed, 0 problems" in verified.output
     drawn = _run("view", store, "--frame", 1, "--out", tmp_path / "view.png")
     assert drawn.exit_code == 0, drawn.output
     assert (tmp_path / "view.png").stat().st_size > 50_000

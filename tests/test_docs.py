@@ -113,7 +113,7 @@ def test_targets_commands_run_in_order(demo_root, demo_store, tmp_path, in_proce
     with chdir(tmp_path):
         printed = {line: run(line) for line in TARGETS}
     assert len(printed) == 9
-    assert "0 problem(s)" in printed["occfeat-targets verify targets.zarr"]
+    assert "0 problems" in printed["occfeat-targets verify targets.zarr"]
     assert (tmp_path / "view.png").exists()
     assert (tmp_path / "corrupted" / "fog-easy.zarr").exists()
 

@@ -39,6 +39,9 @@ def run(*arguments, code=0):
     return result.output
 
 
+NAMES = ("two_cameras:TwoCameras", "heights:Heights", "constant:Constant", "teachers:PatchMeans")
+PLUGINS = [part for name in NAMES for part in ("--plugin", name)]
+
 # --- a dataset ------------------------------------------------------------------------------------
 
 
@@ -62,12 +65,12 @@ def test_a_store_of_another_dataset_says_what_it_has(two_camera_store):
 
 
 def test_commands_work_on_it(two_camera_store, drive, toys, tmp_path):
-    again = ("--recompute", 6, "--dataroot", drive)
+    again = ("--recompute", 6, "--dataroot", drive, *PLUGINS)
     said = run("verify", two_camera_store, *again)
-    assert "6 frames read, 6 recomputed, 0 problem(s)" in said
+    assert "6 frames read, 6 recomputed, 0 problems" in said
     said = run("info", two_camera_store)
     assert "a drive 2" in said and "platform, rail" in said and "heights:Heights" in said
-    run("view", two_camera_store, "--frame", 3, "--out", tmp_path / "view.png")
+    run("view", two_camera_store, *PLUGINS, "--frame", 3, "--out", tmp_path / "view.png")
     assert (tmp_path / "view.png").stat().st_size > 20_000
     source = ("--set", "source=two_cameras:TwoCameras", "--set", "lidar.max_points=700")
     assert "2, 3 scenes, 6 keyframes: ok" in run("check", drive, *source)
@@ -251,7 +254,7 @@ def test_a_constant_teacher_gives_constant_features(drive, toys, tmp_path):
     assert np.abs(features[seen] - [1, -2, 0.5]).max() <= 2 / 127
     assert seen.any() and not features[~seen].any()
     assert "constant" in run("info", store)
-    assert "0 problem(s)" in run("verify", store, "--recompute", 1, "--dataroot", drive)
+    assert "0 problems" in run("verify", store, "--recompute", 1, "--dataroot", drive, *PLUGINS)
 
 
 # --- an output ------------------------------------------------------------------------------------
@@ -315,7 +318,7 @@ def test_verify_calls_an_outputs_check_and_recomputes_it(two_camera_store, drive
     assert problems == [f"{store.describe(2)}: heights leave their voxels"]
     array[2, 0] = frame["heights"][0]
     reseal(copy)
-    said = run("verify", copy, "--recompute", 6, "--dataroot", drive, code=1)
+    said = run("verify", copy, "--recompute", 6, "--dataroot", drive, *PLUGINS, code=1)
     assert said.count("heights differs from the recomputed one") == 1
     assert store.describe(3) in said
 

@@ -88,7 +88,7 @@ def make_tiny_store(
         "splits": list(splits),
         "point_step_m": point_step_m(config.grid),
         "teacher": {"name": "tiny", "dim": dim, "weights": "random(tiny)"},
-        "source": {"dataset": "tiny"},
+        "source": {"dataset": "tiny", "version": "1"},
         "software": {"occfeat": __version__},
         "failed": {},
         **shared,

@@ -155,13 +155,13 @@ def open_store(url: str, allow_incomplete: bool = False) -> TargetStore:
     format version, unfinished (unless ``allow_incomplete``), and damaged attributes."""
     try:
         group = open_group(url, "r")
+        attrs = dict(group.attrs)
     except FileNotFoundError:
         raise StoreError(
             f"{url}: no targets store here (make one: occfeat-targets build)"
         ) from None
     except NOT_OURS as error:
         raise StoreError(f"{url}: its zarr.json is damaged, or not of a group") from error
-    attrs = dict(group.attrs)
     if attrs.get("format") != FORMAT:
         raise StoreError(f"{url} is a Zarr group but not an {FORMAT} store")
     if attrs.get("format_version") != FORMAT_VERSION:

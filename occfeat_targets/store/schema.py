@@ -93,7 +93,7 @@ class ArraySpec:
 class _Images(Settings):
     model_config = ConfigDict(extra="allow")
     size: Size
-    corruption: str = "none"
+    corruption: str
 
 
 class _Config(Settings):
@@ -108,6 +108,12 @@ class _Teacher(Settings):
     name: str
     weights: str
     dim: int = Field(ge=0)
+
+
+class _Source(Settings):
+    model_config = ConfigDict(extra="allow")
+    dataset: str
+    version: str
 
 
 class Attributes(Settings):
@@ -125,7 +131,7 @@ class Attributes(Settings):
     box_classes: list[str]
     vehicle_classes: list[str]
     map_classes: list[str]
-    source: dict[str, str]
+    source: _Source
     software: dict[str, str]
     arrays: dict[str, int] = Field(default_factory=dict)
     teacher: _Teacher | None = None
