@@ -74,7 +74,7 @@ def test_commands_work_on_it(two_camera_store, drive, toys, tmp_path):
     assert (tmp_path / "view.png").stat().st_size > 20_000
     source = ("--set", "source=two_cameras:TwoCameras", "--set", "lidar.max_points=700")
     assert "2, 3 scenes, 6 keyframes: ok" in run("check", drive, *source)
-    run("corrupt", drive, two_camera_store, tmp_path, "--only", "fog-mid", "--workers", 0,
+    run("corrupt", drive, two_camera_store, *PLUGINS, tmp_path, "--only", "fog-mid", "--workers", 0,
         "--split", "train")  # fmt: skip
     assert len(open_store(tmp_path / "fog-mid.zarr")) == 4
 
