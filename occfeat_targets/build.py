@@ -16,7 +16,7 @@ from occfeat_targets.config import TargetsConfig
 from occfeat_targets.frame import layout_of, make_outputs
 from occfeat_targets.sources import SOURCES
 from occfeat_targets.sources.base import Dataset, FrameRecord, SourceError
-from occfeat_targets.store.files import one_writer
+from occfeat_targets.store.lease import one_writer
 from occfeat_targets.store.reader import open_store
 from occfeat_targets.store.schema import MAX_CAMERAS
 from occfeat_targets.store.settings import differences
@@ -97,7 +97,7 @@ def build(
     blocks. Returns the frames that failed then, index to message. Raises BuildStopped if a frame or
     block failed (run the same command again to continue), ClusterError if the workers are gone, and
     TeacherError, ConfigError or StoreError from the workers' side of the set-up."""
-    with one_writer(url):
+    with one_writer(url) as require:
         # Loads the teacher on all workers at once, and finds out if they have different ones.
         teacher, *others = executor.everywhere(writer.describe_teacher, config)
         for other in others:
@@ -116,6 +116,7 @@ def build(
             mininterval=0.1 if sys.stderr.isatty() else 30,  # a line now and then in a log file
         ) as progress:
             for job, result in executor.run(writer.write_block, until_trouble):
+                require()
                 if isinstance(result, dict):
                     progress.update(len(job.records))
                     problems += [] if skip_errors else result.values()
@@ -127,6 +128,7 @@ def build(
                 f"stopped, {len(problems)} problem(s):\n{lines}\nWhat is finished is kept: mend "
                 "this and run the same command again, or leave such frames out: --on-error skip"
             )
+        require()
         return writer.finalise(url, config, dataset)
 
 

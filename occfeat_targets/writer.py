@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +24,8 @@ from occfeat_targets.outputs.base import Output
 from occfeat_targets.outputs.points import point_step_m
 from occfeat_targets.sources.base import Dataset, FrameError, FrameRecord
 from occfeat_targets.store import checksums, files, schema
-from occfeat_targets.store.files import StoreError, one_writer
+from occfeat_targets.store.files import StoreError
+from occfeat_targets.store.lease import one_writer
 from occfeat_targets.store.reader import SEAL, array_seals, seal
 from occfeat_targets.store.settings import differences
 from occfeat_targets.teachers import shared_teacher
@@ -53,6 +55,7 @@ def begin(url: str, config: TargetsConfig, dataset: Dataset, overwrite: bool) ->
     not writable, something else there, or begun with other settings (all differences listed)."""
     wanted = _root_attributes(config, dataset)
     try:
+        _existing_attributes(url)  # not even a lease where something else is
         with one_writer(url):
             existing = _existing_attributes(url)
             if existing is None:
@@ -253,8 +256,10 @@ def sweep_litter(url: str) -> None:
     for key in files.find(url):
         if key.endswith(".partial"):
             fs.rm(f"{path}/{key}")
-    if is_complete(url) and fs.exists(f"{path}/build"):
-        fs.rm(f"{path}/build", recursive=True)
+    if is_complete(url) and fs.exists(f"{path}/{schema.MARKERS}"):
+        fs.rm(f"{path}/{schema.MARKERS}", recursive=True)
+        with suppress(OSError):  # an object store has no folders, but a lease in there
+            fs.rmdir(f"{path}/build")
 
 
 def _root_attributes(config: TargetsConfig, dataset: Dataset) -> dict:

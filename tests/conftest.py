@@ -1,11 +1,13 @@
 """Shared fixtures: a small demo world, stores of it and of another dataset, the real keyframe."""
 
 import importlib.util
+import logging
 import os
 import shutil
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 import two_camera_drive
 from filelock import FileLock
@@ -16,6 +18,7 @@ from occfeat_targets.cluster import InProcess
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.demo_world import make_demo_world
 from occfeat_targets.frame import frame_targets, layout_of, make_outputs
+from occfeat_targets.store import files
 from occfeat_targets.store.checksums import write_checksums
 from occfeat_targets.store.files import open_group
 from occfeat_targets.store.reader import SEAL, seal
@@ -23,14 +26,15 @@ from occfeat_targets.store.reader import SEAL, seal
 TESTS = Path(__file__).parent
 OFFLINE = (
     "against_reference build cli cluster corruptions demo_world docs geometry grid kill labels "
-    "robustness sampling seams_targets teacher verify"
+    "lease robustness sampling seams_targets teacher verify"
 )
 """Tests of the offline side: not collected where its extra ``targets`` is not installed."""
 HAS_DEVKIT = importlib.util.find_spec("nuscenes") is not None
 collect_ignore = [] if HAS_DEVKIT else [f"test_{name}.py" for name in OFFLINE.split()]
 SLOW = (
-    "build checksums cluster demo_world docs encoder_weights gradients img_also kill map_task "
-    "overfit reproduce robustness runs seams_targets seams_train train train_cli train_view"
+    "build checksums cluster demo_world docs encoder_weights gradients img_also kill lease "
+    "map_task overfit reproduce robustness runs seams_targets seams_train train train_cli "
+    "train_view"
 )
 """Tests that start processes, train or build: all but these are ``make quick``."""
 FAST = ["teacher.name=teachers:PatchMeans", "block_frames=2", "map.mode=required"]
@@ -140,8 +144,39 @@ def nuscenes_one():
     return root
 
 
+@pytest.fixture(scope="session")
+def s3_server():
+    """Environment of a client of moto's S3, on loopback."""
+    moto = pytest.importorskip("moto.server")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    yield {
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": "anyone",
+        "AWS_SECRET_ACCESS_KEY": "anything",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server, monkeypatch):
+    """An empty S3 bucket, as a URL that this process and those it starts can open."""
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    fs = fsspec.filesystem("s3")
+    fs.mkdir("bucket")
+    yield "s3://bucket"
+    fs.rm("bucket", recursive=True)
+
+
 def tree_bytes(root):
-    """Relative path -> content of every file below a directory."""
+    """Relative path -> content of every file below a directory or URL."""
+    if "://" in str(root):
+        fs, path = files.filesystem(root)
+        return {key: fs.cat_file(f"{path}/{key}") for key in files.find(root)}
     root = Path(root)
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 

@@ -1,8 +1,10 @@
 """The loop: resuming, several processes, accumulation, stopping."""
 
 import math
+import os
 import shutil
 import signal
+import socket
 import time
 
 import pytest
@@ -101,7 +103,7 @@ def test_two_processes_can_t_train_the_same_run(undisturbed, tmp_path):
     last.unlink()
     with copy.locked():
         output = run("pretrain", "--resume", "--run-dir", copy.path, cwd=tmp_path, code=1)
-    assert "another process is training" in output
+    assert f"process {os.getpid()} on {socket.gethostname()} is training {copy.path}" in output
     with pytest.raises(RunError, match="is not empty"):
         copy.create({})
 

@@ -1,8 +1,11 @@
 """A store's place: a local directory, or a URL that fsspec opens."""
 
 import fcntl
+import json
+import os
+import socket
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +13,9 @@ import fsspec
 import zarr
 from fsspec.implementations.local import LocalFileSystem
 from zarr.storage import FsspecStore, LocalStore
+
+LEASE = "build/lease.json"
+"""Who writes a store, see ``lease``; no part of it."""
 
 
 class StoreError(RuntimeError):
@@ -31,11 +37,12 @@ def absolute(url: str) -> str:
 
 
 def find(url: str, below: str = "") -> dict[str, int]:
-    """All files of a store, or of one of its folders, listed afresh: key to size in bytes."""
+    """All files of a store but its lease, or of one folder, listed afresh: key to size in bytes."""
     fs, path = filesystem(url)
     fs.invalidate_cache()
     found = fs.find(f"{path}/{below}" if below else path, detail=True)
-    return {name.removeprefix(f"{path}/"): info["size"] for name, info in found.items()}
+    sizes = {name.removeprefix(f"{path}/"): info["size"] for name, info in found.items()}
+    return {key: size for key, size in sizes.items() if key != LEASE}
 
 
 def zarr_store(url: str, read_only: bool) -> LocalStore | FsspecStore:
@@ -51,27 +58,52 @@ def open_group(url: str, mode: Literal["r", "r+"]) -> zarr.Group:
     return zarr.open_group(zarr_store(url, read_only=mode == "r"), mode=mode, zarr_format=3)
 
 
+def this_process() -> dict[str, Any]:
+    """Names this process to others: ``host``, ``pid``, and in which ``system`` the pid counts."""
+    names = (Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid"))
+    known = [os.readlink(p) if p.is_symlink() else p.read_text() for p in names if p.exists()]
+    return {"host": socket.gethostname(), "pid": os.getpid(), "system": "".join(known)}
+
+
+def named(process: dict[str, Any]) -> str:
+    """A process in a message, as :func:`this_process` gave it."""
+    known = process.keys() >= {"pid", "host"}
+    return f"process {process['pid']} on {process['host']}" if known else "another process"
+
+
 @contextmanager
-def locked(file: Path, busy: RuntimeError) -> Iterator[None]:
-    """Keep other processes out of the ``with`` block, who get ``busy`` raised; a kill lets go. An
-    error of the same class: the filesystem knows no locks."""
+def locked(file: Path, error: type[RuntimeError], doing: str) -> Iterator[None]:
+    """Keep other processes out of the ``with`` block, who get an ``error`` that names this one and
+    says what it is ``doing`` ("is training …"); a kill lets go. The same ``error``: the filesystem
+    knows no locks."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as held:
+    with file.open("a") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise busy from None
-        except OSError as error:
-            raise type(busy)(f"cannot lock {file}: {error}; put it elsewhere") from error
+            raise error(f"{_owner(file)} {doing}") from None
+        except OSError as reason:
+            raise error(f"cannot lock {file}: {reason}; put it elsewhere") from reason
+        held.truncate(0)
+        held.write(json.dumps(this_process()))
+        held.flush()
         yield
 
 
-def one_writer(url: str) -> AbstractContextManager[None]:
-    """Keeps other builds of a store out of a ``with`` block, by StoreError and a file beside the
-    store. On an object store nothing does that yet."""
-    fs, path = filesystem(url)
-    if not isinstance(fs, LocalFileSystem):
-        return nullcontext()
-    busy = f"{url} is being built by another process: wait for that, or stop it"
-    place = Path(path).resolve()
-    return locked(place.with_name(f".{place.name}.lock"), StoreError(busy))
+def lock_owner(file: Path) -> str | None:
+    """The process that holds a lock, for a message; None: nobody."""
+    try:
+        with file.open() as looking:
+            fcntl.flock(looking, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _owner(file)
+    except OSError:  # no such file, or no locks there
+        pass
+    return None
+
+
+def _owner(file: Path) -> str:
+    try:
+        return named(json.loads(file.read_text()))
+    except ValueError:  # it has just got the lock
+        return named({})

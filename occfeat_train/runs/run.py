@@ -128,7 +128,7 @@ class Run:
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep others from training the same run at the same time. RunError: see ``locked``."""
-        return locked(self.path / "lock", RunError(f"another process is training {self.path}"))
+        return locked(self.path / "lock", RunError, f"is training {self.path}")
 
     def load(self) -> tuple[dict[str, Any], dict]:
         """State (on the CPU) and position of the newest checkpoint that is whole, with a note to

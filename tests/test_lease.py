@@ -1,0 +1,140 @@
+"""One writer of a store on an object store (S3, by moto on loopback), whatever becomes of it."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import fsspec
+import pytest
+from conftest import build_store, tree_bytes
+
+from occfeat_targets.store import lease
+from occfeat_targets.store.files import LEASE, StoreError, find, this_process
+from occfeat_targets.store.lease import one_writer, writer_of
+
+HOLD = """if True:
+    import sys, time
+    from occfeat_targets.store.lease import one_writer
+    with one_writer(sys.argv[1]) as require:
+        print("held", flush=True)
+        time.sleep(float(sys.argv[2]))
+        require()
+"""
+
+
+@pytest.fixture
+def hold():
+    """``hold(url, seconds)``: a process that has the lease of a store, and keeps it so long."""
+    started = []
+
+    def start(url, seconds):
+        command = [sys.executable, "-c", HOLD, url, str(seconds)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, **pipes))
+        assert started[-1].stdout.readline() == "held\n"
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def _write_lease(url, **changes):
+    fs, path = fsspec.url_to_fs(url)
+    fs.pipe_file(f"{path}/{LEASE}", json.dumps(this_process() | changes).encode())
+
+
+def test_the_second_is_told_who_the_first_is_and_takes_over_after_a_kill(bucket, hold):
+    url = f"{bucket}/t.zarr"
+    first = hold(url, 600)
+    who = f"process {first.pid} on {socket.gethostname()}"
+    assert writer_of(url) == who
+    with (
+        pytest.raises(StoreError, match=f"{who} is building {url} now: wait for it"),
+        one_writer(url),
+    ):
+        pass
+    first.kill()
+    first.wait()
+    assert writer_of(url) is None
+    began = time.monotonic()
+    with one_writer(url) as require:
+        require()
+        assert time.monotonic() - began < 1
+    assert fsspec.filesystem("s3").find("bucket") == []
+
+
+def test_another_machine_s_lease_is_watched_before_it_is_taken_over(bucket, monkeypatch, capsys):
+    url = f"{bucket}/t.zarr"
+    monkeypatch.setattr(lease, "_DEAD_S", 8)
+    monkeypatch.setattr(lease.time, "sleep", lambda seconds: slept.append(seconds))
+    slept = []
+    _write_lease(url, host="far-away", system="another", pid=7, id="theirs")
+    with one_writer(url) as require:
+        require()
+    assert slept == [1] * 8
+    assert "waiting 8 s for a sign of process 7 on far-away" in capsys.readouterr().err
+
+
+def test_who_lost_the_store_while_it_was_stopped_says_so(bucket, hold):
+    """Its lease is another's by then: it must not write, nor take that one away."""
+    url = f"{bucket}/t.zarr"
+    first = hold(url, 4)
+    first.send_signal(signal.SIGSTOP)
+    _write_lease(url, pid=7, host="far-away", id="theirs")
+    first.send_signal(signal.SIGCONT)
+    errors = first.communicate(timeout=60)[1]
+    assert f"StoreError: process 7 on far-away took over {url}" in errors.splitlines()[-1]
+    assert json.loads(fsspec.filesystem("s3").cat_file(f"bucket/t.zarr/{LEASE}"))["id"] == "theirs"
+
+
+def test_only_one_of_many_gets_it(bucket):
+    holding, most = [], []
+
+    def work():
+        try:
+            with one_writer(f"{bucket}/t.zarr"):
+                holding.append(1)
+                most.append(len(holding))
+                time.sleep(3)
+                holding.pop()
+        except StoreError:
+            most.append(0)
+
+    threads = [threading.Thread(target=work) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(most) == [0, 0, 0, 0, 1]
+
+
+def test_a_lease_that_nobody_can_read_is_taken_over(monkeypatch):
+    monkeypatch.setattr(lease.time, "sleep", lambda seconds: None)
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file(f"/t.zarr/{LEASE}", b"\xff")
+    with one_writer("memory://t.zarr"):
+        assert b"pid" in fs.cat_file(f"/t.zarr/{LEASE}")
+    assert not fs.exists(f"/t.zarr/{LEASE}")
+
+
+def test_a_build_on_s3_ends_as_a_local_one_also_after_overwriting(bucket, demo_root, demo_store):
+    """Overwriting and finishing delete much, but not the lease: the build would end."""
+    url = f"{bucket}/targets.zarr"
+    build_store(demo_root, url, "images.quality=50")
+    assert find(url)["images/c/0/0"] != find(str(demo_store))["images/c/0/0"]
+    build_store(demo_root, url, overwrite=True)
+    assert tree_bytes(url) == tree_bytes(demo_store)
+
+
+def test_nothing_is_written_where_something_else_is(bucket, demo_root):
+    fs = fsspec.filesystem("s3")
+    fs.pipe_file("bucket/thesis/chapter1.tex", b"precious")
+    with pytest.raises(StoreError, match="not an occfeat-targets store"):
+        build_store(demo_root, f"{bucket}/thesis", overwrite=True)
+    assert fs.find("bucket") == ["bucket/thesis/chapter1.tex"]
