@@ -11,7 +11,7 @@ installed := $(VENV)/.installed
 options := $(if $(VERSION),--version $(VERSION)) $(if $(TEACHER),--teacher $(TEACHER)) \
 	$(if $(WORKERS),--workers $(WORKERS)) $(if $(SCHEDULER),--scheduler $(SCHEDULER))
 
-.PHONY: help install targets miniature test quick fuzz lint format
+.PHONY: help install targets miniature test quick fuzz torture lint format
 .DEFAULT_GOAL := targets
 
 # One line each, here and nowhere else.
@@ -24,6 +24,7 @@ make install     into .venv alone
 make test        all tests
 make quick       the pure parts, a minute
 make fuzz        all that is parsed, 10,000 damaged cases each: hours
+make torture     builds and trainings killed, starved and damaged, 100 rounds each: hours
 make lint        ruff, and types
 make format      ruff mends what it can
 endef
@@ -69,6 +70,10 @@ quick: $(installed)
 # Everything that is parsed, 10,000 damaged cases each: an hour and a half on two cores.
 fuzz: $(installed)
 	OCCFEAT_FUZZ=10000 $(pytest) --timeout 7200 tests/test_fuzz.py
+
+# Builds that are killed, stopped, starved and doubled, on a disk and on S3: half an hour.
+torture: $(installed)
+	$(bin)/python tests/torture_store.py --rounds 100 --seed 1
 
 lint: $(installed)
 	$(bin)/ruff check .

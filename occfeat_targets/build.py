@@ -32,11 +32,11 @@ class BuildStopped(RuntimeError):
 def prepare(
     dataroot: Path, url: str, version: str | None, config: TargetsConfig, overwrite: bool
 ) -> Dataset:
-    """All that can go wrong before any work: read the tables, check the files, begin the store.
+    """All that can go wrong before any work: read tables, check files and the store's place.
     Raises SourceError (unusable dataset, or faults in it) and StoreError (unusable place)."""
     dataset = read_dataset(dataroot, version, config)
     check_records(dataset, config)
-    writer.begin(url, config, dataset, overwrite)
+    writer.check(url, config, dataset, overwrite)
     return dataset
 
 
@@ -90,19 +90,26 @@ def check_records(dataset: Dataset, config: TargetsConfig) -> None:
 
 
 def build(
-    url: str, config: TargetsConfig, dataset: Dataset, executor: Executor, skip_errors: bool = False
+    url: str,
+    config: TargetsConfig,
+    dataset: Dataset,
+    executor: Executor,
+    skip_errors: bool = False,
+    overwrite: bool = False,
 ) -> dict[int, str]:
-    """Write all blocks that are not done yet and finish the store, after :func:`prepare`. With
-    ``skip_errors`` the other frames are finished when one fails; else it stops after the running
-    blocks. Returns the frames that failed then, index to message. Raises BuildStopped if a frame or
-    block failed (run the same command again to continue), ClusterError if the workers are gone, and
-    TeacherError, ConfigError or StoreError from the workers' side of the set-up."""
+    """Begin the store, or go on with it (unless ``overwrite``), write all blocks that are not done
+    yet and finish it, after :func:`prepare`. With ``skip_errors`` the other frames are finished
+    when one fails; else it stops after the running blocks. Returns the frames that failed then,
+    index to message. Raises BuildStopped if a frame or block failed (run the same command again to
+    continue), ClusterError if the workers are gone, and TeacherError, ConfigError or StoreError
+    from the workers' side of the set-up, before anything is written or deleted."""
     with one_writer(url) as require:
         # Loads the teacher on all workers at once, and finds out if they have different ones.
         teacher, *others = executor.everywhere(writer.describe_teacher, config)
         for other in others:
             if lines := differences(teacher, other):
                 raise TeacherError(f"the workers have different teachers: {'; '.join(lines)}")
+        writer.begin(url, config, dataset, overwrite)
         writer.set_teacher(url, config, teacher)
         jobs = writer.plan(url, config, dataset.records, teacher, skip_errors)
         problems: list[str] = []
@@ -113,6 +120,7 @@ def build(
             initial=len(dataset.records) - todo,
             desc="building",
             unit="frame",
+            smoothing=0,  # the mean rate: blocks end together, and a recent rate would jump
             mininterval=0.1 if sys.stderr.isatty() else 30,  # a line now and then in a log file
         ) as progress:
             for job, result in executor.run(writer.write_block, until_trouble):
@@ -180,7 +188,7 @@ def build_corrupted(
     for name in names:
         url = f"{out.rstrip('/')}/{name}.zarr"
         corrupted = config.with_(images=config.images.with_(corruption=name))
-        writer.begin(url, corrupted, dataset, overwrite=False)
+        writer.check(url, corrupted, dataset, overwrite=False)
         if writer.is_complete(url):
             say(f"{url} is complete: {len(dataset.records)} frames, nothing to do")
             continue

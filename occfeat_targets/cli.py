@@ -177,13 +177,14 @@ def build(dataroot: Path, store: str, overwrite: bool, on_error: str, **options:
         dataset = building.prepare(dataroot, store, options["version"], settings, overwrite)
         if not dataset.map_classes and settings.map.mode == "auto":
             click.echo("Note: this dataset has no map, so no map labels are stored")
-        if is_complete(store):
-            n = counted(len(dataset.records), "frame")
+        n = counted(len(dataset.records), "frame")
+        if is_complete(store) and not overwrite:
             click.echo(f"{store} is complete: {n}, nothing to do")
             return
         with executor(options["workers"], options["threads"], options["scheduler"]) as where:
-            failed = building.build(store, settings, dataset, where, on_error == "skip")
-    click.echo(f"{store}: {counted(len(dataset.records), 'frame')}, {len(failed)} failed")
+            skip = on_error == "skip"
+            failed = building.build(store, settings, dataset, where, skip, overwrite)
+    click.echo(f"{store}: {n}, {len(failed)} failed")
     _leave_out(failed.values())
 
 

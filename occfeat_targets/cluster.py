@@ -3,10 +3,12 @@
 import logging
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -140,7 +142,7 @@ def executor(
     """Executor for the ``with`` block: at ``scheduler``, a running Dask scheduler's address such as
     ``tcp://host:8786``; or as many ``workers`` here, 0 for none but this process, each with so many
     ``threads`` (tasks at a time). None chooses by cores, memory and GPUs (one worker per GPU).
-    Raises ClusterError if the scheduler can't be reached or has no workers."""
+    Raises ClusterError if the scheduler can't be reached or has no workers, or one can't start."""
     if workers == 0 and scheduler is None:
         yield InProcess()
         return
@@ -150,7 +152,8 @@ def executor(
     if scheduler is None:
         with (
             dask.config.set(_SETTINGS),
-            _local_cluster(workers, threads) as cluster,
+            _deaf_loop() as loop,
+            _local_cluster(workers, threads, loop) as cluster,
             Client(cluster) as client,
         ):
             yield DaskExecutor(client)
@@ -166,7 +169,26 @@ def executor(
         yield DaskExecutor(client)
 
 
-def _local_cluster(workers: int | None, threads: int | None) -> Any:
+@contextmanager
+def _deaf_loop() -> Iterator[Any]:
+    """An event loop in a thread that SIGINT does not reach, nor any process that it starts: at a
+    Ctrl-C, which a terminal sends to all, this process stops them, and they print nothing."""
+    from distributed.utils import LoopRunner
+
+    runner = LoopRunner()
+    resource_tracker.ensure_running()  # its start would let SIGINT through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        runner.start()  # threads and processes begin with the mask of their makers
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield runner.loop
+    finally:
+        runner.stop()
+
+
+def _local_cluster(workers: int | None, threads: int | None, loop: Any) -> Any:
     from dask.system import CPU_COUNT  # both know of containers' limits
     from distributed import Nanny, Scheduler, SpecCluster
     from distributed.system import MEMORY_LIMIT
@@ -184,7 +206,13 @@ def _local_cluster(workers: int | None, threads: int | None) -> Any:
     # No dashboard; its server takes any free port, else it warns of other clusters on the machine.
     http = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}
     scheduler = {"cls": Scheduler, "options": http}
-    return SpecCluster(workers=specs, scheduler=scheduler, silence_logs=quiet)
+    try:
+        return SpecCluster(workers=specs, scheduler=scheduler, loop=loop, silence_logs=quiet)
+    except RuntimeError as error:
+        raise ClusterError(
+            f"a worker process ended while it started ({error}; out of memory?): use fewer "
+            "--workers, or --workers 0 to work in this process"
+        ) from error
 
 
 def choose(cores: int, memory: int, gpus: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from occfeat_targets.store.files import find
+from occfeat_targets.store.lease import writer_of
 from occfeat_targets.store.reader import TargetStore, open_store
 from occfeat_targets.store.schema import FAILED, MARKERS
 
@@ -25,7 +26,8 @@ def summarise(url: str) -> dict[str, Any]:
     if not attrs["complete"]:
         size = attrs["config"]["block_frames"]
         done = sum(name.endswith(".json") for name in find(url, MARKERS))
-        return summary | {"blocks": -(-len(store) // size), "blocks_done": done}
+        blocks = {"blocks": -(-len(store) // size), "blocks_done": done}
+        return summary | blocks | {"writer": writer_of(url)}
     splits: dict[str, list[str]] = {}  # to the scene of each frame
     for i in range(len(store)):
         splits.setdefault(store.split(i), []).append(store.scene(i))
@@ -62,7 +64,7 @@ def as_text(summary: dict[str, Any]) -> str:
     images, source = summary["config"]["images"], summary["source"]
     rows: list[tuple[str, object]] = [
         ("store", summary["store"]),
-        ("state", "complete" if summary["complete"] else "unfinished: run its build again"),
+        ("state", _state(summary)),
         ("frames", summary["frames"]),
         ("size", f"{summary['bytes'] / 1e6:.1f} MB in {counted(summary['files'], 'file')}"),
         ("source", f"{source['dataset']} {source['version']}"),
@@ -85,6 +87,13 @@ def as_text(summary: dict[str, Any]) -> str:
         rows += [("failed", message) for message in summary["failed"].values()]
     rows += [(key.replace("_", " "), _words(value)) for key, value in summary["config"].items()]
     return "\n".join(f"{name:<13} {value}" for name, value in rows)
+
+
+def _state(summary: dict[str, Any]) -> str:
+    if summary["complete"]:
+        return "complete"
+    writer = summary["writer"]
+    return f"{writer} is building it now" if writer else "unfinished: run its build again"
 
 
 def _teacher_rows(teacher: dict[str, Any] | None) -> list[tuple[str, object]]:

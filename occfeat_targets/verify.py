@@ -25,9 +25,11 @@ def verify_store(url: str, quick: bool = False) -> tuple[int, list[str]]:
     """Check every object against its checksum, then every frame: shapes, ranges, order, images,
     scales, and whether it fits together; ``quick``: objects alone, by sizes where frames are in
     them. Returns the number of frames, and a line per problem, naming object, or frame, scene and
-    sample. Raises StoreError: the store can't be opened; ConfigError: its outputs can't be had."""
+    sample. Raises StoreError: the store can't be opened, or is replaced meanwhile; ConfigError: its
+    outputs can't be had."""
     store = open_store(url)
     problems = list(check_objects(url, quick))
+    store.require_same()
     if quick or problems:
         return len(store), problems
     _, outputs = stored_outputs(store.attrs)

@@ -7,8 +7,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -50,25 +50,38 @@ class BlockJob:
         return self.index * self.config.block_frames
 
 
+def check(url: str, config: TargetsConfig, dataset: Dataset, overwrite: bool) -> None:
+    """Before any work: the store's place is writable, nobody builds there now, and it holds nothing
+    or what this very build has begun, unless it is to be overwritten. Raises StoreError: something
+    else is there, or it was begun with other settings (all differences listed)."""
+    existing = _existing_attributes(url)  # not even a lease where something else is
+    with _one_message(url), one_writer(url):
+        if existing and "teacher" in existing and not overwrite:
+            _refuse_other(url, existing, _root_attributes(config, dataset))
+        sweep_litter(url)
+
+
 def begin(url: str, config: TargetsConfig, dataset: Dataset, overwrite: bool) -> None:
-    """Create the root group, or check that the one there is this very build's. Raises StoreError:
-    not writable, something else there, or begun with other settings (all differences listed)."""
+    """Create the root group, or go on with the one there. Raises StoreError as :func:`check`."""
     wanted = _root_attributes(config, dataset)
+    with _one_message(url):
+        existing = _existing_attributes(url)
+        if existing is None:
+            zarr.create_group(files.zarr_store(url, read_only=False), attributes=wanted)
+        # Without a teacher nothing was computed: its settings bind nobody.
+        elif overwrite or "teacher" not in existing:
+            files.open_group(url, "r+").attrs.put(wanted)  # first: no half-deleted store is one
+            fs, path = files.filesystem(url)
+            if rest := [f"{path}/{key}" for key in files.find(url) if key != "zarr.json"]:
+                fs.rm(rest)
+        else:
+            _refuse_other(url, existing, wanted)
+
+
+@contextmanager
+def _one_message(url: str) -> Iterator[None]:
     try:
-        _existing_attributes(url)  # not even a lease where something else is
-        with one_writer(url):
-            existing = _existing_attributes(url)
-            if existing is None:
-                zarr.create_group(files.zarr_store(url, read_only=False), attributes=wanted)
-            # Without a teacher nothing was computed: its settings bind nobody.
-            elif overwrite or "teacher" not in existing:
-                files.open_group(url, "r+").attrs.put(wanted)  # first: no half-deleted store is one
-                fs, path = files.filesystem(url)
-                if rest := [f"{path}/{key}" for key in files.find(url) if key != "zarr.json"]:
-                    fs.rm(rest)
-            else:
-                _refuse_other(url, existing, wanted)
-            sweep_litter(url)
+        yield
     except OSError as error:
         raise StoreError(f"cannot write {url}: {error.strerror or error}") from error
 

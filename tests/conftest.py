@@ -1,5 +1,6 @@
 """Shared fixtures: a small demo world, stores of it and of another dataset, the real keyframe."""
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -96,7 +97,7 @@ def build_store(dataroot, store, *overrides, skip_errors=False, overwrite=False)
     """Build in this process with the fast teacher; returns the failed frames."""
     config = TargetsConfig.load(None, [*FAST, *overrides])
     dataset = prepare(Path(dataroot), str(store), None, config, overwrite)
-    return build(str(store), config, dataset, InProcess(), skip_errors)
+    return build(str(store), config, dataset, InProcess(), skip_errors, overwrite)
 
 
 def _require_devkit():
@@ -144,21 +145,27 @@ def nuscenes_one():
     return root
 
 
-@pytest.fixture(scope="session")
-def s3_server():
-    """Environment of a client of moto's S3, on loopback."""
+@contextlib.contextmanager
+def s3_environment():
+    """The environment of a client of moto's S3, which serves on loopback in the ``with`` block."""
     moto = pytest.importorskip("moto.server")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
-    address = "http://{}:{}".format(*server.get_host_and_port())
     yield {
-        "AWS_ENDPOINT_URL": address,
+        "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
         "AWS_ACCESS_KEY_ID": "anyone",
         "AWS_SECRET_ACCESS_KEY": "anything",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """The environment of a client of an S3 server."""
+    with s3_environment() as environment:
+        yield environment
 
 
 @pytest.fixture

@@ -146,6 +146,7 @@ def test_a_task_that_outlives_its_client_leaves_a_newer_store_alone(demo_root, t
     config = TargetsConfig.load(None, [*FAST, "images.quality=60"])
     source = prepare(demo_root, str(store), None, config, overwrite=False)
     teacher = writer.describe_teacher(config)
+    writer.begin(str(store), config, source, overwrite=False)
     writer.set_teacher(str(store), config, teacher)
     old_job = writer.plan(str(store), config, source.records, teacher, skip=False)[0]
     build_store(demo_root, store, overwrite=True)
@@ -336,11 +337,25 @@ def test_impossible_selections_and_sizes(demo_root, tmp_path, overrides, message
         build_store(demo_root, tmp_path / "targets.zarr", *overrides)
 
 
-def test_a_mistake_seen_by_the_teacher_does_not_bind_the_next_try(demo_root, demo_store, tmp_path):
-    """The store was begun before the teacher could object; mended settings must be accepted."""
+def test_a_teacher_that_can_t_be_loaded_begins_and_overwrites_nothing(
+    demo_root, demo_store, tmp_path
+):
     store = tmp_path / "targets.zarr"
     with pytest.raises(ConfigError):
         build_store(demo_root, store, "teacher.input_size=[250, 448]")
+    assert not store.exists()
+    shutil.copytree(demo_store, store)
+    with pytest.raises(ConfigError):
+        build_store(demo_root, store, "teacher.input_size=[250, 448]", overwrite=True)
+    assert tree_bytes(store) == tree_bytes(demo_store)
+
+
+def test_a_store_without_its_teacher_does_not_bind_the_next_try(demo_root, demo_store, tmp_path):
+    """Killed right after its beginning."""
+    store = tmp_path / "targets.zarr"
+    config = TargetsConfig.load(None, [*FAST, "images.quality=50"])
+    dataset = prepare(demo_root, str(store), None, config, overwrite=False)
+    writer.begin(str(store), config, dataset, overwrite=False)
     build_store(demo_root, store)
     assert tree_bytes(store) == tree_bytes(demo_store)
 

@@ -171,6 +171,16 @@ def test_one_worker_per_gpu_else_one_per_core_that_fits_in_memory():
     assert choose(cores=16, memory=500 * GB, gpus=8) == (8, 2)
 
 
+def test_a_worker_that_dies_at_its_start_is_one_sentence():
+    preload = {"distributed.worker.preload": ["import os; os.kill(os.getpid(), 9)"]}
+    with (
+        dask.config.set(preload),
+        pytest.raises(ClusterError, match="ended while it started.*fewer --workers"),
+        executor(workers=1),
+    ):
+        pass
+
+
 # Last, since these kill workers of the shared clusters, which start them again.
 
 

@@ -1,6 +1,7 @@
 """One writer of a store on an object store (S3, by moto on loopback), whatever becomes of it."""
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,9 +13,13 @@ import fsspec
 import pytest
 from conftest import build_store, tree_bytes
 
+from occfeat_targets import verify
+from occfeat_targets.info import as_text, summarise
 from occfeat_targets.store import lease
-from occfeat_targets.store.files import LEASE, StoreError, find, this_process
+from occfeat_targets.store.files import LEASE, StoreError, find, open_group, this_process
 from occfeat_targets.store.lease import one_writer, writer_of
+from occfeat_targets.store.reader import open_store
+from occfeat_train.data.dataset import FrameReader
 
 HOLD = """if True:
     import sys, time
@@ -138,3 +143,59 @@ def test_nothing_is_written_where_something_else_is(bucket, demo_root):
     with pytest.raises(StoreError, match="not an occfeat-targets store"):
         build_store(demo_root, f"{bucket}/thesis", overwrite=True)
     assert fs.find("bucket") == ["bucket/thesis/chapter1.tex"]
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_who_reads_a_store_that_is_being_built_is_told_so(
+    where, request, tmp_path, demo_store, hold
+):
+    store = shutil.copytree(demo_store, tmp_path / "t.zarr")
+    open_group(store, "r+").attrs["complete"] = False
+    url = str(store) if where == "local" else f"{request.getfixturevalue('bucket')}/t.zarr"
+    if where == "s3":
+        fsspec.filesystem("s3").put(f"{store}/", "bucket/t.zarr/", recursive=True)
+    first = hold(url, 600)
+    who = f"process {first.pid} on {socket.gethostname()}"
+    with pytest.raises(StoreError, match=f"^{who} is building {url} now: wait until"):
+        open_store(url)
+    assert f"{who} is building it now" in as_text(summarise(url))
+    first.kill()
+    first.wait()
+    with pytest.raises(StoreError, match="is not finished: run its occfeat-targets build again"):
+        open_store(url)
+    assert "unfinished: run its build again" in as_text(summarise(url))
+
+
+def test_a_store_that_is_overwritten_while_it_is_read(demo_root, demo_store, tmp_path, monkeypatch):
+    store = shutil.copytree(demo_store, tmp_path / "t.zarr")
+    reader, frames = open_store(store), FrameReader(str(store))
+    assert reader.frame(0) and frames.read(0, ["images"])
+    check = verify.check_objects
+
+    def overwritten(url):
+        build_store(demo_root, store, "images.quality=50", "frames.limit=1", overwrite=True)
+        return check(url)
+
+    monkeypatch.setattr(verify, "check_objects", overwritten)
+    sentence = "t.zarr was replaced or deleted meanwhile: start again with it$"
+    for read in (verify.verify_store, lambda _: reader.frame(3), lambda _: frames.read(3, ["map"])):
+        with pytest.raises(StoreError, match=sentence):
+            read(str(store))
+
+
+@pytest.mark.parametrize("lacking", ["endpoint", "credentials"])
+def test_a_bucket_out_of_reach_is_one_sentence(monkeypatch, tmp_path, demo_root, lacking):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+        if lacking == "endpoint":
+            monkeypatch.setenv(name, "anything")
+    said = {"endpoint": "Could not connect to the endpoint", "credentials": "Unable to locate cred"}
+    fsspec.filesystem("s3").clear_instance_cache()
+    for use in (open_store, summarise, verify.verify_store, lambda u: build_store(demo_root, u)):
+        with pytest.raises(StoreError, match=f"^s3://b/t.zarr is out of reach: {said[lacking]}"):
+            use("s3://b/t.zarr")
+    fsspec.filesystem("s3").clear_instance_cache()

@@ -1,6 +1,7 @@
 """The DINOv2 teacher against the same weights computed by hand, and what is refused."""
 
 import sys
+import time
 
 import huggingface_hub.constants
 import pytest
@@ -242,6 +243,16 @@ def test_hub_id_without_internet_says_what_to_do(no_hub):
         load_teacher(TeacherSettings(name="facebook/dinov2-base"))
     assert_says_what_to_do(error)
     assert "https://huggingface.co/facebook/dinov2-base" in str(error.value)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(no_hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    nowhere = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere)
+    began = time.monotonic()
+    with pytest.raises(TeacherError, match="no answer from huggingface.co"):
+        load_teacher(TeacherSettings(name="facebook/dinov2-base"))
+    assert time.monotonic() - began < 5
 
 
 def test_pickled_weights_are_refused(tmp_path, config):

@@ -40,7 +40,8 @@ def find(url: str, below: str = "") -> dict[str, int]:
     """All files of a store but its lease, or of one folder, listed afresh: key to size in bytes."""
     fs, path = filesystem(url)
     fs.invalidate_cache()
-    found = fs.find(f"{path}/{below}" if below else path, detail=True)
+    with _reaching(url):
+        found = fs.find(f"{path}/{below}" if below else path, detail=True)
     sizes = {name.removeprefix(f"{path}/"): info["size"] for name, info in found.items()}
     return {key: size for key, size in sizes.items() if key != LEASE}
 
@@ -54,8 +55,23 @@ def zarr_store(url: str, read_only: bool) -> LocalStore | FsspecStore:
 
 
 def open_group(url: str, mode: Literal["r", "r+"]) -> zarr.Group:
-    """The root group of a store."""
-    return zarr.open_group(zarr_store(url, read_only=mode == "r"), mode=mode, zarr_format=3)
+    """The root group of a store. StoreError: it is out of reach."""
+    with _reaching(url):
+        return zarr.open_group(zarr_store(url, read_only=mode == "r"), mode=mode, zarr_format=3)
+
+
+@contextmanager
+def _reaching(url: str) -> Iterator[None]:
+    """Whatever a remote filesystem raises, which is what it likes, in one sentence."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        no_network = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+        if isinstance(error, no_network) or isinstance(filesystem(url)[0], LocalFileSystem):
+            raise
+        raise StoreError(f"{url} is out of reach: {str(error) or repr(error)}") from error
 
 
 def this_process() -> dict[str, Any]:

@@ -12,6 +12,7 @@ import zarr
 
 from occfeat_targets.store.files import StoreError, filesystem, open_group
 from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.lease import writer_of
 from occfeat_targets.store.schema import FAILED, FORMAT, FORMAT_VERSION, ArraySpec, Attributes
 from occfeat_targets.store.settings import ConfigError
 from occfeat_targets.store.shards import ShardedArray, read_whole
@@ -133,7 +134,18 @@ class TargetStore:
         try:
             return {name: self._read(i, name) for name in names}
         except Exception as error:  # remote filesystems raise what they like
+            self.require_same()
             raise StoreError(f"{self.url}: {self.describe(i)}: {error}") from error
+
+    def require_same(self) -> None:
+        """After something went wrong: StoreError if it did since the store is another by now."""
+        fs, root = filesystem(self.url)
+        try:
+            same = json.loads(fs.cat_file(f"{root}/zarr.json"))["attributes"] == self.attrs
+        except (FileNotFoundError, ValueError, LookupError, TypeError):
+            same = False
+        if not same:
+            raise StoreError(f"{self.url} was replaced or deleted meanwhile: start again with it")
 
     def frame(self, i: int) -> dict[str, Any]:
         """Everything of frame i, as :meth:`read` does; ``images`` as a list, one JPEG a camera."""
@@ -170,6 +182,8 @@ def open_store(url: str, allow_incomplete: bool = False) -> TargetStore:
             f"{FORMAT_VERSION}: rebuild the store or use a matching version of occfeat"
         )
     if not attrs.get("complete") and not allow_incomplete:
+        if writer := writer_of(url):
+            raise StoreError(f"{writer} is building {url} now: wait until it is finished")
         raise StoreError(f"{url} is not finished: run its occfeat-targets build again to continue")
     if attrs.get("complete") and attrs.get(SEAL) != seal(attrs):
         raise StoreError(f"{url}: the attributes in its zarr.json are damaged")

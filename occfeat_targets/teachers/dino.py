@@ -12,6 +12,7 @@ from occfeat_targets.store.settings import ConfigError
 from occfeat_targets.teachers.base import TeacherError, TeacherSettings, state_sha256
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of R, G, B
+_HUB_SECONDS = 10
 _TYPES = ("dinov2", "dinov2_with_registers")
 
 
@@ -59,6 +60,21 @@ def random_teacher(settings: TeacherSettings) -> DinoTeacher:
     return DinoTeacher(model, settings.name, settings.precision, weights=f"random({text})")
 
 
+def _find_config(name: str) -> None:
+    """OSError at once if a model is neither here nor on a hub that answers: transformers would ask
+    for a minute, for each of its files."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        if not Path(name).is_dir() and not try_to_load_from_cache(name, "config.json"):
+            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_HUB_SECONDS)
+    except (HfHubHTTPError, HFValidationError):
+        pass  # it answers, or need not be asked: transformers says what is wrong
+    except Exception as error:  # of whichever library it uses for HTTP
+        raise OSError(f"no answer from huggingface.co: {error}") from error
+
+
 def pretrained(settings: TeacherSettings) -> DinoTeacher:
     """DINOv2 from a local directory or the Hugging Face hub; safetensors only, never pickle. Raises
     TeacherError if it can't be loaded, and ConfigError if it is another kind of model."""
@@ -66,6 +82,7 @@ def pretrained(settings: TeacherSettings) -> DinoTeacher:
 
     name = settings.name
     try:
+        _find_config(name)
         shape = AutoConfig.from_pretrained(name)
         if shape.model_type in _TYPES:
             model, loading = AutoModel.from_pretrained(

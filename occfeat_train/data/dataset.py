@@ -75,6 +75,7 @@ class FrameReader:
                 # On a GPU this would be an assertion in some kernel, long after.
                 raise StoreError("voxel_index has voxels outside of the grid: the store is damaged")
         except StoreError as error:
+            store.require_same()
             raise StoreError(f"{self.url}: {store.describe(i)}: {error}") from error
         return frame
 
