@@ -12,6 +12,7 @@ import time
 import fsspec
 import pytest
 from conftest import build_store, tree_bytes
+from torture_store import torture
 
 from occfeat_targets import verify
 from occfeat_targets.info import as_text, summarise
@@ -199,3 +200,9 @@ def test_a_bucket_out_of_reach_is_one_sentence(monkeypatch, tmp_path, demo_root,
         with pytest.raises(StoreError, match=f"^s3://b/t.zarr is out of reach: {said[lacking]}"):
             use("s3://b/t.zarr")
     fsspec.filesystem("s3").clear_instance_cache()
+
+
+def test_a_short_torture(bucket, demo_root, tmp_path):
+    wrong, tried = torture(2, 0, demo_root, tmp_path)
+    assert wrong == []
+    assert tried.total() == 12

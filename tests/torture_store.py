@@ -198,7 +198,7 @@ def torture(rounds, seed, world, folder):
         if number % len(order) == 0:
             rng.shuffle(order)
         fault, where = order[number % len(order)]
-        place = folder if where == "disk" else "s3://torture"
+        place = folder if where == "disk" else "s3://bucket"
         round_ = Round(rng, world, f"{place}/round-{number}.zarr")
         found = [build_under(fault, round_, reference)]
         kinds = [] if found[0] else [rng.choice([*DAMAGE]) for _ in range(5)]
@@ -221,7 +221,7 @@ def main():
     make_demo_world(folder / "world", scenes=2, samples=2, seed=0)
     with s3_environment() as environment:
         os.environ.update(environment)
-        fsspec.filesystem("s3").mkdir("torture")
+        fsspec.filesystem("s3").mkdir("bucket")
         wrong, tried = torture(asked.rounds, asked.seed, folder / "world", folder)
     for what, count in sorted(tried.items()):
         print(f"{count:6} {what}")
