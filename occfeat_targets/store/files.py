@@ -30,6 +30,11 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise StoreError(f"{url}: {error}") from error
 
 
+def is_local(url: str) -> bool:
+    """Whether a store is on this machine's filesystem."""
+    return isinstance(filesystem(url)[0], LocalFileSystem)
+
+
 def absolute(url: str) -> str:
     """A local path made absolute, since workers may run elsewhere; other urls as they are."""
     fs, path = filesystem(url)
@@ -69,7 +74,7 @@ def _reaching(url: str) -> Iterator[None]:
         raise
     except Exception as error:
         no_network = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
-        if isinstance(error, no_network) or isinstance(filesystem(url)[0], LocalFileSystem):
+        if isinstance(error, no_network) or is_local(url):
             raise
         raise StoreError(f"{url} is out of reach: {str(error) or repr(error)}") from error
 

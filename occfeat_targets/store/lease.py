@@ -13,12 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fsspec.implementations.local import LocalFileSystem
-
 from occfeat_targets.store.files import (
     LEASE,
     StoreError,
     filesystem,
+    is_local,
     lock_owner,
     locked,
     named,
@@ -61,9 +60,8 @@ def writer_of(url: str) -> str | None:
 
 
 def _lock_file(url: str) -> Path | None:
-    fs, path = filesystem(url)
-    place = Path(path).resolve()
-    return place.with_name(f".{place.name}.lock") if isinstance(fs, LocalFileSystem) else None
+    place = Path(filesystem(url)[1]).resolve()
+    return place.with_name(f".{place.name}.lock") if is_local(url) else None
 
 
 class _Lease:
