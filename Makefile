@@ -74,6 +74,7 @@ fuzz: $(installed)
 # Builds that are killed, stopped, starved and doubled, on a disk and on S3: half an hour.
 torture: $(installed)
 	$(bin)/python tests/torture_store.py --rounds 100 --seed 1
+	OMP_NUM_THREADS=1 $(bin)/python tests/torture_train.py --rounds 100 --seed 1
 
 lint: $(installed)
 	$(bin)/ruff check .
