@@ -94,7 +94,7 @@ def _one_message() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (text := how_to_install(error)) is None:
             raise
-        click.secho(f"error: {text}", fg="red", err=True)
+        click.secho(f"Error: {text}", fg="red", err=True)
         sys.exit(EXIT_FAILED)
     except (BuildStopped, ClusterError, StoreError, TeacherError, ValueError, OSError) as error:
         click.secho(f"Error: {error}", fg="red", err=True)

@@ -152,7 +152,7 @@ def test_a_missing_library_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, module, None)
     result = _run("build", demo_root, tmp_path / "x.zarr", *SETTINGS, "--workers", workers)
     assert result.exit_code == 1
-    assert result.output.startswith(f"error: this needs {module}, which is not installed: pip")
+    assert result.output.startswith(f"Error: this needs {module}, which is not installed: pip")
     (extra,) = (extra for extra, modules in EXTRAS.items() if module in modules)
     assert result.output.endswith(f"pip install 'occfeat[{extra}]'\n")
     assert extra in metadata.metadata("occfeat").get_all("Provides-Extra")

@@ -206,7 +206,7 @@ def test_errors_name_store_frame_scene_and_sample(store, what):
 
 def test_an_image_of_another_size(store):
     config = open_store(store).attrs["config"]
-    change_attributes(store, config=config | {"images": {"size": [100, 200]}})
+    change_attributes(store, config=config | {"images": config["images"] | {"size": [100, 200]}})
     with pytest.raises(StoreError, match="CAM_FRONT_LEFT: it is RGB 288x512"):
         FrameReader(store).read(1, ("images",))
 

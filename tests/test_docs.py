@@ -4,6 +4,7 @@ In this process, since starting one takes longer than most commands.
 """
 
 import configparser
+import json
 import os
 import re
 import runpy
@@ -127,7 +128,7 @@ def test_training_commands_run_in_order(tmp_path):
                 _make_unfinished(Path("runs"))
             printed[line] = _torchrun(line) if line.startswith("torchrun ") else run(line)
         names = _an_exported_network_sees_a_frame()
-    assert len(printed) == 11
+    assert len(printed) == 12
     assert "vehicle IoU in per cent" in printed["occfeat-train evaluate"]
     assert "mRR over 0 of 8 corruptions" in printed["occfeat-train evaluate --corrupted corrupted"]
     assert (tmp_path / "prediction.png").exists()
@@ -352,3 +353,21 @@ def test_the_citation_says_what_the_readme_says():
     assert paper["title"] in bibtex and f"= {paper['year']}" in bibtex
     names = [f"{a['family-names']}, {a['given-names']}" for a in paper["authors"]]
     assert " and ".join(names).replace("é", "e") in bibtex
+
+
+def test_the_notebook_runs_from_above(demo_store, tmp_path, monkeypatch):
+    """Its cells one after another in one namespace; it shows pictures and leaves none open."""
+    from matplotlib import pyplot
+
+    shown = []
+    monkeypatch.setattr(pyplot, "show", lambda: shown.append(pyplot.close()))
+    (tmp_path / "targets.zarr").symlink_to(demo_store)
+    cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
+    assert not any(cell.get("outputs") for cell in cells)
+    space: dict = {}
+    with chdir(tmp_path):
+        for cell in cells:
+            if cell["cell_type"] == "code":
+                exec("".join(cell["source"]), space)
+    assert len(shown) == 2
+    assert len(space["batch"]["voxel"]) == space["batch"]["n_voxels"].sum() > 1000

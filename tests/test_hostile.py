@@ -154,7 +154,7 @@ def test_code_that_a_store_names_runs_only_if_the_user_names_it_too(
         assert result.exit_code == 1, result.output
         name = f"evil:{kind.capitalize()}"
         said = result.output.splitlines()[-1]
-        assert said.startswith(f"error: {store} was made with the plug-in {name}"), result.output
+        assert said.startswith(f"Error: {store} was made with the plug-in {name}"), result.output
         assert f"again, --plugin {name}, if you trust it" in said
         assert not (tmp_path / "harm").exists()
     result = _run(*commands[0], "--plugin", f"evil:{kind.capitalize()}")

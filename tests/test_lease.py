@@ -173,9 +173,9 @@ def test_a_store_that_is_overwritten_while_it_is_read(demo_root, demo_store, tmp
     assert reader.frame(0) and frames.read(0, ["images"])
     check = verify.check_objects
 
-    def overwritten(url):
+    def overwritten(url, quick):
         build_store(demo_root, store, "images.quality=50", "frames.limit=1", overwrite=True)
-        return check(url)
+        return check(url, quick)
 
     monkeypatch.setattr(verify, "check_objects", overwritten)
     sentence = "t.zarr was replaced or deleted meanwhile: start again with it$"

@@ -13,7 +13,7 @@ from train_runs import assert_same_state, log_of, options, run
 
 from occfeat_targets.sources.nuscenes import MAP_CLASSES
 from occfeat_targets.store.grid import VoxelGrid
-from occfeat_targets.store.reader import open_store
+from occfeat_targets.store.reader import SEAL, open_store
 from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.distributed import Process
 from occfeat_train.evaluate import evaluate, predict, table
@@ -148,7 +148,7 @@ def test_the_network_of_a_map_run_exports_like_any_other(workplace):
 def test_runs_of_before_there_were_tasks_are_refused(workplace, tmp_path):
     cwd, _ = workplace
     said = json.loads((cwd / "runs/map/run.json").read_text())
-    del said["task"]
+    del said["task"], said[SEAL]
     (tmp_path / "run.json").write_text(json.dumps(said))
     with pytest.raises(RunError, match="of another version of occfeat: it says no task"):
         Job.of_run(Run(tmp_path))

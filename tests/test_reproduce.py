@@ -213,7 +213,7 @@ def test_random_features_do_not_pass_for_the_paper_s(store_for, tmp_path):
     store = shutil.copytree(store_for["paper"], tmp_path / "targets.zarr")
     none, learned = _experiments(str(store), "3", ("1", "4"), tasks=("vehicle",))
     assert (learned.teacher, none.teacher) == ("tiny (RANDOM WEIGHTS)", "")
-    change_attributes(store, source={"dataset": "nuScenes"})
+    change_attributes(store, source=open_store(store).attrs["source"] | {"dataset": "nuScenes"})
     with pytest.raises(ConfigError, match="random weights, which says nothing of the paper"):
         _experiments(str(store), "3")
 

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import signal
+import socket
 import time
 from contextlib import chdir
 
@@ -61,7 +62,7 @@ def test_a_fall_back_resumes_to_the_same_weights(undisturbed, tmp_path):
     copy = Run(shutil.copytree(undisturbed, tmp_path / "copy"))
     flip(copy.path / "checkpoint-00000009.pt", 100_000)
     output = run("pretrain", "--resume", "--run-dir", "copy", cwd=tmp_path)
-    assert output.count("checkpoint-00000009 is damaged") == 1
+    assert output.count("checkpoint-00000009.pt is damaged") == 1
     assert "resumed after step 8" in output
     assert_same_state(undisturbed, copy.path)
     assert curve(copy.path) == curve(undisturbed)
@@ -226,7 +227,7 @@ def test_a_killed_second_trainer_leaves_the_first_alone(undisturbed, tmp_path):
             time.sleep(0.002)
         first.send_signal(signal.SIGSTOP)
         said = run("pretrain", "--resume", "--run-dir", "copy", cwd=tmp_path, code=1)
-        assert "Error: another process is training copy" in said
+        assert f"Error: process {first.pid} on {socket.gethostname()} is training copy" in said
         first.send_signal(signal.SIGKILL)
         first.wait(60)
     finally:
@@ -247,6 +248,6 @@ def test_checksums_of_what_is_read_can_be_left_out(tiny_store, tmp_path):
     key, ranges = opened.sharded["voxel_index"].ranges(0, opened.n_rows(0, "voxel_index"))
     flip(store / key, sum(ranges[0]) - 1)
     settings = ("--store", store, *options("pretrain.epochs=1"))
-    said = run("pretrain", *settings, cwd=tmp_path, code=1)
+    said = run("pretrain", *settings, "--run-dir", "checked", cwd=tmp_path, code=1)
     assert "an inner chunk does not match its checksum" in said
     run("pretrain", *settings, "--set", "data.check_reads=false", cwd=tmp_path)

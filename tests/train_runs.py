@@ -28,6 +28,7 @@ SMALL = [
     "finetune.lr=0.001",
     "run.log_every=1",
     "run.save_minutes=0",
+    "run.validate_every=0",
 ]
 """A network and schedule for the tiny store: 3 steps an epoch."""
 COMPARABLE = [

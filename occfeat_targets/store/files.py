@@ -5,7 +5,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,17 +98,20 @@ def locked(file: Path, error: type[RuntimeError], doing: str) -> Iterator[None]:
     says what it is ``doing`` ("is training …"); a kill lets go. The same ``error``: the filesystem
     knows no locks."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as held:
+    held = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    try:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise error(f"{_owner(file)} {doing}") from None
         except OSError as reason:
             raise error(f"cannot lock {file}: {reason}; put it elsewhere") from reason
-        held.truncate(0)
-        held.write(json.dumps(this_process()))
-        held.flush()
+        with suppress(OSError):  # a full disk: a lock without its owner's name
+            os.ftruncate(held, 0)
+            os.write(held, json.dumps(this_process()).encode())
         yield
+    finally:
+        os.close(held)
 
 
 def lock_owner(file: Path) -> str | None:

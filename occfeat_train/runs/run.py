@@ -148,7 +148,7 @@ class Run:
                 return read(marker), damaged
             except Exception as error:  # torch raises many kinds for a damaged file
                 reason = (str(error).splitlines() or [repr(error)])[0]
-                damaged.append(DamagedError(f"{marker.with_suffix('')} is damaged ({reason})"))
+                damaged.append(DamagedError(f"{marker.with_suffix('.pt')} is damaged ({reason})"))
         if damaged:
             raise DamagedError(f"{damaged[0]}, and there is no whole one before it: train anew")
         raise RunError(f"{self.path} has no checkpoint: --resume it, or train anew")
