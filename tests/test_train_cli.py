@@ -278,7 +278,7 @@ def test_a_checkpoint_with_code_in_it_is_not_run(workplace, tmp_path, capsys):
     copy = Run(shutil.copytree(_only(cwd, "pretrain"), tmp_path / "copy"))
     torch.save({"network": print}, max(copy.path.glob("checkpoint-*.pt")))
     assert copy.load()[1]["step"] == 8
-    assert "checkpoint-00000009 is damaged (Weights only load failed" in capsys.readouterr().err
+    assert "checkpoint-00000009.pt is damaged (Weights only load failed" in capsys.readouterr().err
 
 
 def test_the_paper_preset_lists_every_setting_at_its_default(pytestconfig):
