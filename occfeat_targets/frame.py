@@ -61,7 +61,7 @@ def frame_targets(
     axes of the outputs' specs, trimmed to what is valid. Raises FrameError: the frame can't be
     processed (naming scene, sample, file), or an output breaks its specs (naming the array)."""
     full_size = config.images.corruption != "none"  # it works on the original's pixels
-    layout, near_m, size = outputs[0].layout, config.lidar.near_m, config.teacher.input_size
+    layout, near_m, size = outputs[0].layout, config.lidar.near_m, config.teacher.size_for(teacher)
     inputs = FrameInputs(record, layout, near_m, teacher, size, full_size)
     arrays: dict[str, np.ndarray] = {}
     try:

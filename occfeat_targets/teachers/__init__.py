@@ -18,6 +18,7 @@ TEACHERS = Registry(
         "none": "occfeat_targets.teachers.base:NoTeacher",
         "random": "occfeat_targets.teachers.dino:random_teacher",
         "hub": "occfeat_targets.teachers.dino:pretrained",
+        "efficientnet-lite0": "occfeat_targets.teachers.efficientnet:EfficientNetTeacher",
     },
 )
 """What makes a teacher of its settings, by what stands before a name's colon (else: ``hub``)."""
@@ -38,9 +39,10 @@ def load_teacher(settings: TeacherSettings) -> Teacher:
             raise TeacherError(f"plug-in teacher {settings.name!r} has no attribute {lacking[0]!r}")
     else:
         teacher = TEACHERS("hub")(settings)
-    if any(side % teacher.patch_size for side in settings.input_size):
+    size = settings.size_for(teacher)
+    if any(side % teacher.patch_size for side in size):
         raise ConfigError(
-            f"teacher.input_size {list(settings.input_size)} must be multiples of the patch size "
+            f"teacher.input_size {list(size)} must be multiples of the patch size "
             f"{teacher.patch_size} of {settings.name}"
         )
     return teacher

