@@ -14,7 +14,7 @@ HOMES = {
     "nuscenes": {"sources/nuscenes.py"},
     "distributed": {"cluster.py"},
     "dask": {"cluster.py"},
-    "transformers": {"teachers/dino.py", "models/encoders.py", "models/decoder.py"},
+    "transformers": {"teachers/vit.py", "models/encoders.py", "models/decoder.py"},
     "yaml": {"store/settings.py"},
     "fsspec": {"store/files.py"},
     "matplotlib": {"view.py", "outputs/masks.py"},

@@ -26,7 +26,7 @@ from occfeat_targets.teachers.base import (
     describe,
     state_sha256,
 )
-from occfeat_targets.teachers.dino import DinoTeacher
+from occfeat_targets.teachers.vit import VitTeacher
 
 TINY = {
     "hidden_size": 32,
@@ -35,6 +35,7 @@ TINY = {
     "image_size": 70,
     "patch_size": 14,
 }
+FLOAT32 = TeacherSettings(precision="float32")
 SIZE = (56, 98)  # 4 x 7 tokens: not square, and not the 5 x 5 of the position embedding
 
 
@@ -137,7 +138,7 @@ def no_hub(tmp_path, monkeypatch):
 def test_tokens_are_those_computed_by_hand(size):
     model = tiny()
     pixels = images(size=size)
-    tokens = DinoTeacher(model, "tiny", "float32")(pixels)
+    tokens = VitTeacher(model, "tiny", FLOAT32)(pixels)
     assert tokens.dtype == torch.float32
     assert tokens.shape == (2, 32, size[0] // 14, size[1] // 14)
     torch.testing.assert_close(tokens.double(), by_hand(model, pixels, 4), atol=1e-4, rtol=1e-4)
@@ -194,7 +195,7 @@ def test_weights_sha_sees_every_parameter():
 
 def test_teacher_cannot_be_trained():
     model = tiny().train()
-    teacher = DinoTeacher(model, "tiny", "float32")
+    teacher = VitTeacher(model, "tiny", FLOAT32)
     assert not any(module.training for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not teacher(images().requires_grad_()).requires_grad

