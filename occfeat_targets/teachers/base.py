@@ -18,8 +18,8 @@ class TeacherSettings(Settings):
     """The frozen image model whose features are the targets."""
 
     name: str = "facebook/dinov2-small"
-    """Hub id or local directory of a DINOv2, DINOv3, SigLIP or C-RADIO; ``efficientnet-lite0`` (needs
-    no download); ``random:SEED`` (ViT-S/14 with random weights, for tests); a plug-in,
+    """Hub id or local directory of a DINOv2, DINOv3, SigLIP or C-RADIO; ``efficientnet-lite0``
+    (needs no download); ``random:SEED`` (ViT-S/14 with random weights, for tests); a plug-in,
     ``package.module:factory``; or ``none`` for a store without features: enough to finetune and
     evaluate on, and built much faster."""
     input_size: Size | None = None

@@ -1,4 +1,4 @@
-"""Vision transformers of transformers' classes, from the Hugging Face hub or a directory: DINOv2 and
+"""Vision transformers of transformers' classes, from the Hugging Face hub or a directory: DINOv2,
 DINOv3, SigLIP and C-RADIO; and DINOv2's ViT-S/14 with random weights. transformers interpolates
 DINOv2's position embedding to the token grid by its size; the authors' code adds 0.1 first: tokens
 move by up to 1.4 px without registers."""
@@ -99,7 +99,7 @@ def _find_config(name: str) -> None:
 
 
 def pretrained(settings: TeacherSettings) -> VitTeacher:
-    """A model from a local directory or the Hugging Face hub; safetensors only, never pickle. Raises
+    """A model from a directory or the Hugging Face hub; safetensors only, never pickle. Raises
     TeacherError if it can't be loaded, and ConfigError if it is another kind of model."""
     from transformers import AutoConfig, AutoModel, SiglipVisionModel
 
