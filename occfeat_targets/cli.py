@@ -339,15 +339,34 @@ def verify(store: str, quick: bool, recompute: int, plugins: tuple[str, ...], **
 @store_argument
 @click.option("--frame", default=0, help="Index of the frame.")
 @click.option("--out", type=path_type, help="Default: view-FRAME.png.")
+@click.option(
+    "--colours",
+    type=path_type,
+    metavar="FILE.json",
+    help="What colour a feature has: made for STORE if it is not there, else as it says. For other "
+    "stores of the same teacher. Default: those of STORE.",
+)
+@click.option(
+    "--pick",
+    metavar="X,Y,Z|CAMERA,U,V",
+    help="Show how like the feature there all others are: at a place, metres in ego, or under a "
+    "pixel of a stored image.",
+)
 @plugin_option
-def view(store: str, frame: int, out: Path | None, plugins: tuple[str, ...]) -> None:
+def view(
+    store: str,
+    frame: int,
+    out: Path | None,
+    plugins: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Draw one frame of STORE to a PNG: the cameras with the voxels, and the BEV."""
     from occfeat_targets.store.registry import only_plugins
     from occfeat_targets.view import draw_frame
 
     out = out or Path(f"view-{frame}.png")
     with _one_message(), only_plugins(store, plugins):
-        draw_frame(store, frame, out)
+        draw_frame(store, frame, out, options["colours"], options["pick"])
     click.echo(f"wrote {out}")
 
 

@@ -206,21 +206,40 @@ def export(run: Path | None, out: Path) -> None:
 @click.option(
     "--frame", type=int, help="Frame number in the store.  [default: the first of validation]"
 )
-@click.option("--out", type=PATH, default="prediction.png", show_default=True, help="PNG to write.")
-def view(store: str | None, run: Path | None, frame: int | None, out: Path) -> None:
+@click.option("--scene", metavar="NAME", help="All frames of a scene in turn, as a moving picture.")
+@click.option(
+    "--colours",
+    type=PATH,
+    metavar="FILE.json",
+    help="Colours of features, as occfeat-targets view made them.  [default: those of the store]",
+)
+@click.option(
+    "--pick",
+    "picked",
+    metavar="X,Y,Z|CAMERA,U,V",
+    help="Show how like the target there all features are, true and predicted.",
+)
+@click.option(
+    "--out",
+    type=PATH,
+    help="PNG to write; .webp or .mp4 of a scene.  [default: prediction.png, or SCENE.webp]",
+)
+def view(store: str | None, run: Path | None, **asked: Any) -> None:
     """Draw what a network predicts for one frame, and what it should, to a PNG.
 
     Seen from above. What is drawn is up to what the network learned.
     """
     with _session() as (process, say):
+        from occfeat_train import view
         from occfeat_train.runs import resolve
         from occfeat_train.runs.job import Job
-        from occfeat_train.view import draw_frame
 
         chosen = resolve.finished(run, "pretrain", "finetune")
         job = Job.of_run(chosen, store)
         if process.is_main:
-            i = draw_frame(job, chosen, frame, process.device, out)
+            viewer = view.Viewer(job, chosen, process.device, asked["colours"])
+            out = asked["out"] or Path("prediction.png")
+            i = view.save_frame(viewer, asked["frame"], out, asked["picked"])
             say(f"{out}: frame {i} of {job.store} as {chosen.path} ({job.title}) sees it")
             _say_if_random(job.store, say)
 

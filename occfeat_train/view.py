@@ -2,97 +2,168 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 
+from occfeat_targets.store.colours import Paint, store_colours
 from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.pick import pick
 from occfeat_targets.store.reader import open_store
+from occfeat_targets.store.settings import ConfigError
 from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.data.order import select_frames, split_names
 from occfeat_train.evaluate import predict
 from occfeat_train.network import Network, trained_network
-from occfeat_train.objectives.base import Panel
+from occfeat_train.objectives.base import Panel, Volume
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.run import Run, RunError
 from occfeat_train.tasks.base import Task
+from occfeat_train.voxel_picture import draw_voxels
 
 
-def draw_frame(job: Job, run: Run, i: int | None, device: torch.device, out: Path) -> int:
-    """The cameras' images, targets and predictions of a frame, as a PNG.
+class Seen(NamedTuple):
+    """A frame as a network sees it."""
 
-    The frame is the ``i``-th of the job's store, None the first of its evaluation split; its number
-    is returned. RunError: the run has nothing to draw, no checkpoint, or one that does not fit the
-    store, or the file can't be written; StoreError: no such frame or store, or it lacks arrays.
-    """
-    if job.learns.panels is None:
-        raise RunError(
-            f"{job.title} {job.learns.no_picture}: finetune {run.path}, and view that run"
+    images: np.ndarray
+    """uint8 (N, H, W, 3), RGB, as stored."""
+    panels: list[Panel]
+    volume: Volume | None
+
+
+class Viewer:
+    """A run's network, to look at frames of its store with."""
+
+    def __init__(self, job: Job, run: Run, device: torch.device, colours: Path | None = None):
+        """With the colours of ``store_colours``. RunError: the run has nothing to draw, no
+        checkpoint, or one that does not fit the store; StoreError: the store is unreadable or lacks
+        arrays, or the colours don't fit it."""
+        if job.learns.panels is None:
+            raise RunError(
+                f"{job.title} {job.learns.no_picture}: finetune {run.path}, and view that run"
+            )
+        self.job, self.run, self.device, self.store = job, run, device, open_store(job.store)
+        self.network, self.position = trained_network(job, run, self.store)
+        self.network.to(device)
+        self.colours = store_colours(self.store, colours)
+
+    def held_out(self) -> list[int]:
+        """The frames of the evaluation split. StoreError: there are none."""
+        return select_frames(self.store, split_names(self.job.config.data.eval_split, "val"))
+
+    def look(self, i: int) -> Seen:
+        """Frame i. StoreError: there is no such frame, or it is damaged."""
+        return look(self.network, self.job, i, self.device, self.colours)
+
+    def figure(self, i: int, picked: str | None = None) -> Any:
+        """Frame i as a matplotlib figure. Raises as :meth:`look` does; and with the likeness to a
+        ``picked`` voxel, as ``pick`` does."""
+        store, paint, place = self.store, cast(Paint, self.colours), None
+        if not 0 <= i < len(store):
+            raise StoreError(f"no frame {i}: {self.job.store} has frames 0 to {len(store) - 1}")
+        if picked and "features" not in self.network.objective.arrays:
+            raise ConfigError(f"--pick is for what predicts features: not a {self.job.title}")
+        if picked:
+            paint, place = pick(store, i, picked)
+        seen = look(self.network, self.job, i, self.device, paint)
+        title = (
+            f"{self.run.path} ({self.job.title}, step {self.position['step']}) on {store.scene(i)} "
+            f"({store.split(i)}), sample {store.token(i)}"
         )
-    if out.is_dir() or not out.parent.is_dir():
-        raise RunError(f"cannot write {out}: name a file in a directory that exists")
-    store = open_store(job.store)
+        return _draw(title, store.attrs["cameras"], seen, store.grid, place)
+
+
+def save_frame(viewer: Viewer, i: int | None, out: Path, picked: str | None = None) -> int:
+    """Write the cameras' images, targets and predictions of a frame as a PNG.
+
+    The frame is the ``i``-th of the store, None the first of its evaluation split; its number is
+    returned. Raises as :meth:`Viewer.figure` does; RunError: the file can't be written.
+    """
+    require_place(out)
     if i is None:
-        i = select_frames(store, split_names(job.config.data.eval_split, "val"))[0]
-    if not 0 <= i < len(store):
-        raise StoreError(f"no frame {i}: {job.store} has frames 0 to {len(store) - 1}")
-    network, position = trained_network(job, run, store)
-    images, panels = _predict(network.to(device), job, i, device)
-    title = (
-        f"{run.path} ({job.title}, step {position['step']}) on {store.scene(i)} "
-        f"({store.split(i)}), sample {store.token(i)}"
-    )
-    cameras = dict(zip(store.attrs["cameras"], images, strict=True))
-    _draw(title, cameras, panels, store.grid, out)
+        i = viewer.held_out()[0]
+    viewer.figure(i, picked).savefig(out, dpi=75, format="png")
     return i
 
 
-def _predict(
-    network: Network, job: Job, i: int, device: torch.device
-) -> tuple[np.ndarray, list[Panel]]:
-    """Images (N, H, W, 3) as stored, and what to draw beside them."""
+def require_place(out: Path) -> None:
+    """RunError: a file can't be written there."""
+    if out.is_dir() or not out.parent.is_dir():
+        raise RunError(f"cannot write {out}: name a file in a directory that exists")
+
+
+def look(network: Network, job: Job, i: int, device: torch.device, paint: Paint) -> Seen:
+    """Frame i of the job's store, and what a network on the device makes of it."""
     objective = network.objective
+    objective.paint = paint
     arrays = objective.eval_arrays if isinstance(objective, Task) else objective.arrays
     dataset = FrameDataset(job.store, [i], ("images", *arrays))
     batch = dataset.collate([dataset[0]])
     on_device = {name: values.to(device) for name, values in batch.items()}
-    draw = cast(Callable, objective.panels)
-    panels = predict(network, on_device, job, lambda bev: draw(bev, on_device))
-    return batch["images"][0].numpy(), panels
+    parts = [cast(Callable, part) for part in (objective.panels, objective.volume)]
+    panels, volume = predict(
+        network, on_device, job, lambda bev: [part and part(bev, on_device) for part in parts]
+    )
+    return Seen(batch["images"][0].numpy(), panels, volume)
 
 
 def _draw(
-    title: str, images: dict[str, np.ndarray], panels: list[Panel], grid: VoxelGrid, out: Path
-) -> None:
-    """The figure: cameras at the left, two rows of them if there are several; BEV at the right."""
+    title: str, cameras: list[str], seen: Seen, grid: VoxelGrid, place: np.ndarray | None
+) -> Any:
+    """The figure: cameras at the left, two rows of them if there are several; BEV at the right,
+    with a star at a picked ``place`` (3,); and voxels beyond."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = -(-len(images) // 2)
-    height, width = next(iter(images.values())).shape[:2]
+    columns, panels = -(-len(cameras) // 2), seen.panels
+    height, width = seen.images[0].shape[:2]
     # So wide that two rows of cameras fill the height: no gap between them.
     widths = [3.1 * columns * width / height, 3.7 * len(panels)]
+    widths += [5.5] if seen.volume else []
     figure = Figure(figsize=(sum(widths), 7.2), layout="constrained")
     FigureCanvasAgg(figure)
-    parts: Any = figure.subfigures(1, 2, width_ratios=widths)
-    cameras, bev = parts
-    axes = cameras.subplots(min(2, len(images)), columns, squeeze=False).ravel()
-    for axis in axes[len(images) :]:  # an odd number of cameras leaves one empty
+    parts: Any = figure.subfigures(1, len(widths), width_ratios=widths)
+    axes = parts[0].subplots(min(2, len(cameras)), columns, squeeze=False).ravel()
+    for axis in axes[len(cameras) :]:  # an odd number of cameras leaves one empty
         axis.set_visible(False)
-    for axis, (name, image) in zip(axes, images.items(), strict=False):
+    for axis, name, image in zip(axes, cameras, seen.images, strict=False):
         axis.imshow(image)
         axis.set(xticks=[], yticks=[])
         axis.set_title(name, fontsize=10)
-    axes = bev.subplots(2, len(panels), squeeze=False)
+    axes = parts[1].subplots(2, len(panels), squeeze=False)
     for column, panel in zip(axes.T, panels, strict=True):
         _draw_bev(column[0], grid, panel.target, f"{panel.title}: target{panel.remark}")
         shown = _draw_bev(column[1], grid, panel.predicted, f"{panel.title}: predicted")
         if panel is panels[0] and panel.predicted.ndim == 2:  # colours of features mean nothing
-            bev.colorbar(shown, ax=axes, shrink=0.6, label="probability")
+            parts[1].colorbar(shown, ax=axes, shrink=0.6, label="probability")
+    if place is not None:
+        for axis in axes.ravel():
+            axis.plot(place[1], place[0], "*", color="white", markersize=12)
+    if seen.volume:
+        _draw_volume(parts[2].subplots(2, 1), grid, seen.volume)
     figure.suptitle(title, fontsize=10, wrap=True)
-    figure.savefig(out, dpi=75, format="png")
+    return figure
+
+
+def _draw_volume(axes: Any, grid: VoxelGrid, volume: Volume) -> None:
+    """True voxels above, predicted ones below."""
+    draw_voxels(axes[0], grid, *volume.target, f"{len(volume.target[0])} occupied voxels")
+    draw_voxels(axes[1], grid, *volume.predicted, describe_predicted(volume))
+
+
+def describe_predicted(volume: Volume) -> str:
+    """How many voxels are predicted, and how well that fits."""
+    true, predicted = volume.target[0], volume.predicted[0]
+    if true is predicted:
+        return "the same voxels: predicted features"
+    both = len(np.intersect1d(true, predicted))
+    union = len(true) + len(predicted) - both
+    return (
+        f"{len(predicted)} predicted voxels (probability > 0.5), "
+        f"voxel IoU of this frame {100 * both / max(1, union):.1f} %"
+    )
 
 
 def _draw_bev(axis: Any, grid: VoxelGrid, picture: np.ndarray, title: str) -> Any:

@@ -18,6 +18,7 @@ from occfeat_targets.geometry import transform
 from occfeat_targets.images import decode_jpeg, resize
 from occfeat_targets.sources import SOURCES
 from occfeat_targets.sources.base import Dataset, FrameRecord, MapLayers, Source
+from occfeat_targets.store.colours import Paint
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.schema import ArraySpec
@@ -136,6 +137,8 @@ class Output:
     override what concerns them."""
 
     Settings: type[Settings] = Settings
+    paint: Paint
+    """How features are coloured: there once something is to be drawn."""
 
     def __init__(self, settings: Any, layout: Layout):
         self.settings, self.layout = settings, layout

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from occfeat_targets.geometry import in_image, project
 from occfeat_targets.outputs.base import FrameInputs, Output
-from occfeat_targets.store.colours import feature_colours
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.schema import FAILED, ArraySpec, dequantise
 
@@ -113,7 +112,7 @@ class Voxels(Output):
         else:  # a store without a teacher: all grey
             features = np.zeros((frame["n_voxels"], 0))
         seen = (frame["feature_cameras"] >> c) & 1 == 1
-        colours = feature_colours(features)[seen]
+        colours = self.paint(features[seen])
         centres = store.grid.centres(frame["voxel_index"][seen])
         uv, depth = (a[0] for a in _projected(frame, centres, slice(c, c + 1)))
         order = np.argsort(-depth)

@@ -16,6 +16,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from occfeat_targets.store.colours import Paint
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.settings import Settings
@@ -38,6 +39,14 @@ class Panel(NamedTuple):
     """On the target, after its title."""
 
 
+class Volume(NamedTuple):
+    """Voxels of a frame beside predicted ones: flat indices (V,), ascending, and their RGB (V, 3)
+    in 0..1, None where there is nothing to colour them by."""
+
+    target: tuple[np.ndarray, np.ndarray | None]
+    predicted: tuple[np.ndarray, np.ndarray | None]
+
+
 class Objective(nn.Module):
     """Base of all objectives, found by name in ``objectives.OBJECTIVES`` (``pretrain.objective``).
 
@@ -51,6 +60,8 @@ class Objective(nn.Module):
     arrays: tuple[str, ...]
     """The store's arrays that it needs besides images and calibration."""
     head: nn.Module
+    paint: Paint
+    """How features are coloured: there once something is to be drawn."""
 
     def __init__(self, settings: Settings, store: TargetStore, channels: int, turned: bool):
         super().__init__()
@@ -79,6 +90,8 @@ class Objective(nn.Module):
     (1, C, X, Y) are the features. None: it has no picture, for the reason below."""
     no_picture: ClassVar[str] = "has no picture of its own"
     """The end of a sentence that begins with the run's title."""
+    volume: Callable[[Tensor, Batch], Volume] | None = None
+    """``volume(bev, batch)``: likewise in 3-D, if it predicts voxels."""
 
 
 def divisors(counts: Sequence[float]) -> list[float]:

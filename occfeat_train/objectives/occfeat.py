@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from occfeat_targets.store.colours import feature_colours
+from occfeat_targets.store.colours import from_above
 from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.settings import Settings
 from occfeat_train.geometry import flat_index, rotation_z
 from occfeat_train.models.instance_norm import InstanceNorm
-from occfeat_train.objectives.base import Batch, Loss, Objective, Panel, Targets, divisors
+from occfeat_train.objectives.base import Batch, Loss, Objective, Panel, Targets, Volume, divisors
 
 PRIOR = 0.014
 """Share of occupied voxels (measured on nuScenes, default grid): the occupancy bias starts there
@@ -114,13 +114,24 @@ class OccFeat(Objective):
         if features is not None:
             valid = targets["valid"].cpu().numpy()
             wanted, got = (f.float().cpu().numpy()[valid] for f in (targets["features"], features))
-            _, x, y = np.unravel_index(voxel[valid], self.grid.shape)
-            pictures = np.zeros((2, *self.grid.bev_shape, 3))
-            for picture, values in zip(pictures, (wanted, got), strict=True):
-                # Voxels ascend with height, and the last one of a column stays.
-                picture[x, y] = feature_colours(values, wanted)
-            panels.append(Panel("features (PCA)", pictures[0], pictures[1]))
+            pair = (from_above(self.grid, voxel[valid], self.paint(f)) for f in (wanted, got))
+            panels.append(Panel(self.paint.title, *pair))
         return panels
+
+    def volume(self, bev: Tensor, batch: Batch) -> Volume:
+        """Occupied voxels by their feature; predicted are those of probability above 0.5, and the
+        occupied ones if occupancy is not learned."""
+        targets = self.targets(batch, torch.zeros(1))
+        voxel = targets["voxel"]
+        logits, _ = self.head(bev, voxel)
+        chosen = voxel if logits is None else (logits[0].flatten() > 0).nonzero()[:, 0]
+        colours = (None, None)
+        if self.settings.features:
+            pair = targets["features"] * targets["valid"][:, None], self.head(bev, chosen)[1]
+            colours = (self.paint(features.float().cpu().numpy()) for features in pair)
+        true = voxel.cpu().numpy()
+        index = (true, true if chosen is voxel else chosen.cpu().numpy())
+        return Volume(*zip(index, colours, strict=True))
 
 
 def voxel_targets(batch: Batch, angle: Tensor, grid: VoxelGrid, point_step_m: float) -> Targets:
