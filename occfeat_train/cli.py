@@ -244,6 +244,26 @@ def view(store: str | None, run: Path | None, **asked: Any) -> None:
             _say_if_random(job.store, say)
 
 
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")
+@click.option(
+    "--store", metavar="PATH|URL", help="Whose frames are shown.  [default: the runs' own]"
+)
+@click.option("--frames", default=3, show_default=True, help="How many of validation are shown.")
+@click.option("--out", type=PATH, default="report.html", show_default=True, help="File to write.")
+def report(runs: tuple[Path, ...], store: str | None, frames: int, out: Path) -> None:
+    """Write what the runs RUN... learned to one HTML file, which needs no network.
+
+    Runs that differ in their seed alone are taken together, and those that they started from are
+    added: results with their spread, settings that differ, curves, pictures.
+    """
+    with _session() as (process, say):
+        from occfeat_train.report.report import write_report
+
+        if process.is_main:
+            say(write_report(runs, out, store, frames, process.device))
+
+
 def _train(kind: str, asked: dict[str, Any], then: str) -> None:
     """Train as the options say, and say how it went and what comes next."""
     with _session() as (process, say):
