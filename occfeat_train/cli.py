@@ -227,10 +227,11 @@ def export(run: Path | None, out: Path) -> None:
 def view(store: str | None, run: Path | None, **asked: Any) -> None:
     """Draw what a network predicts for one frame, and what it should, to a PNG.
 
-    Seen from above. What is drawn is up to what the network learned.
+    Seen from above. What is drawn is up to what the network learned. With --scene, all frames
+    of a scene, with labels or without.
     """
     with _session() as (process, say):
-        from occfeat_train import view
+        from occfeat_train import movie, view
         from occfeat_train.runs import resolve
         from occfeat_train.runs.job import Job
 
@@ -238,6 +239,11 @@ def view(store: str | None, run: Path | None, **asked: Any) -> None:
         job = Job.of_run(chosen, store)
         if process.is_main:
             viewer = view.Viewer(job, chosen, process.device, asked["colours"])
+            if scene := asked["scene"]:
+                out = asked["out"] or Path(f"{scene}.webp")
+                n = movie.save_scene(viewer, scene, out)
+                say(f"{out}: {n} frames of {scene} as {chosen.path} ({job.title}) sees them")
+                return
             out = asked["out"] or Path("prediction.png")
             i = view.save_frame(viewer, asked["frame"], out, asked["picked"])
             say(f"{out}: frame {i} of {job.store} as {chosen.path} ({job.title}) sees it")

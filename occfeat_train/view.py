@@ -134,7 +134,10 @@ def _draw(
         axis.set_title(name, fontsize=10)
     axes = parts[1].subplots(2, len(panels), squeeze=False)
     for column, panel in zip(axes.T, panels, strict=True):
-        _draw_bev(column[0], grid, panel.target, f"{panel.title}: target{panel.remark}")
+        if panel.target is None:
+            column[0].set_visible(False)
+        else:
+            _draw_bev(column[0], grid, panel.target, f"{panel.title}: target{panel.remark}")
         shown = _draw_bev(column[1], grid, panel.predicted, f"{panel.title}: predicted")
         if panel is panels[0] and panel.predicted.ndim == 2:  # colours of features mean nothing
             parts[1].colorbar(shown, ax=axes, shrink=0.6, label="probability")

@@ -30,10 +30,11 @@ Loss = tuple[Tensor, dict[str, Tensor]]
 
 
 class Panel(NamedTuple):
-    """A target beside its prediction: two BEV pictures, each (X, Y) in 0..1 or RGB (X, Y, 3)."""
+    """A target beside its prediction: two BEV pictures, each (X, Y) in 0..1 or RGB (X, Y, 3). The
+    target is None where the store has none."""
 
     title: str
-    target: np.ndarray
+    target: np.ndarray | None
     predicted: np.ndarray
     remark: str = ""
     """On the target, after its title."""

@@ -31,7 +31,9 @@ class Frame:
     def add(self, label: str, seen: Seen, grid: VoxelGrid) -> None:
         """What a network sees in it."""
         for panel in seen.panels:
-            shown = self.maps.setdefault(panel.title, {"target": _bev_uri(panel.target)})
+            shown = self.maps.setdefault(panel.title, {})
+            if panel.target is not None:
+                shown.setdefault("target", _bev_uri(panel.target))
             shown[label] = _bev_uri(panel.predicted)
         if seen.volume:
             trace = voxel_mesh(grid, *seen.volume.predicted)

@@ -39,6 +39,8 @@ class MaskTask(Task):
     """What rows are called there, if not by their names."""
     headline: ClassVar[tuple[str, str]]
     """The row that is the headline, and what to call that."""
+    labelled: bool = True
+    """Whether the store has labels of it."""
 
     def truth(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Masks uint8 (B, K, X, Y) in ego, and which cells are not hidden, (B, X, Y)."""
@@ -58,7 +60,9 @@ class MaskTask(Task):
         probability = self.predict(bev)["mask"].float().sigmoid().view_as(target)[0].cpu().numpy()
         shown = (target * torch.where(visible.bool(), 1.0, 0.4)[:, None])[0].cpu().numpy()
         remark = "" if bool(visible.all()) else " (purple: hardly visible)"
-        return [Panel(*each, remark) for each in zip(self.classes, shown, probability, strict=True)]
+        targets = shown if self.labelled else [None] * len(self.classes)
+        drawn = zip(self.classes, targets, probability, strict=True)
+        return [Panel(*each, remark) for each in drawn]
 
     @classmethod
     def table(cls, rows: dict[str, Any]) -> list[list[str]]:

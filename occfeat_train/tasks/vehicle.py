@@ -55,6 +55,7 @@ class VehicleSegmentation(MaskTask):
         vehicles = store.attrs["vehicle_classes"]
         is_vehicle = torch.tensor([name in vehicles for name in store.attrs["box_classes"]]).bool()
         self.register_buffer("_is_vehicle", is_vehicle, persistent=False)
+        self.labelled = len(vehicles) > 0
         self.head = SegmentationHead(channels)
         self.log_weights = nn.Parameter(torch.zeros(3))
 
