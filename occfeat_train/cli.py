@@ -56,6 +56,11 @@ TRAINING_OPTIONS = (
         "store or the pretraining run asks for, else paper]",
     ),
     set_option,
+    click.option(
+        "--tracker",
+        type=click.Choice(["tensorboard", "trackio", "wandb"]),
+        help="Where the log goes too. Short for --set run.tracker=...",
+    ),
     _run_option("Run directory.  [default: a new one in runs/, named by the time]"),
     click.option(
         "--resume",
@@ -279,6 +284,8 @@ def _train(kind: str, asked: dict[str, Any], then: str) -> None:
         from occfeat_train.runs.run import Run, check_same_store
         from occfeat_train.train import train
 
+        if tracker := asked["tracker"]:
+            asked["overrides"] = (*asked["overrides"], f"run.tracker={tracker}")
         if resume := asked["resume"]:
             source = click.get_current_context().get_parameter_source
             given = {

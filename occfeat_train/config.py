@@ -87,8 +87,8 @@ class RunSettings(Settings):
     validate_every: int = Field(default=0, ge=0)
     """Epochs between two looks at the evaluation split, also after the last: its loss while
     pretraining, its IoU while finetuning. They change nothing; 0 takes none."""
-    tensorboard: bool = False
-    """Also write TensorBoard events (needs the tensorboard package)."""
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Where the log goes too; needs the package of that name."""
 
 
 class TrainConfig(Settings):

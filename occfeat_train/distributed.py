@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -93,6 +94,13 @@ def leave(text: str, lost: bool) -> NoReturn:
         said = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(report).write_text(json.dumps({"message": said}))
     os._exit(1)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory that this process had so far: of its GPU, else of the machine; in 10^9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ Everything random follows from the seed and the position, never from what ran be
 was killed and resumed ends with the same weights as one that was not (on a CPU, bit for bit).
 """
 
-import importlib.util
 import math
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from occfeat_train.distributed import (
     any_process,
     barrier,
     note,
+    peak_memory_gb,
     pick_precision,
     stop_signals,
 )
@@ -38,6 +38,7 @@ from occfeat_train.objectives.base import Batch
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.log import RunLog
 from occfeat_train.runs.run import Run, RunError
+from occfeat_train.runs.trackers import require_tracker
 from occfeat_train.tasks.base import Task
 from occfeat_train.validate import validate
 
@@ -71,8 +72,8 @@ def train(job: Job, run: Run, process: Process, resume: bool) -> bool:
         elif process.is_main:
             trainer.lengthen(run)
         barrier()
-        first, total, board = trainer.position.step, trainer.total_steps, job.config.run.tensorboard
-        log = RunLog(run.path, process.is_main, total, first, board)
+        first, total, tracker = trainer.position.step, trainer.total_steps, job.config.run.tracker
+        log = RunLog(run.path, process.is_main, total, first, tracker)
         log.say(f"{run.path}: {trainer.describe()}\n{report}")
         with stop_signals(process.is_main) as stop, closing(log):
             return trainer.fit(run, log, stop)
@@ -83,9 +84,8 @@ class Trainer:
 
     def __init__(self, job: Job, process: Process):
         config, plan = job.config, job.plan
-        # Not a check of the settings: a run that wrote events can be evaluated anywhere.
-        if config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise ConfigError("run.tensorboard needs: pip install tensorboard")
+        # Not a check of the settings: a run that was tracked can be evaluated anywhere.
+        require_tracker(config.run.tracker)
         self.job, self.process, self.store = job, process, open_store(job.store)
         splits = split_names(config.data.train_split, "train")
         self.frames = select_frames(self.store, splits, job.fraction, job.fraction_unit)
@@ -199,6 +199,8 @@ class Trainer:
                 if is_logged:
                     seconds = time.monotonic() - started
                     more |= {"epoch": epoch + 1, "seconds": seconds, "waited": waited / seconds}
+                    more |= {"samples_per_second": plan.batch * plan.accumulate / seconds}
+                    more |= {"peak_memory_gb": peak_memory_gb(process.device)}
                     log.write(step, losses | more)
                 if not stopping:
                     self.look(log)

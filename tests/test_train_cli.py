@@ -254,16 +254,16 @@ def test_what_a_finetuning_starts_from_is_said_truly(workplace, tmp_path):
     assert f"Starting from: {finetuned} (vehicle finetuning)" in said
 
 
-def test_tensorboard_is_needed_for_training_alone(workplace, tmp_path, monkeypatch):
-    """A run that wrote its events can be evaluated where the package is not installed."""
+def test_a_tracker_is_needed_for_training_alone(workplace, tmp_path, monkeypatch):
+    """A run that was tracked can be evaluated where the package is not installed."""
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     cwd, _ = workplace
-    on = ("--set", "run.tensorboard=true")
+    on = ("--tracker", "wandb")
     said = _refused("pretrain", "--store", cwd / "targets.zarr", *on, cwd=tmp_path)
-    assert "run.tensorboard needs: pip install tensorboard" in said
+    assert "run.tracker=wandb needs the package: pip install wandb" in said
     run = shutil.copytree(_only(cwd, "finetune"), tmp_path / "run")
     description = json.loads((run / "run.json").read_text())
-    description["config"]["run"]["tensorboard"] = True
+    description["config"]["run"]["tracker"] = "wandb"
     del description[SEAL]
     (run / "run.json").write_text(json.dumps(description))
     with chdir(tmp_path):

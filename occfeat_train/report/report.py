@@ -25,7 +25,7 @@ from occfeat_train.runs.run import Run, RunError, replace
 from occfeat_train.view import Viewer, require_place
 
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
-_HOW = ("epoch", "lr", "gradient_norm", "seconds", "waited")
+_HOW = ("epoch", "lr", "gradient_norm", "seconds", "waited", "samples_per_second", "peak_memory_gb")
 """Numbers of the log that say how it ran, not what was learned."""
 
 

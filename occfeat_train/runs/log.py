@@ -1,4 +1,4 @@
-"""What a run says while it runs: a progress bar, one JSON line per logged step, TensorBoard."""
+"""What a run says while it runs: a progress bar, one JSON line per logged step, a tracker."""
 
 import json
 import math
@@ -6,31 +6,30 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from occfeat_train.runs.run import replace, writing
+from occfeat_train.runs.run import Run, replace, writing
+from occfeat_train.runs.trackers import open_tracker
 
 
 class RunLog:
     """The log of one run; on processes other than the main one it is silent."""
 
-    def __init__(self, directory: Path, active: bool, total: int, step: int, tensorboard: bool):
+    def __init__(self, directory: Path, active: bool, total: int, step: int, tracker: str):
         """Start, or go on at ``step``: lines after it, of a killed run, are dropped."""
         self.active = active
         self.path = Path(directory) / "log.jsonl"
-        self.board = None
+        self.tracker = None
         if active:
-            self._go_on(step, tensorboard)
+            self._go_on(step, tracker)
         looks = {"unit": "step", "dynamic_ncols": True, "disable": not active}
         self.bar = tqdm(total=total, initial=step, **looks)
 
-    def _go_on(self, step: int, tensorboard: bool) -> None:
+    def _go_on(self, step: int, tracker: str) -> None:
         text = self.path.read_text(errors="replace") if self.path.exists() else ""
         lines = text.splitlines(keepends=True)
         kept = [line for line in lines if _step(line) <= step]
         replace(self.path, lambda part: part.write_text("".join(kept)))
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(self.path.parent), purge_step=step + 1)
+        said = Run(self.path.parent).description() if tracker != "none" else {}
+        self.tracker = open_tracker(tracker, self.path.parent, step, said)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log one step's numbers."""
@@ -40,9 +39,8 @@ class RunLog:
         plain = {k: v if math.isfinite(v) else None for k, v in values.items()}
         with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps({"step": step, **plain}) + "\n")
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+        if self.tracker:
+            self.tracker.log(step, values)
 
     def show(self, done: int, of: int, losses: dict[str, float]) -> None:
         """Move the bar by a step, of an epoch after ``done`` others; ``losses`` it shows if any."""
@@ -57,10 +55,10 @@ class RunLog:
             tqdm.write(text)
 
     def close(self) -> None:
-        """End the bar and the TensorBoard file."""
+        """End the bar and the tracker."""
         self.bar.close()
-        if self.board:
-            self.board.close()
+        if self.tracker:
+            self.tracker.close()
 
 
 def _step(line: str) -> float:

@@ -16,7 +16,7 @@ from occfeat_train.tasks import TASKS
 
 RUNS = Path("runs")
 HOW = (
-    *("run.precision", "run.log_every", "run.save_minutes", "run.tensorboard"),
+    *("run.precision", "run.log_every", "run.save_minutes", "run.tracker"),
     *("run.validate_every", "data.workers", "data.start_method", "data.check_reads"),
 )
 """Settings that a resumed run may change: how it runs, not what it computes."""
