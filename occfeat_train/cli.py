@@ -256,23 +256,24 @@ def view(store: str | None, run: Path | None, **asked: Any) -> None:
 
 
 @main.command()
-@click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")
+@click.argument("runs", nargs=-1, type=PATH, metavar="[RUN...]")
 @click.option(
     "--store", metavar="PATH|URL", help="Whose frames are shown.  [default: the runs' own]"
 )
 @click.option("--frames", default=3, show_default=True, help="How many of validation are shown.")
 @click.option("--out", type=PATH, default="report.html", show_default=True, help="File to write.")
 def report(runs: tuple[Path, ...], store: str | None, frames: int, out: Path) -> None:
-    """Write what the runs RUN... learned to one HTML file, which needs no network.
+    """Write what the runs RUN..., or all in runs/, learned to one HTML file that needs no network.
 
     Runs that differ in their seed alone are taken together, and those that they started from are
     added: results with their spread, settings that differ, curves, pictures.
     """
     with _session() as (process, say):
         from occfeat_train.report.report import write_report
+        from occfeat_train.runs import resolve
 
         if process.is_main:
-            say(write_report(runs, out, store, frames, process.device))
+            say(write_report(runs or resolve.all_runs(), out, store, frames, process.device))
 
 
 def _train(kind: str, asked: dict[str, Any], then: str) -> None:

@@ -33,6 +33,7 @@ PAGES = {p.stem: p for p in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs")
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
 PROGRAMS = {"occfeat-targets": occfeat_targets, "occfeat-train": occfeat_train}
 ELSEWHERE = {
+    "occfeat-train view --scene scene-0103 --out scene.webp": "test_movie",
     "source .venv/bin/activate": "the shell's own",
     "dask scheduler --port 8786": "test_cluster",
     "dask worker tcp://HOST:8786 --nthreads 1 --nworkers 8": "test_cluster",
@@ -56,10 +57,16 @@ def _commands(*pages, starts=""):
 
 TARGETS = [
     line
-    for line in _commands("store", "robustness", starts="occfeat-targets ")
+    for line in _commands("store", "robustness", "look", starts="occfeat-targets ")
     if line not in ELSEWHERE
 ]
-TRAINING = _commands("README", "training", "robustness", starts=("occfeat-train ", "torchrun "))
+TRAINING = [
+    line
+    for line in _commands(
+        *("README", "look", "training", "robustness"), starts=("occfeat-train ", "torchrun ")
+    )
+    if line not in ELSEWHERE
+]
 EXTENDING = _commands("extending")
 MAKE = _commands(*PAGES, starts="make ")
 SCRIPTS = _commands("README", "reproduce", "benchmarks", starts="python pipelines/")
@@ -113,7 +120,7 @@ def test_targets_commands_run_in_order(demo_root, demo_store, tmp_path, in_proce
     shutil.copytree(demo_store, tmp_path / "targets.zarr")
     with chdir(tmp_path):
         printed = {line: run(line) for line in TARGETS}
-    assert len(printed) == 9
+    assert len(printed) == 11
     assert "0 problems" in printed["occfeat-targets verify targets.zarr"]
     assert (tmp_path / "view.png").exists()
     assert (tmp_path / "corrupted" / "fog-easy.zarr").exists()
@@ -128,7 +135,7 @@ def test_training_commands_run_in_order(tmp_path):
                 _make_unfinished(Path("runs"))
             printed[line] = _torchrun(line) if line.startswith("torchrun ") else run(line)
         names = _an_exported_network_sees_a_frame()
-    assert len(printed) == 12
+    assert len(printed) == 15
     assert "vehicle IoU in per cent" in printed["occfeat-train evaluate"]
     assert "mRR over 0 of 8 corruptions" in printed["occfeat-train evaluate --corrupted corrupted"]
     assert (tmp_path / "prediction.png").exists()

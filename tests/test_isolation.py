@@ -18,6 +18,7 @@ HOMES = {
     "yaml": {"store/settings.py"},
     "fsspec": {"store/files.py"},
     "matplotlib": {"view.py", "voxel_picture.py", "outputs/masks.py"},
+    "plotly": {"report/page.py", "report/pictures.py", "report/report.py"},
 }
 
 

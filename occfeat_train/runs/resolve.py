@@ -93,6 +93,13 @@ def resumed(kind: str, asked: Asked, given: Collection[str]) -> tuple[Job, Path]
     return changed(job, overrides), found.path
 
 
+def all_runs() -> list[Path]:
+    """The directories of all runs in :data:`RUNS`, by name; RunError: there is none."""
+    if not (found := sorted(path.parent for path in RUNS.glob("*/run.json"))):
+        raise RunError(f"there is no run in {RUNS}/: name some")
+    return found
+
+
 def changed(job: Job, overrides: tuple[str, ...]) -> Job:
     """A job with other settings; ConfigError: one is unknown or impossible."""
     return replace(job, config=TrainConfig.of(override(job.config.plain(), overrides)))
