@@ -17,7 +17,7 @@ HOMES = {
     "transformers": {"teachers/vit.py", "models/encoders.py", "models/decoder.py"},
     "yaml": {"store/settings.py"},
     "fsspec": {"store/files.py"},
-    "matplotlib": {"view.py", "voxel_picture.py", "outputs/masks.py"},
+    "matplotlib": {"view.py", "voxel_picture.py", "outputs/masks.py", "report/pictures.py"},
     "plotly": {"report/page.py", "report/pictures.py", "report/report.py"},
 }
 

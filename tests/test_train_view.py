@@ -24,6 +24,7 @@ from occfeat_train.config import TrainConfig
 from occfeat_train.network import build_network
 from occfeat_train.objectives.base import Panel
 from occfeat_train.runs.job import Job
+from occfeat_train.runs.run import Run
 from occfeat_train.voxel_picture import draw_voxels
 
 CPU = torch.device("cpu")
@@ -187,6 +188,10 @@ def test_the_command_draws_the_newest_run_s_first_validation_frame(store, tmp_pa
     invoke(*picked, "0,0,0", "--out", "picked.png")
     assert "give X,Y,Z in metres" in invoke(*picked, "0,0", code=1)
     invoke("view", "--frame", 3, "--out", "plain.png", "--colours", "colours.json")
+    (path,) = (tmp_path / "runs").iterdir()
+    figure = view.Viewer(Job.of_run(Run(path)), Run(path), CPU).figure(3, "0,0,0")
+    titles = [axis.get_title() for axis in figure.axes]
+    assert "likeness to the picked voxel: predicted" in titles
     plain, likeness = (Image.open(tmp_path / f"{name}.png") for name in ("plain", "picked"))
     assert (tmp_path / "colours.json").exists() and plain.tobytes() != likeness.tobytes()
     invoke("finetune", "--fraction", "0.01")
