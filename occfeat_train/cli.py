@@ -192,17 +192,17 @@ def evaluate(run: Path | None, store: str | None, corrupted: str | None, **asked
     "--out", type=PATH, required=True, help="Directory to make: model.safetensors and model.json."
 )
 def export(run: Path | None, out: Path) -> None:
-    """Write the BEV network of a run, without its head, for use elsewhere.
+    """Write the network of a run for use elsewhere: a finetuning's with its head.
 
-    occfeat_train.export.load_bev_net(DIRECTORY) loads it.
+    occfeat_train.export.load_network(DIRECTORY) loads it, load_bev_net without head.
     """
     with _session() as (_, say):
         from occfeat_train.export import export
         from occfeat_train.runs import resolve
 
         chosen = resolve.finished(run, "pretrain")
-        export(chosen, out)
-        say(f"{out}: the BEV network of {chosen.path}")
+        task = export(chosen, out).description.get("task")
+        say(f"{out}: the {f'{task} network' if task else 'BEV network'} of {chosen.path}")
 
 
 @main.command()

@@ -1,47 +1,160 @@
-"""A trained BEV network as two files that anyone can load: safetensors and JSON."""
+"""A trained network as two files that anyone can load: safetensors and JSON."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, Self
 
+import zarr
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
 from occfeat_targets.store.grid import VoxelGrid
+from occfeat_targets.store.reader import TargetStore
 from occfeat_train.models.bev_net import BEVNet, ModelSettings
 from occfeat_train.network import bev_net_state, load_same_tensors
 from occfeat_train.runs.run import Run, RunError, replace, write_json
+from occfeat_train.tasks import TASKS
+from occfeat_train.tasks.base import Task
 
 FORMAT = "occfeat-bev-net"
+WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+_OF_STORE = ("grid", "cameras", "box_classes", "vehicle_classes", "map_classes", "teacher")
 
 
-def export(run: Run, out: Path) -> None:
-    """Write ``model.safetensors`` and ``model.json`` of a run's BEV network, without its head, or
-    RunError: the run has no checkpoint, or ``out`` exists."""
+class ExportedNetwork(nn.Module):
+    """A trained BEV network and, if it was finetuned, its task, in evaluation mode.
+
+    ``description`` is what ``model.json`` says. ConfigError, KeyError: that names no network.
+    """
+
+    def __init__(self, description: dict[str, Any]):
+        super().__init__()
+        self.description = description
+        model = ModelSettings.of(description["model"], "model")
+        self.bev_net = BEVNet(model, VoxelGrid.from_dict(description["grid"]))
+        self.objective: Task | None = None
+        if name := description.get("task"):
+            task = TASKS(name)
+            settings = task.Settings.of(description["settings"], f"tasks.{name}")
+            self.objective = task(settings, _store_of(description), model.channels, False)
+        self.eval()
+
+    def forward(self, images: Tensor, K: Tensor, cam_T_ego: Tensor) -> dict[str, Any]:
+        """What its task predicts, by name; ``bev`` features (B, C, X, Y) if it has none.
+        Arguments are those of :meth:`BEVNet.forward`."""
+        bev = self.bev_net(images, K, cam_T_ego)
+        return self.objective.predict(bev) if self.objective else {"bev": bev}
+
+    @classmethod
+    def of_run(cls, run: Run) -> Self:
+        """The network of a run's newest checkpoint. RunError: it has none, or one of another
+        network; ConfigError: its settings are not of this version of occfeat."""
+        state, position = run.load()
+        try:
+            network = cls(_describe(run, position))
+        except (LookupError, TypeError) as error:
+            raise RunError(f"{run.path} is of another version of occfeat: {error!r}") from error
+        theirs = state["network"]
+        if network.objective is None:
+            theirs = {k: v for k, v in theirs.items() if k.startswith("bev_net.")}
+        load_same_tensors(network, theirs, run.path)
+        return network
+
+    def write(self, directory: Path) -> None:
+        """``model.safetensors`` and ``model.json``; of a BEV network alone by that one's names."""
+        state = self.state_dict()
+        weights = state if self.objective else bev_net_state(state)
+        plain = save({k: v.contiguous() for k, v in weights.items()})
+        # Not by save_file: it lets nobody else read the file, whatever the umask.
+        replace(directory / WEIGHTS, lambda part: part.write_bytes(plain))
+        write_json(directory / DESCRIPTION, self.description)
+
+
+def export(run: Run, out: Path) -> ExportedNetwork:
+    """Write ``model.safetensors`` and ``model.json`` of a run's network: a finetuning's with its
+    head, a pretraining's without. RunError: the run has no checkpoint, or ``out`` exists."""
     if out.exists():
         raise RunError(f"{out} exists already: choose another --out")
-    state, position = run.load()
-    description = run.description()
-    weights = {k: v.contiguous() for k, v in bev_net_state(state["network"]).items()}
+    network = ExportedNetwork.of_run(run)
     out.mkdir(parents=True)
-    # Not by save_file: it lets nobody else read the file, whatever the umask.
-    replace(out / "model.safetensors", lambda part: part.write_bytes(save(weights)))
-    said = {name: description["store_identity"][name] for name in ("grid", "teacher")}
-    said |= {name: description[name] for name in ("kind", "versions")}
-    said |= {"format": FORMAT, "model": description["config"]["model"], "position": position}
-    write_json(out / "model.json", said)
+    network.write(out)
+    return network
+
+
+def load_network(directory: str | Path) -> ExportedNetwork:
+    """An exported network. RunError: none, or its files don't fit together."""
+    directory = Path(directory)
+    description, weights = _read(directory)
+    try:
+        network = ExportedNetwork(description)
+    except (LookupError, TypeError) as error:
+        raise RunError(f"{directory}/{DESCRIPTION} is damaged: {error!r}") from error
+    if network.objective is None:
+        weights = {f"bev_net.{name}": tensor for name, tensor in weights.items()}
+    load_same_tensors(network, weights, directory)
+    return network
 
 
 def load_bev_net(directory: str | Path) -> BEVNet:
-    """The exported network, in evaluation mode. RunError: none, or its files don't fit together."""
+    """The BEV network of an exported one, without head, in evaluation mode; RunError as above."""
     directory = Path(directory)
+    description, weights = _read(directory)
+    network = ExportedNetwork(description | {"task": None}).bev_net
+    load_same_tensors(network, bev_net_state(weights) or weights, directory)
+    return network
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        description = json.loads((directory / "model.json").read_text())
-        weights = load_file(directory / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        description = json.loads((directory / DESCRIPTION).read_text())
+        weights = load_file(directory / WEIGHTS)
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise RunError(f"{directory} holds no exported network: {error}") from error
-    if description.get("format") != FORMAT:
-        raise RunError(f"{directory}/model.json was not written by occfeat-train export")
-    model = ModelSettings.of(description["model"], "model")
-    network = BEVNet(model, VoxelGrid.from_dict(description["grid"]))
-    load_same_tensors(network, weights, directory)
-    return network.eval()
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise RunError(f"{directory}/{DESCRIPTION} was not written by occfeat-train export")
+    return description, weights
+
+
+def _describe(run: Run, position: dict[str, Any]) -> dict[str, Any]:
+    """For ``model.json``: what the network is, what it learned from, and how well."""
+    said = run.description()
+    store, config = said["store_identity"], said["config"]
+    description = {"format": FORMAT, "kind": said["kind"], "model": config["model"]}
+    description |= {name: store[name] for name in _OF_STORE}
+    description |= {"stored_image_size": store["images"]["size"]}
+    if task := said["task"]:
+        description |= {"task": task, "settings": config["tasks"].get(task, {})}
+        description |= {"result": _result(run, position)}
+        description |= {name: said[name] for name in ("fraction", "fraction_unit")}
+    pretraining = said if not task else _pretraining(said["init"])
+    return description | {
+        "pretraining": pretraining and pretraining["config"]["pretrain"]["objective"],
+        "seed": config["run"]["seed"],
+        "store": {"source": said.get("source")}
+        | {name: store[name] for name in ("records_sha256", "n_frames", "format_version")},
+        "versions": said["versions"],
+        "position": position,
+    }
+
+
+def _pretraining(init: str | None) -> dict[str, Any] | None:
+    """What a finetuning started from says of itself; None: encoder weights, or it is gone."""
+    with suppress(RunError):
+        return Run(Path(init)).description() if init else None
+
+
+def _result(run: Run, position: dict[str, Any]) -> dict[str, Any] | None:
+    """What ``evaluate`` measured of this very checkpoint, without paths; None if it did not."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        result = json.loads((run.path / "result.json").read_text())
+        if result["step"] == position["step"]:
+            return {name: result[name] for name in ("splits", "frames", "headline", "rows")}
+    return None
+
+
+def _store_of(description: dict[str, Any]) -> TargetStore:
+    """What a task asks of a store to make its head: attributes, and no arrays."""
+    attributes = {name: description[name] for name in _OF_STORE} | {"arrays": {}}
+    return TargetStore("the exported network", zarr.group(store={}, attributes=attributes))

@@ -33,9 +33,9 @@ OFFLINE = (
 HAS_DEVKIT = importlib.util.find_spec("nuscenes") is not None
 collect_ignore = [] if HAS_DEVKIT else [f"test_{name}.py" for name in OFFLINE.split()]
 SLOW = (
-    "build checksums cluster demo_world docs encoder_weights gradients img_also kill lease "
-    "map_task movie overfit report reproduce robustness runs seams_targets seams_train trackers "
-    "train train_cli "
+    "build checksums cluster demo_world docs encoder_weights export gradients img_also kill lease "
+    "map_task movie onnx overfit predict report reproduce robustness runs seams_targets "
+    "seams_train trackers train train_cli "
     "train_view"
 )
 """Tests that start processes, train or build: all but these are ``make quick``."""

@@ -66,6 +66,7 @@ class Job:
         return vars(self) | {
             "created": runs.timestamp(),
             "store_identity": runs.identity(store),
+            "source": store.attrs["source"],
             "config": self.config.plain(),
             "versions": runs.versions(),
         }
