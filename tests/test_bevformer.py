@@ -357,6 +357,26 @@ def test_cameras_that_see_nothing_still_leave_a_map_and_gradients_to_learn_from(
     assert all(p.grad is not None and p.grad.isfinite().all() for p in lift.parameters())
 
 
+@pytest.mark.parametrize("below_m", [0, 100])
+def test_with_cameras_as_constants_it_is_the_same_lift(below_m, cameras):
+    """Also with anchors behind a camera, queries of several cameras, and cameras that see none."""
+    K, cam_T_ego, hw = (x[[1]] if torch.is_tensor(x) else x for x in cameras)
+    cos, sin = np.cos(0.9), np.sin(0.9)  # looking down, so that a column may pass behind a camera
+    down = torch.tensor([[1, 0, 0, 0], [0, cos, -sin, 0], [0, sin, cos, 0], [0, 0, 0, 1]]).float()
+    cam_T_ego = down @ cam_T_ego
+    cam_T_ego[..., 2, 3] -= below_m
+    views, lift = views_of(UNEVEN, K, cam_T_ego, hw), lift_of()
+    assert views.seen.any() == (below_m == 0)
+    fixed = lift.fixed(K, cam_T_ego, hw, FEATURE_HW)
+    if below_m == 0:
+        assert (views.centres == -torch.inf).any() and len(fixed.rows) > 1
+        assert 0 < views.seen.float().mean() < 1
+    for seed in range(2):
+        features = random((1, 6, C, *FEATURE_HW), seed)
+        expected = lift(features, K, cam_T_ego, hw)
+        torch.testing.assert_close(fixed(features), expected, atol=1e-5, rtol=0)
+
+
 def test_dropout_is_for_training_only(cameras):
     K, cam_T_ego, hw = cameras
     features, lift = random((2, 6, C, *FEATURE_HW), 1), lift_of()

@@ -190,6 +190,21 @@ def test_cameras_that_see_no_voxel_give_zeros_and_no_gradient():
     assert not features.grad.any()
 
 
+@pytest.mark.parametrize("below_m", [0, 100])
+def test_with_cameras_as_constants_it_is_the_same_lift(below_m):
+    """Also where several cameras see a voxel, and where none sees any."""
+    K, cam_T_ego = tiny_cameras(n=5)
+    cam_T_ego[..., 2, 3] -= below_m
+    lift = SimpleBEVLift(UNEVEN, CHANNELS)
+    fixed = lift.fixed(K, cam_T_ego, (12, 16), (5, 7))
+    for seed in range(2):
+        features = random_features((1, 5, CHANNELS, 5, 7), seed)
+        expected = lift(features, K, cam_T_ego, (12, 16))
+        assert expected.any() == (below_m == 0)
+        torch.testing.assert_close(fixed(features), expected, atol=1e-6, rtol=0)
+    assert len(fixed.cells) == (8 if below_m == 0 else 4)  # of two cameras at most
+
+
 def test_output_is_channels_last_for_the_convolution_behind_it(real):
     K, cam_T_ego, hw = real
     features = random_features((1, 6, CHANNELS, 18, 32))

@@ -60,13 +60,30 @@ class DeformableAttention(nn.Module):
         values = self.value_proj(values).unflatten(-1, (self.heads, -1))
         # In bfloat16 an offset of 8 cells would be off by up to 1/32 of a cell, column 40 by 1/8.
         with torch.autocast(query.device.type, enabled=False):
-            query = query.to(self.sampling_offsets.weight.dtype)
-            offsets = self.sampling_offsets(query).unflatten(-1, (self.heads, self.points, 2))
-            weights = self.attention_weights(query).unflatten(-1, (self.heads, self.points))
-            weights = weights.softmax(dim=-1)
+            offsets, weights = self._offsets_and_weights(query)
             if rows is not None:
                 offsets, weights = offsets.index_select(0, rows), weights.index_select(0, rows)
             return deformable_sums(values, maps, centres[:, None] + offsets, weights).flatten(1)
+
+    def by_map(self, query: Tensor, values: Tensor, centres: Tensor) -> Tensor:
+        """The same where each of M maps has a list of S samplings, by ``grid_sample``, which other
+        runtimes have. To (M, S, C), of ``query`` (M, S, C), ``values`` (M, h, w, C) and finite
+        ``centres`` (M, S, points or 1, 2)."""
+        M, h, w, _ = values.shape
+        maps = self.value_proj(values).unflatten(-1, (self.heads, -1)).permute(0, 3, 4, 1, 2)
+        offsets, weights = self._offsets_and_weights(query)
+        positions = (centres[:, :, None] + offsets).transpose(1, 2)  # (M, heads, S, points, 2)
+        grid = (2 * positions + 1) / positions.new_tensor([w, h]) - 1
+        sampled = F.grid_sample(maps.flatten(0, 1), grid.flatten(0, 1), align_corners=False)
+        sums = (sampled * weights.transpose(1, 2).flatten(0, 1)[:, None]).sum(dim=-1)
+        return sums.unflatten(0, (M, self.heads)).permute(0, 3, 1, 2).flatten(2)
+
+    def _offsets_and_weights(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., heads, points, 2), in cells, and (..., heads, points) of queries (..., C)."""
+        query = query.to(self.sampling_offsets.weight.dtype)
+        offsets = self.sampling_offsets(query).unflatten(-1, (self.heads, self.points, 2))
+        weights = self.attention_weights(query).unflatten(-1, (self.heads, self.points))
+        return offsets, weights.softmax(dim=-1)
 
 
 def deformable_sums(values: Tensor, maps: Tensor, positions: Tensor, weights: Tensor) -> Tensor:

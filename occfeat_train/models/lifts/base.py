@@ -34,3 +34,25 @@ class Lift(nn.Module):
             image_hw: (H, W) of those images, which the features cover.
         """
         raise NotImplementedError
+
+    def fixed(
+        self, K: Tensor, cam_T_bev: Tensor, image_hw: tuple[int, int], feature_hw: tuple[int, int]
+    ) -> nn.Module:
+        """The same lift with cameras as constants, of operations that every runtime has.
+
+        Arguments as of :meth:`forward`, of one sample: (1, N, ...); ``feature_hw`` is (h, w). The
+        module takes ``features`` alone, shares this one's parameters, and agrees up to rounding.
+        Unless a lift says how, it is its forward, of whatever operations that has.
+        """
+        return _Fixed(self, K, cam_T_bev, image_hw)
+
+
+class _Fixed(nn.Module):
+    def __init__(self, lift: Lift, K: Tensor, cam_T_bev: Tensor, image_hw: tuple[int, int]):
+        super().__init__()
+        self.lift, self.image_hw = lift, image_hw
+        self.register_buffer("K", K, persistent=False)
+        self.register_buffer("cam_T_bev", cam_T_bev, persistent=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.lift(features, self.K, self.cam_T_bev, self.image_hw)

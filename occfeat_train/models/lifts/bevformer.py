@@ -29,9 +29,11 @@ from occfeat_targets.store.settings import ConfigError
 from occfeat_train.geometry import volume_centres
 from occfeat_train.models.deformable import DeformableAttention
 from occfeat_train.models.lifts.base import Lift
-from occfeat_train.models.lifts.simplebev import in_image, project
+from occfeat_train.models.lifts.simplebev import in_image, places, project
 
 LAYERS, HEADS, POINTS, DROPOUT = 6, 4, 8, 0.1
+FAR = 1e4
+"""Cells from an image where nothing is any more, though float16 still holds it."""
 
 
 class Views(NamedTuple):
@@ -83,6 +85,14 @@ class BEVFormerLift(Lift):
             queries = layer(queries, position, images, views)
         return queries.permute(0, 3, 1, 2).to(features.dtype)
 
+    def fixed(
+        self, K: Tensor, cam_T_bev: Tensor, image_hw: tuple[int, int], feature_hw: tuple[int, int]
+    ) -> nn.Module:
+        """As :meth:`Lift.fixed`."""
+        centres, heights = volume_centres(self.grid, K.device), self.grid.shape[0]
+        views = seen_queries(centres, heights, K, cam_T_bev, image_hw, feature_hw)
+        return FixedBEVFormer(self, views, K.shape[1])
+
 
 class BEVFormerLayer(nn.Module):
     """Self-attention, cross-attention and a feed-forward part, each added and normalised."""
@@ -121,10 +131,7 @@ class SelfAttention(nn.Module):
         """(B, X, Y, C) to the same; ``position`` (B, X, Y, C) is not in the residual."""
         B, X, Y, C = queries.shape
         embedded = queries + position
-        rows, columns = (torch.arange(n, device=queries.device) for n in (X, Y))
-        # A map of X rows and Y columns: the query of cell (x, y) is at column y, row x.
-        centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], dim=-1)
-        centres = centres.to(torch.float32).view(1, X * Y, 1, 2).expand(B, -1, -1, -1)
+        centres = own_cells((X, Y), queries.device).expand(B, -1, -1, -1)
         maps = torch.arange(B, device=queries.device).repeat_interleave(X * Y)
         update = self.attention(embedded.reshape(-1, C), embedded, centres.flatten(0, 1), maps)
         update = self.output_proj(self.attention_proj(update))
@@ -155,6 +162,74 @@ class CrossAttention(nn.Module):
         mean = F.embedding_bag(pairs, sampled, views.start, mode="mean")
         update = self.output_proj(mean) * views.seen[:, None]
         return queries + self.dropout(update.view(queries.shape))
+
+
+class FixedBEVFormer(nn.Module):
+    """The lift where each of N cameras has a constant list of the queries it sees, padded to the
+    longest, L; a query takes the mean over rows of those lists, at most M."""
+
+    centres: Tensor
+    listed: Tensor
+    rows: Tensor
+    share: Tensor
+    cells: Tensor
+
+    def __init__(self, lift: BEVFormerLift, views: Views, n_cameras: int):
+        super().__init__()
+        self.lift = lift
+        by_camera = views.camera.argsort(stable=True)
+        camera, nth = places(torch.bincount(views.camera, minlength=n_cameras))
+        L = max(1, int(nth.max() + 1) if len(nth) else 0)
+        # What is far outside of the image reads zeros, as what is behind the camera shall.
+        centres = views.centres.new_full((n_cameras, L, *views.centres.shape[1:]), -FAR)
+        centres[camera, nth] = views.centres[by_camera].clamp(-FAR, FAR)
+        listed = views.query.new_zeros(n_cameras, L)
+        listed[camera, nth] = views.query[by_camera]
+        row = torch.empty_like(views.query)
+        row[by_camera] = camera * L + nth
+        seen_by = torch.bincount(views.query, minlength=len(views.seen))
+        rows = row.new_full((len(seen_by), max(1, int(seen_by.max()))), n_cameras * L)
+        rows[places(seen_by)] = row  # the others are one more row, of zeros
+        share = 1 / seen_by.clamp(min=1)[:, None]
+        cells = own_cells(lift.grid.bev_shape, rows.device)
+        constants = {"centres": centres, "listed": listed.int(), "rows": rows.T.int()}
+        for name, values in (constants | {"share": share, "cells": cells}).items():
+            self.register_buffer(name, values.contiguous(), persistent=False)
+        self.register_buffer("seen", views.seen[:, None].float(), persistent=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """As :meth:`Lift.forward`, of one sample."""
+        images = features[0].permute(0, 2, 3, 1)
+        learned = self.lift.bev_queries, self.lift.bev_queries_pos
+        queries, position = (p.permute(1, 2, 0) for p in learned)  # (X, Y, C)
+        for layer in self.lift.layers:
+            queries = layer.norm1(self._look_around(layer.self_attention, queries, position))
+            queries = layer.norm2(self._look_out(layer.cross_attention, queries, position, images))
+            queries = layer.norm3(queries + layer.ffn(queries))
+        return queries.permute(2, 0, 1)[None]
+
+    def _look_around(self, part: SelfAttention, queries: Tensor, position: Tensor) -> Tensor:
+        embedded = (queries + position)[None]
+        update = part.attention.by_map(embedded.flatten(1, 2), embedded, self.cells)
+        return queries + part.output_proj(part.attention_proj(update)).view_as(queries)
+
+    def _look_out(
+        self, part: CrossAttention, queries: Tensor, position: Tensor, images: Tensor
+    ) -> Tensor:
+        embedded = (queries + position).flatten(0, 1)
+        listed = embedded.index_select(0, self.listed.flatten()).unflatten(0, self.listed.shape)
+        sampled = part.attention.by_map(listed, images, self.centres).flatten(0, 1)
+        sampled = F.pad(sampled, (0, 0, 0, 1))
+        mean = sum(sampled.index_select(0, row) for row in self.rows) * self.share
+        return queries + (part.output_proj(mean) * self.seen).view_as(queries)
+
+
+def own_cells(bev_shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Positions of the queries in the map of queries, float32 (1, X·Y, 1, 2): X rows, Y columns."""
+    rows, columns = (torch.arange(n, device=device) for n in bev_shape)
+    # The query of cell (x, y) is at column y, row x.
+    cells = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], dim=-1)
+    return cells.to(torch.float32).view(1, -1, 1, 2)
 
 
 def seen_queries(
