@@ -18,6 +18,8 @@ from occfeat_train.tasks import TASKS
 
 if TYPE_CHECKING:
     from occfeat_train.distributed import Process
+    from occfeat_train.rig import Camera
+    from occfeat_train.runs.run import Run
 
 PATH = click.Path(path_type=Path)
 Say = Callable[[str], None]
@@ -188,21 +190,51 @@ def evaluate(run: Path | None, store: str | None, corrupted: str | None, **asked
 
 @main.command()
 @_run_option("Run to export.  [default: the newest finished pretraining in runs/]")
+@click.option("--out", type=PATH, help="Directory to make: model.safetensors and model.json.")
+@click.option("--onnx", is_flag=True, help="Also model.onnx, for one rig of cameras.")
 @click.option(
-    "--out", type=PATH, required=True, help="Directory to make: model.safetensors and model.json."
+    "--frame", type=int, help="Whose cameras they are.  [default: the first of validation]"
 )
-def export(run: Path | None, out: Path) -> None:
+@click.option("--calibration", type=PATH, help="Or a JSON file of cameras: docs/deploy.md.")
+@store_option
+@click.option("--hub-card", is_flag=True, help="Also README.md, a model card for the hub.")
+@click.option("--encoder", type=PATH, help="File to write: the image encoder alone, .safetensors.")
+def export(run: Path | None, out: Path | None, encoder: Path | None, **asked: Any) -> None:
     """Write the network of a run for use elsewhere: a finetuning's with its head.
 
-    occfeat_train.export.load_network(DIRECTORY) loads it, load_bev_net without head.
+    occfeat_train.export.load_network(DIRECTORY) loads it, load_bev_net without head; model.onnx
+    takes images alone, calibration.json says of which cameras.
     """
+    if not (out or encoder):
+        raise click.UsageError("name --out DIRECTORY, or --encoder FILE.safetensors")
     with _session() as (_, say):
-        from occfeat_train.export import export
+        from occfeat_train import export
         from occfeat_train.runs import resolve
 
         chosen = resolve.finished(run, "pretrain")
-        task = export(chosen, out).description.get("task")
-        say(f"{out}: the {f'{task} network' if task else 'BEV network'} of {chosen.path}")
+        if encoder:
+            say(f"{encoder}: {export.export_encoder(chosen, encoder)}")
+        if out:
+            rig = _rig(chosen, asked) if asked["onnx"] else None
+            network = export.export(chosen, out, asked["hub_card"])
+            say(f"{out}: the {network.title} of {chosen.path}")
+            if rig:
+                from occfeat_train.onnx_file import write_onnx
+
+                write_onnx(network, rig, out)
+                say(f"{out}/model.onnx: for {', '.join(camera.name for camera in rig)}")
+
+
+def _rig(run: "Run", asked: dict[str, Any]) -> "list[Camera]":
+    """The cameras that the options of ``export --onnx`` name."""
+    from occfeat_train.onnx_file import require_exporter
+    from occfeat_train.rig import read_rig, rig_of_frame
+    from occfeat_train.runs.job import Job
+
+    require_exporter()
+    if file := asked["calibration"]:
+        return read_rig(file)
+    return rig_of_frame(Job.of_run(run, asked["store"]), asked["frame"])
 
 
 @main.command()

@@ -6,32 +6,37 @@ from pathlib import Path
 from typing import Any, Self
 
 import zarr
+from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import TargetStore
+from occfeat_train.model_card import model_card, title_of
 from occfeat_train.models.bev_net import BEVNet, ModelSettings
+from occfeat_train.models.encoder_weights import published_weights
 from occfeat_train.network import bev_net_state, load_same_tensors
 from occfeat_train.runs.run import Run, RunError, replace, write_json
 from occfeat_train.tasks import TASKS
 from occfeat_train.tasks.base import Task
 
 FORMAT = "occfeat-bev-net"
-WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "model.json", "README.md"
 _OF_STORE = ("grid", "cameras", "box_classes", "vehicle_classes", "map_classes", "teacher")
 
 
-class ExportedNetwork(nn.Module):
+class ExportedNetwork(nn.Module, ModelHubMixin):
     """A trained BEV network and, if it was finetuned, its task, in evaluation mode.
 
     ``description`` is what ``model.json`` says. ConfigError, KeyError: that names no network.
+    ``push_to_hub``, ``save_pretrained`` and ``from_pretrained`` are those of huggingface_hub.
     """
 
     def __init__(self, description: dict[str, Any]):
         super().__init__()
         self.description = description
+        self._hub_mixin_config = None  # else its config.json would say the same a second time
         model = ModelSettings.of(description["model"], "model")
         self.bev_net = BEVNet(model, VoxelGrid.from_dict(description["grid"]))
         self.objective: Task | None = None
@@ -44,7 +49,10 @@ class ExportedNetwork(nn.Module):
     def forward(self, images: Tensor, K: Tensor, cam_T_ego: Tensor) -> dict[str, Any]:
         """What its task predicts, by name; ``bev`` features (B, C, X, Y) if it has none.
         Arguments are those of :meth:`BEVNet.forward`."""
-        bev = self.bev_net(images, K, cam_T_ego)
+        return self.predict(self.bev_net(images, K, cam_T_ego))
+
+    def predict(self, bev: Tensor) -> dict[str, Any]:
+        """What its task makes of BEV features; ``bev`` themselves if it has none."""
         return self.objective.predict(bev) if self.objective else {"bev": bev}
 
     @classmethod
@@ -62,6 +70,11 @@ class ExportedNetwork(nn.Module):
         load_same_tensors(network, theirs, run.path)
         return network
 
+    @property
+    def title(self) -> str:
+        """For people, such as ``vehicle network``."""
+        return title_of(self.description)
+
     def write(self, directory: Path) -> None:
         """``model.safetensors`` and ``model.json``; of a BEV network alone by that one's names."""
         state = self.state_dict()
@@ -71,30 +84,64 @@ class ExportedNetwork(nn.Module):
         replace(directory / WEIGHTS, lambda part: part.write_bytes(plain))
         write_json(directory / DESCRIPTION, self.description)
 
+    def write_card(self, directory: Path) -> None:
+        """``README.md``, the hub's model card."""
+        (directory / CARD).write_text(model_card(self.description), encoding="utf-8")
 
-def export(run: Run, out: Path) -> ExportedNetwork:
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.write(save_directory)
+        self.write_card(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:  # pyright: ignore
+        """The network in a directory, or of a hub id, ``options`` being ``snapshot_download``'s.
+        RunError: as :func:`load_network`."""
+        directory = Path(pretrained_model_name_or_path)
+        if not directory.is_dir():
+            files = [WEIGHTS, DESCRIPTION]
+            name = str(pretrained_model_name_or_path)
+            directory = Path(snapshot_download(name, allow_patterns=files, **options))
+        description, weights = _read(directory)
+        try:
+            network = cls(description)
+        except (LookupError, TypeError) as error:
+            raise RunError(f"{directory}/{DESCRIPTION} is damaged: {error!r}") from error
+        if network.objective is None:
+            weights = {f"bev_net.{name}": tensor for name, tensor in weights.items()}
+        load_same_tensors(network, weights, directory)
+        return network
+
+
+def export(run: Run, out: Path, card: bool = False) -> ExportedNetwork:
     """Write ``model.safetensors`` and ``model.json`` of a run's network: a finetuning's with its
-    head, a pretraining's without. RunError: the run has no checkpoint, or ``out`` exists."""
+    head, a pretraining's without; with ``card`` also ``README.md``. RunError: the run has no
+    checkpoint, or ``out`` exists."""
     if out.exists():
         raise RunError(f"{out} exists already: choose another --out")
     network = ExportedNetwork.of_run(run)
     out.mkdir(parents=True)
     network.write(out)
+    if card:
+        network.write_card(out)
     return network
+
+
+def export_encoder(run: Run, out: Path) -> str:
+    """Write the backbone of a run's image encoder by the names that others know it by; returns
+    whose names. RunError: the run has no checkpoint, or ``out`` exists or can't be written."""
+    if out.exists() or out.suffix != ".safetensors" or not out.parent.is_dir():
+        raise RunError(f"cannot write {out}: name a new .safetensors in a directory that exists")
+    encoder = ExportedNetwork.of_run(run).bev_net.encoder
+    label, weights = published_weights(encoder)
+    replace(out, lambda part: save_file(weights, part))
+    return f"{encoder.name} of {run.path} by the names of {label}"
 
 
 def load_network(directory: str | Path) -> ExportedNetwork:
     """An exported network. RunError: none, or its files don't fit together."""
-    directory = Path(directory)
-    description, weights = _read(directory)
-    try:
-        network = ExportedNetwork(description)
-    except (LookupError, TypeError) as error:
-        raise RunError(f"{directory}/{DESCRIPTION} is damaged: {error!r}") from error
-    if network.objective is None:
-        weights = {f"bev_net.{name}": tensor for name, tensor in weights.items()}
-    load_same_tensors(network, weights, directory)
-    return network
+    if not Path(directory).is_dir():
+        raise RunError(f"{directory} holds no exported network: it is no directory")
+    return ExportedNetwork.from_pretrained(directory)
 
 
 def load_bev_net(directory: str | Path) -> BEVNet:
@@ -128,9 +175,8 @@ def _describe(run: Run, position: dict[str, Any]) -> dict[str, Any]:
         description |= {"task": task, "settings": config["tasks"].get(task, {})}
         description |= {"result": _result(run, position)}
         description |= {name: said[name] for name in ("fraction", "fraction_unit")}
-    pretraining = said if not task else _pretraining(said["init"])
     return description | {
-        "pretraining": pretraining and pretraining["config"]["pretrain"]["objective"],
+        "pretraining": _pretraining(said),
         "seed": config["run"]["seed"],
         "store": {"source": said.get("source")}
         | {name: store[name] for name in ("records_sha256", "n_frames", "format_version")},
@@ -139,10 +185,15 @@ def _describe(run: Run, position: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _pretraining(init: str | None) -> dict[str, Any] | None:
-    """What a finetuning started from says of itself; None: encoder weights, or it is gone."""
-    with suppress(RunError):
-        return Run(Path(init)).description() if init else None
+def _pretraining(said: dict[str, Any]) -> str | None:
+    """The objective of a pretraining, or of that which a finetuning started from, if any."""
+    if said["task"] and not said["init"]:
+        return None
+    try:
+        pretraining = Run(Path(said["init"])).description() if said["task"] else said
+    except RunError:
+        return "unknown, its run is gone"
+    return pretraining["config"]["pretrain"]["objective"]
 
 
 def _result(run: Run, position: dict[str, Any]) -> dict[str, Any] | None:

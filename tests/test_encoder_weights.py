@@ -32,7 +32,11 @@ from transformers import (
     ViTModel,
 )
 
-from occfeat_train.models.encoder_weights import WeightsError, load_encoder_weights
+from occfeat_train.models.encoder_weights import (
+    WeightsError,
+    load_encoder_weights,
+    published_weights,
+)
 
 B0_CONFIG = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280}
 
@@ -113,6 +117,34 @@ def test_efficientnet_from_torchvision_pads_and_normalises_as_it_was_trained(tmp
     check_features(
         again, images(size), b0_by_hand(lukemelas_b0(), images(size), same_padding, eps=1e-3)
     )
+
+
+@pytest.mark.parametrize(
+    "name, theirs, cut",
+    [
+        ("resnet-50", lambda: torchvision_resnet("resnet-50"), ("layer4.", "fc.")),
+        ("efficientnet-b0", torchvision_b0, ("features.6.", "features.7.", "features.8.", "class")),
+        ("efficientnet-b0", lukemelas_b0, (*(f"_blocks.1{i}." for i in range(1, 6)), "_conv_head")),
+    ],
+)
+def test_what_was_loaded_goes_out_by_the_names_it_came_with(tmp_path, name, theirs, cut):
+    """All that its makers' network has but the parts cut off, and the same numbers."""
+    state = theirs()
+    save_file(state, tmp_path / "in.safetensors")
+    model = encoder(name)
+    load_encoder_weights(model, str(tmp_path / "in.safetensors"))
+    label, published = published_weights(model)
+    kept = {k: v for k, v in state.items() if not k.startswith((*cut, "_bn1", "_fc"))}
+    assert published.keys() - kept.keys() == {
+        k for k in published if k.endswith("num_batches_tracked") and k not in kept
+    }
+    assert len(kept) > 200 and all(torch.equal(published[k], v) for k, v in kept.items())
+    save_file(published, tmp_path / "out.safetensors")
+    again = encoder(name)
+    assert f"({label}'s names" in load_encoder_weights(again, str(tmp_path / "out.safetensors"))
+    with torch.no_grad():
+        for a, b in zip(*(m.eval().features(images(ODD)) for m in (model, again)), strict=True):
+            assert torch.equal(a, b)
 
 
 # ------------------------------------------------------- weights from directories and from the hub

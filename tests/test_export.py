@@ -2,14 +2,20 @@
 
 import json
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_store import make_tiny_store
 from train_runs import final_state, options, run
 
 from occfeat_targets.store.reader import open_store
-from occfeat_train.export import load_bev_net, load_network
+from occfeat_train import export
+from occfeat_train.export import ExportedNetwork, load_bev_net, load_network
+from occfeat_train.model_card import model_card
+from occfeat_train.models.encoder_weights import load_encoder_weights
+from occfeat_train.models.encoders import ImageEncoder
 from occfeat_train.network import trained_network
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.run import Run, RunError
@@ -110,3 +116,124 @@ def test_a_damaged_description_is_one_sentence(changes, sentence, workplace, tmp
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(RunError, match=sentence):
         load_network(tmp_path / "net")
+
+
+# ONNX
+
+
+def test_onnx_is_for_the_cameras_of_a_frame_or_file(workplace):
+    said = run("export", "--run-dir", "runs/pre", "--out", "net", "--onnx", cwd=workplace)
+    assert said.splitlines()[1].startswith("net/model.onnx: for CAM_FRONT_LEFT, CAM_FRONT, ")
+    path = workplace / "net/calibration.json"
+    cameras = json.loads(path.read_text())["cameras"]
+    frame = open_store(str(workplace / "targets.zarr")).frame(12)  # the first of validation
+    assert [camera["K"] for camera in cameras] == frame["K"].tolist()
+    assert [camera["cam_T_ego"] for camera in cameras] == frame["cam_T_ego"].tolist()
+    (workplace / "two.json").write_text(json.dumps({"cameras": cameras[:2]}))
+    arguments = ("export", "--run-dir", "runs/map", "--out", "two", "--onnx")
+    said = run(*arguments, "--calibration", "two.json", cwd=workplace)
+    assert said.endswith("two/model.onnx: for CAM_FRONT_LEFT, CAM_FRONT\n")
+    refused = run("export", "--onnx", "--out", "three", "--frame", 16, cwd=workplace, code=1)
+    assert "has frames 0 to 15" in refused and not (workplace / "three").exists()
+
+
+def test_without_an_exporter_it_says_what_to_install(workplace, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = run("export", "--onnx", "--out", "none", cwd=workplace, code=1)
+    assert "pip install 'occfeat[export]'" in said and not (workplace / "none").exists()
+
+
+# The hub
+
+
+def test_a_card_says_what_it_learned_from_and_how_well(workplace):
+    run("evaluate", "--run-dir", "runs/map", cwd=workplace)
+    run("export", "--run-dir", "runs/map", "--out", "carded", "--hub-card", cwd=workplace)
+    network = load_network(workplace / "carded")
+    result = network.description["result"]
+    card = ModelCard.load(workplace / "carded/README.md")
+    assert card.data.library_name == "occfeat" and card.data.license is None
+    for fact in (
+        "# map network",
+        f"IoU {result['headline']['iou']} %, mean of classes, 4 frames of mini_val",
+        "the labels of 50 % of training scenes",
+        "occfeat; teacher of RANDOM weights",
+        "records sha256 0,",
+        "| Seed | 7, step ",
+        "tiny; its licence holds for these weights too",
+    ):
+        assert fact in card.text, fact
+    assert str(workplace) not in card.content
+
+
+def test_the_licence_is_that_of_the_data(workplace):
+    network = ExportedNetwork.of_run(Run(workplace / "runs/pre"))
+    said = network.description | {"result": None}
+    for source, licence, sentence in (
+        ({"dataset": "nuScenes", "version": "v1.0-mini"}, "cc-by-nc-sa-4.0", "not for commercial"),
+        ({"dataset": "occfeat demo world"}, None, "rendered"),
+        (None, None, "the run does not say"),
+    ):
+        store = said["store"] | {"source": source}
+        card = ModelCard(model_card(said | {"store": store}))
+        assert card.data.license == licence and sentence in card.text
+
+
+def test_save_pretrained_loads_again_and_is_what_is_pushed(workplace, tmp_path, monkeypatch):
+    network = ExportedNetwork.of_run(Run(workplace / "runs/map"))
+    network.save_pretrained(tmp_path / "saved")
+    inputs = an_input(workplace)
+    again = ExportedNetwork.from_pretrained(tmp_path / "saved")
+    with torch.inference_mode():
+        assert torch.equal(again(*inputs)["mask"], network(*inputs)["mask"])
+    pushed = {}
+
+    class Hub:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, **_):
+            pushed["repo"] = repo_id
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        def upload_folder(self, folder_path, **_):
+            pushed["files"] = {p.name: p.read_bytes() for p in folder_path.iterdir()}
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
+    network.push_to_hub("someone/net")
+    assert pushed["repo"] == "someone/net"
+    assert pushed["files"] == {p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()}
+    assert pushed["files"].keys() == {"model.safetensors", "model.json", "README.md"}
+
+
+def test_of_a_hub_id_only_what_cannot_run_code_is_fetched(workplace, tmp_path, monkeypatch):
+    asked = {}
+
+    def fetch(repo_id, **options):
+        asked.update(options, repo_id=repo_id)
+        return str(tmp_path)
+
+    ExportedNetwork.of_run(Run(workplace / "runs/pre")).write(tmp_path)
+    monkeypatch.setattr(export, "snapshot_download", fetch)
+    ExportedNetwork.from_pretrained("someone/net", revision="v1")
+    files = ["model.safetensors", "model.json"]
+    assert asked == {"repo_id": "someone/net", "revision": "v1", "allow_patterns": files}
+
+
+# The encoder
+
+
+def test_the_encoder_alone_is_one_to_start_from(workplace):
+    said = run("export", "--run-dir", "runs/vehicle", "--encoder", "e.safetensors", cwd=workplace)
+    assert said == (
+        "e.safetensors: efficientnet-b0 of runs/vehicle by the names of efficientnet_pytorch\n"
+    )
+    path = workplace / "e.safetensors"
+    encoder = ImageEncoder("efficientnet-b0", 8)
+    load_encoder_weights(encoder, str(path))
+    trained = final_state(workplace / "runs/vehicle")
+    for name, value in encoder.backbone.state_dict().items():
+        assert torch.equal(value, trained[f".network.bev_net.encoder.backbone.{name}"]), name
+    refused = run("export", "--run-dir", "runs/map", "--encoder", path, cwd=workplace, code=1)
+    assert "name a new .safetensors" in refused
+    assert "name --out DIRECTORY, or --encoder" in run("export", cwd=workplace, code=2)

@@ -139,6 +139,20 @@ def load_encoder_weights(encoder: ImageEncoder, source: str) -> str:
     return f"{encoder.name}: loaded {origin} of {place}."
 
 
+def published_weights(encoder: ImageEncoder) -> tuple[str, dict[str, Tensor]]:
+    """An encoder's backbone as others know it, for :func:`load_encoder_weights` and for them:
+    whose names, and contiguous tensors by these. Names also say how maps are padded, so they are
+    torchvision's (ResNet: timm's too) only if that is how this encoder pads."""
+    backbone = encoder.backbone
+    naming, *others = _IN_FILES[ENCODERS[encoder.name].family]
+    if isinstance(backbone, EfficientNetBackbone) and not backbone.get_extra_state():
+        (naming,) = others
+    tensors = dict(backbone.named_parameters()) | dict(backbone.named_buffers())
+    return naming.label, {
+        naming.rename(name): tensor.detach().contiguous() for name, tensor in tensors.items()
+    }
+
+
 def _in_package(place: str) -> str:
     """The path of a file of an installed package. Raises WeightsError: it is not installed."""
     package, _, name = place.partition("/")
