@@ -308,6 +308,36 @@ def report(runs: tuple[Path, ...], store: str | None, frames: int, out: Path) ->
             say(write_report(runs or resolve.all_runs(), out, store, frames, process.device))
 
 
+@main.command()
+@click.argument("net", type=PATH)
+@click.option(
+    "--calibration", type=PATH, required=True, help="JSON file of the cameras: docs/deploy.md."
+)
+@click.option(
+    "--images",
+    type=PATH,
+    multiple=True,
+    metavar="FILE",
+    help="A camera's image, in their order; repeatable.  [default: the files the JSON names]",
+)
+@click.option("--out", type=PATH, required=True, help="Directory for prediction.png and .npz.")
+def predict(net: Path, calibration: Path, images: tuple[Path, ...], out: Path) -> None:
+    """Show what NET, a finetuning run or an exported one, makes of your own images.
+
+    Of any number of cameras, also others than it was trained with.
+    """
+    with _session() as (process, say):
+        from occfeat_train.predict import open_network, predict_masks, write_prediction
+        from occfeat_train.rig import image_files, read_rig
+
+        cameras, network = read_rig(calibration), open_network(net)
+        files = images or image_files(cameras, calibration)
+        seen = predict_masks(network, cameras, files, process.device)
+        title = f"{net} ({network.title}) on {len(cameras)} cameras of {calibration}"
+        write_prediction(network, seen, out, title)
+        say(f"{out}: prediction.png and prediction.npz, {title}")
+
+
 def _train(kind: str, asked: dict[str, Any], then: str) -> None:
     """Train as the options say, and say how it went and what comes next."""
     with _session() as (process, say):

@@ -73,6 +73,16 @@ def read_rig(path: Path) -> list[Camera]:
     return cameras
 
 
+def image_files(cameras: Sequence[Camera], calibration: Path) -> list[Path]:
+    """The images that a JSON file names, beside it. ConfigError, naming the camera: it has none."""
+    for camera in cameras:
+        if camera.file is None:
+            raise ConfigError(
+                f"{calibration} names no file of camera {camera.name}: add it, or give --images"
+            )
+    return [calibration.parent / str(camera.file) for camera in cameras]
+
+
 def write_rig(cameras: Sequence[Camera]) -> dict:
     """What :func:`read_rig` reads, to be written as JSON."""
     return {"cameras": [camera.model_dump(mode="json", exclude_none=True) for camera in cameras]}

@@ -50,6 +50,11 @@ class MaskTask(Task):
         """What is reported of :meth:`IoUCounter.counts`; see :func:`iou_rows`."""
         raise NotImplementedError
 
+    def probability(self, predicted: dict[str, Tensor]) -> Tensor:
+        """Of each mask, float32 (B, K, X, Y), from what its head gives."""
+        probability = predicted["mask"].float().sigmoid()
+        return probability.reshape(-1, len(self.classes), *probability.shape[-2:])
+
     def meter(self, device: torch.device) -> Meter:
         """IoU at probability 0.5, by distance, and at the best threshold."""
         return MaskMeter(self, device)
@@ -57,7 +62,7 @@ class MaskTask(Task):
     def panels(self, bev: Tensor, batch: Batch) -> list[Panel]:
         """Each class; a target that does not count (hidden) is darker."""
         target, visible = self.truth(batch)
-        probability = self.predict(bev)["mask"].float().sigmoid().view_as(target)[0].cpu().numpy()
+        probability = self.probability(self.predict(bev))[0].cpu().numpy()
         shown = (target * torch.where(visible.bool(), 1.0, 0.4)[:, None])[0].cpu().numpy()
         remark = "" if bool(visible.all()) else " (purple: hardly visible)"
         targets = shown if self.labelled else [None] * len(self.classes)
@@ -87,8 +92,7 @@ class MaskMeter:
     def add(self, batch: Batch, predicted: dict[str, Tensor]) -> None:
         """Count a batch on the device."""
         target, visible = self.task.truth(batch)
-        probability = predicted["mask"].float().sigmoid()
-        self.counter.add(probability.view_as(target), target, visible)
+        self.counter.add(self.task.probability(predicted), target, visible)
 
     def result(self) -> dict[str, Any]:
         """See :class:`tasks.base.Meter`; rows as of :func:`iou_rows`."""
