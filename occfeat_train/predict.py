@@ -2,20 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from PIL import Image
 
-from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.settings import ConfigError, Size
 from occfeat_train.augment import NO_AUGMENT, draw, network_inputs
 from occfeat_train.export import DESCRIPTION, ExportedNetwork, load_network
 from occfeat_train.rig import Camera, calibration
 from occfeat_train.runs.run import Run, RunError, replace
 from occfeat_train.tasks.masks import MaskTask
-from occfeat_train.view import _draw_bev
+from occfeat_train.view import draw_masks
 
 
 class Seen(NamedTuple):
@@ -91,7 +90,7 @@ def write_prediction(network: ExportedNetwork, seen: Seen, out: Path, title: str
     arrays = {"probability": np.stack([*seen.masks.values()]), "classes": [*seen.masks]}
     arrays |= {"x": x, "y": y, "cameras": [*seen.images]}
     out.mkdir(parents=True, exist_ok=True)
-    figure = _draw(title, seen, grid)
+    figure = draw_masks(title, seen.images, seen.masks, grid)
     replace(out / "prediction.png", lambda part: figure.savefig(part, dpi=75, format="png"))
 
     def save(part: Path) -> None:
@@ -99,30 +98,3 @@ def write_prediction(network: ExportedNetwork, seen: Seen, out: Path, title: str
             np.savez_compressed(file, **arrays)
 
     replace(out / "prediction.npz", save)
-
-
-def _draw(title: str, seen: Seen, grid: VoxelGrid) -> Any:
-    """The figure: cameras above, masks below."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(3, max(len(seen.images), len(seen.masks)))
-    rows, mask_rows = (-(-len(part) // columns) for part in (seen.images, seen.masks))
-    heights = [2.6 * rows, 4.2 * mask_rows]
-    figure = Figure(figsize=(4.4 * columns, sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
-    above, below = figure.subfigures(2, 1, height_ratios=heights)
-    axes: Any = above.subplots(rows, columns, squeeze=False).ravel()
-    for axis, (name, image) in zip(axes, seen.images.items(), strict=False):
-        axis.imshow(image)
-        axis.set_title(name, fontsize=10)
-    masks: Any = below.subplots(mask_rows, columns, squeeze=False).ravel()
-    for axis, (name, mask) in zip(masks, seen.masks.items(), strict=False):
-        shown = _draw_bev(axis, grid, mask, name)
-    below.colorbar(shown, ax=masks, shrink=0.6, label="probability")
-    for axis in axes:
-        axis.set(xticks=[], yticks=[])
-    for axis in (*axes[len(seen.images) :], *masks[len(seen.masks) :]):
-        axis.set_visible(False)
-    figure.suptitle(title, fontsize=10, wrap=True)
-    return figure

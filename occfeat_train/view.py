@@ -181,3 +181,31 @@ def _draw_bev(axis: Any, grid: VoxelGrid, picture: np.ndarray, title: str) -> An
     axis.tick_params(labelsize=7)
     axis.set_title(title, fontsize=10)
     return shown
+
+
+def draw_masks(
+    title: str, images: dict[str, np.ndarray], masks: dict[str, np.ndarray], grid: VoxelGrid
+) -> Any:
+    """A figure of images (H, W, 3) by camera above, and masks (X, Y) in 0..1 by class below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(3, max(len(images), len(masks)))
+    rows, mask_rows = (-(-len(part) // columns) for part in (images, masks))
+    heights = [2.6 * rows, 4.2 * mask_rows]
+    figure = Figure(figsize=(4.4 * columns, sum(heights)), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    axes: Any = above.subplots(rows, columns, squeeze=False).ravel()
+    for axis, (name, image) in zip(axes, images.items(), strict=False):
+        axis.imshow(image)
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(name, fontsize=10)
+    bev: Any = below.subplots(mask_rows, columns, squeeze=False).ravel()
+    for axis, (name, mask) in zip(bev, masks.items(), strict=False):
+        shown = _draw_bev(axis, grid, mask, name)
+    below.colorbar(shown, ax=bev, shrink=0.6, label="probability")
+    for axis in (*axes[len(images) :], *bev[len(masks) :]):
+        axis.set_visible(False)
+    figure.suptitle(title, fontsize=10, wrap=True)
+    return figure

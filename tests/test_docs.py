@@ -27,6 +27,7 @@ from occfeat_targets.frame import layout_of, make_outputs
 from occfeat_targets.sources.nuscenes import CAMERAS, MAP_CLASSES
 from occfeat_train.cli import main as occfeat_train
 from occfeat_train.config import TrainConfig
+from occfeat_train.rig import read_rig
 
 ROOT = Path(__file__).parent.parent
 PAGES = {p.stem: p for p in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))}
@@ -63,7 +64,8 @@ TARGETS = [
 TRAINING = [
     line
     for line in _commands(
-        *("README", "look", "training", "robustness"), starts=("occfeat-train ", "torchrun ")
+        *("README", "look", "training", "robustness", "deploy"),
+        starts=("occfeat-train ", "torchrun ")
     )
     if line not in ELSEWHERE
 ]
@@ -129,13 +131,19 @@ def test_targets_commands_run_in_order(demo_root, demo_store, tmp_path, in_proce
 def test_training_commands_run_in_order(tmp_path):
     _small_stores(tmp_path)
     printed = {}
+    making, loading, running = _blocks("deploy", "python")
     with chdir(tmp_path):
+        exec(making, {})
         for line in TRAINING:
             if "--resume" in line:
                 _make_unfinished(Path("runs"))
             printed[line] = _torchrun(line) if line.startswith("torchrun ") else run(line)
         names = _an_exported_network_sees_a_frame()
-    assert len(printed) == 15
+        exec(loading, names)
+        exec(running, {"images": names["images"].numpy()})
+    assert len(printed) == 19
+    assert names["probability"].shape == (1, 16, 16)
+    assert (tmp_path / "seen/prediction.png").exists()
     assert "vehicle IoU in per cent" in printed["occfeat-train evaluate"]
     assert "mRR over 0 of 8 corruptions" in printed["occfeat-train evaluate --corrupted corrupted"]
     assert (tmp_path / "prediction.png").exists()
@@ -208,6 +216,13 @@ def test_the_examples_of_extending_run_together(tmp_path, monkeypatch, in_proces
     assert len(files) == 8
     assert "find_tall:FindTall IoU in per cent" in printed["occfeat-train evaluate"]
     assert {p.name for p in tmp_path.glob("*.png")} == {"drives.png", "guessed.png", "found.png"}
+
+
+def test_the_example_of_a_calibration_is_one(tmp_path):
+    (example,) = _blocks("deploy", "json")
+    (tmp_path / "rig.json").write_text(example)
+    (camera,) = read_rig(tmp_path / "rig.json")
+    assert camera.file == "front.jpg" and camera.image_hw == (900, 1600)
 
 
 def test_make_commands_are_the_makefile_s():
