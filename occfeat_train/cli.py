@@ -205,8 +205,10 @@ def export(run: Path | None, out: Path | None, encoder: Path | None, **asked: An
     occfeat_train.export.load_network(DIRECTORY) loads it, load_bev_net without head; model.onnx
     takes images alone, calibration.json says of which cameras.
     """
-    if not (out or encoder):
-        raise click.UsageError("name --out DIRECTORY, or --encoder FILE.safetensors")
+    if not out and (not encoder or asked["onnx"] or asked["hub_card"]):
+        raise click.UsageError("name --out DIRECTORY, or --encoder FILE.safetensors alone")
+    if not asked["onnx"] and (asked["frame"] is not None or asked["calibration"]):
+        raise click.UsageError("--frame and --calibration are of --onnx: add it")
     with _session() as (_, say):
         from occfeat_train import export
         from occfeat_train.runs import resolve

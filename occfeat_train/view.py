@@ -186,26 +186,28 @@ def _draw_bev(axis: Any, grid: VoxelGrid, picture: np.ndarray, title: str) -> An
 def draw_masks(
     title: str, images: dict[str, np.ndarray], masks: dict[str, np.ndarray], grid: VoxelGrid
 ) -> Any:
-    """A figure of images (H, W, 3) by camera above, and masks (X, Y) in 0..1 by class below."""
+    """A figure of images (H, W, 3) by camera at the left and masks (X, Y) in 0..1 by class at the
+    right, each in two rows if there are several."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(3, max(len(images), len(masks)))
-    rows, mask_rows = (-(-len(part) // columns) for part in (images, masks))
-    heights = [2.6 * rows, 4.2 * mask_rows]
-    figure = Figure(figsize=(4.4 * columns, sum(heights)), layout="constrained")
+    shapes = [(min(2, len(part)), -(-len(part) // 2)) for part in (images, masks)]
+    widths = [13 / 3 * shapes[0][1], 7.5 / shapes[1][0] * shapes[1][1] + 1]
+    figure = Figure(figsize=(sum(widths), 7.2), layout="constrained")
     FigureCanvasAgg(figure)
-    above, below = figure.subfigures(2, 1, height_ratios=heights)
-    axes: Any = above.subplots(rows, columns, squeeze=False).ravel()
-    for axis, (name, image) in zip(axes, images.items(), strict=False):
+    parts: Any = figure.subfigures(1, 2, width_ratios=widths)
+    cameras, bev = (
+        part.subplots(*shape, squeeze=False).ravel()
+        for part, shape in zip(parts, shapes, strict=True)
+    )
+    for axis, (name, image) in zip(cameras, images.items(), strict=False):
         axis.imshow(image)
         axis.set(xticks=[], yticks=[])
         axis.set_title(name, fontsize=10)
-    bev: Any = below.subplots(mask_rows, columns, squeeze=False).ravel()
     for axis, (name, mask) in zip(bev, masks.items(), strict=False):
         shown = _draw_bev(axis, grid, mask, name)
-    below.colorbar(shown, ax=bev, shrink=0.6, label="probability")
-    for axis in (*axes[len(images) :], *bev[len(masks) :]):
+    parts[1].colorbar(shown, ax=bev, shrink=0.6, label="probability")
+    for axis in (*cameras[len(images) :], *bev[len(masks) :]):  # odd numbers leave one empty
         axis.set_visible(False)
     figure.suptitle(title, fontsize=10, wrap=True)
     return figure

@@ -236,4 +236,15 @@ def test_the_encoder_alone_is_one_to_start_from(workplace):
         assert torch.equal(value, trained[f".network.bev_net.encoder.backbone.{name}"]), name
     refused = run("export", "--run-dir", "runs/map", "--encoder", path, cwd=workplace, code=1)
     assert "name a new .safetensors" in refused
-    assert "name --out DIRECTORY, or --encoder" in run("export", cwd=workplace, code=2)
+
+
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        ((), "name --out DIRECTORY, or --encoder"),
+        (("--encoder", "other.safetensors", "--onnx"), "name --out DIRECTORY, or --encoder"),
+        (("--out", "other", "--frame", 0), "--frame and --calibration are of --onnx"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(given, sentence, workplace):
+    assert sentence in run("export", *given, cwd=workplace, code=2)
