@@ -17,9 +17,12 @@ def title_of(description: dict[str, Any]) -> str:
 def model_card(said: dict[str, Any]) -> str:
     """Markdown with the hub's metadata before it, of what ``model.json`` says."""
     licence, data = _data(said["store"]["source"] or {})
+    height, width = said["model"]["image_size"]
+    axes = (f"{axis} {low:g} to {high:g} m in {n}" for axis, (low, high, n) in said["grid"].items())
+    grid = f"cells {', '.join(axes)}"
     facts = {
         "Network": f"{said['model']['lift']}, {said['model']['encoder']}, images of "
-        f"{said['model']['image_size']}, grid {said['grid']}",
+        f"{height} x {width}, {grid}",
         "Data": data,
         "Store": f"records sha256 {said['store']['records_sha256']}, "
         f"{said['store']['n_frames']} frames",

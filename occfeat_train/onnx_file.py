@@ -1,6 +1,7 @@
 """A network for one rig of cameras as an ONNX file, of operations that TensorRT has too."""
 
 import importlib.util
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,9 +51,11 @@ def write_onnx(network: ExportedNetwork, cameras: Sequence[Camera], directory: P
     ``calibration.json``, which says what they are. RunError: see :func:`require_exporter`."""
     require_exporter()
     fixed = FixedNetwork(network, cameras).eval()
+    # It warns of what neither of us uses.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     names = {"input_names": ["images"], "output_names": list(fixed.names)}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch's own exporter
+        warnings.simplefilter("ignore", FutureWarning)
         program = torch.onnx.export(fixed, (fixed.images,), dynamo=True, verbose=False, **names)
     assert program is not None
     replace(directory / "model.onnx", lambda part: program.save(part, external_data=False))
