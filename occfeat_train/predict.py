@@ -53,7 +53,7 @@ def read_images(cameras: Sequence[Camera], files: Sequence[Path], hw: Size) -> n
             if opened.size[::-1] != camera.image_hw:
                 wanted = "x".join(map(str, camera.image_hw))
                 raise ValueError(f"it is {opened.height}x{opened.width}, its K is for {wanted}")
-            resized = opened.convert("RGB").resize(hw[::-1], Image.Resampling.BILINEAR)
+            resized = opened.convert("RGB").resize((hw[1], hw[0]), Image.Resampling.BILINEAR)
             image[:] = np.asarray(resized)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ConfigError(f"camera {camera.name}: cannot use {file}: {error}") from error
@@ -65,8 +65,9 @@ def predict_masks(
 ) -> Seen:
     """What a network of :func:`open_network` makes of images as of :func:`read_images`."""
     description, task = network.description, cast(MaskTask, network.objective)
-    images = read_images(cameras, files, tuple(description["stored_image_size"]))
-    K, cam_T_ego = calibration(cameras, images.shape[1:3])
+    height, width = description["stored_image_size"]
+    images = read_images(cameras, files, (height, width))
+    K, cam_T_ego = calibration(cameras, (height, width))
     batch = {"images": torch.from_numpy(images)[None], "K": K, "cam_T_ego": cam_T_ego}
     on_device = {name: values.to(device) for name, values in batch.items()}
     draws = draw(NO_AUGMENT, 0, 0, torch.zeros(1, dtype=torch.int64), len(cameras))

@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.reader import open_store
-from occfeat_targets.store.settings import ConfigError
 from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.data.order import ShardSampler, select_frames, split_names
 from occfeat_train.data.workers import make_loader

@@ -27,12 +27,12 @@ def draw_voxels(
     order = np.argsort(lower * grid.cell_size @ _towards())
     lower, colours = lower[order], colours[order]
     sides = [lower[:, None] + np.array(corners) for corners in _FACES.values()]
-    polygons = np.stack(sides, axis=1).reshape(-1, 4, 3) * grid.cell_size + grid.lower
+    polygons: Any = np.stack(sides, axis=1).reshape(-1, 4, 3) * grid.cell_size + grid.lower
     faces = (colours[:, None] * np.array([*_FACES])[:, None]).reshape(-1, 3)
     (x_lo, x_hi, _), (y_lo, y_hi, _) = grid.x, grid.y
     floor = [(x_lo, y_lo), (x_hi, y_lo), (x_hi, y_hi), (x_lo, y_hi), (x_lo, y_lo)]
     axis.plot(*_on_screen(np.array([(x, y, grid.z[0]) for x, y in floor])).T, color="0.7")
-    axis.add_collection(PolyCollection(_on_screen(polygons), facecolors=faces, linewidths=0))
+    axis.add_collection(PolyCollection(list(_on_screen(polygons)), facecolors=faces, linewidths=0))
     ego = _on_screen(np.array([[0.0, 0, 0], [x_hi / 10, 0, 0]]))
     axis.annotate(
         "",

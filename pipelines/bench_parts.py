@@ -135,7 +135,8 @@ def most_memory() -> float:
 
 def forward(record: FrameRecord, config: TargetsConfig, threads: int) -> float:
     """Seconds of a forward pass over a record's images, which are ready in memory."""
-    teacher, size = shared_teacher(config.teacher), config.teacher.input_size
+    teacher = shared_teacher(config.teacher)
+    size = config.teacher.size_for(teacher)
     torch.set_num_threads(threads)
     images = [resize(decode_jpeg(Path(path), size), size) for path in record.image_paths]
     start = time.perf_counter()
@@ -247,8 +248,9 @@ def steps(asked: SimpleNamespace) -> None:
         f"data, {images / seconds.mean():.1f} images/s, peak {peak_memory() / 1e6:.0f} MB"
     )
     settings = TargetsConfig.load(None, [f"teacher.name={asked.teacher}"]).teacher
-    threads, (height, width) = torch.get_num_threads(), settings.input_size
+    threads = torch.get_num_threads()
     teacher = shared_teacher(settings)  # which holds torch to one thread
+    height, width = settings.size_for(teacher)
     torch.set_num_threads(threads)
     black = [Image.new("RGB", (width, height))] * len(trainer.store.attrs["cameras"])
     milliseconds, _ = timed(lambda: dense_features(teacher, black, (height, width)))

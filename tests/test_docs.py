@@ -65,7 +65,7 @@ TRAINING = [
     line
     for line in _commands(
         *("README", "look", "training", "robustness", "deploy"),
-        starts=("occfeat-train ", "torchrun ")
+        starts=("occfeat-train ", "torchrun "),
     )
     if line not in ELSEWHERE
 ]

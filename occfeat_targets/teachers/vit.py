@@ -144,8 +144,8 @@ def _pixels(name: str, kind: str) -> Pixels:
 
     # Not all of a family are alike: DINOv3 trained on satellite images has its own.
     said = ImageProcessingMixin.get_image_processor_dict(name)[0]
-    mean, std = (said.get(key) for key in ("image_mean", "image_std"))
+    mean, std = (said.get(key, 0) for key in ("image_mean", "image_std"))
     for values in (mean, std):
         if not (isinstance(values, list) and len(values) == 3 and all(0 < v < 1 for v in values)):
             raise ValueError("preprocessor_config.json has no image_mean and image_std of R, G, B")
-    return tuple(mean), tuple(std)
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])

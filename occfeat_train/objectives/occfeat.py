@@ -114,8 +114,10 @@ class OccFeat(Objective):
         if features is not None:
             valid = targets["valid"].cpu().numpy()
             wanted, got = (f.float().cpu().numpy()[valid] for f in (targets["features"], features))
-            pair = (from_above(self.grid, voxel[valid], self.paint(f)) for f in (wanted, got))
-            panels.append(Panel(self.paint.title, *pair))
+            true, predicted = (
+                from_above(self.grid, voxel[valid], self.paint(f)) for f in (wanted, got)
+            )
+            panels.append(Panel(self.paint.title, true, predicted))
         return panels
 
     def volume(self, bev: Tensor, batch: Batch) -> Volume:

@@ -18,7 +18,7 @@ nothing: the published code projects it far outside the image. That it reads the
 time in place of their position embedding was mended upstream (a08998f), as it is here.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -202,7 +202,8 @@ class FixedBEVFormer(nn.Module):
         images = features[0].permute(0, 2, 3, 1)
         learned = self.lift.bev_queries, self.lift.bev_queries_pos
         queries, position = (p.permute(1, 2, 0) for p in learned)  # (X, Y, C)
-        for layer in self.lift.layers:
+        layers: Any = self.lift.layers
+        for layer in layers:
             queries = layer.norm1(self._look_around(layer.self_attention, queries, position))
             queries = layer.norm2(self._look_out(layer.cross_attention, queries, position, images))
             queries = layer.norm3(queries + layer.ffn(queries))
