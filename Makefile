@@ -16,7 +16,7 @@ options := $(if $(VERSION),--version $(VERSION)) $(if $(TEACHER),--teacher $(TEA
 
 # One line each, here and nowhere else.
 define help
-make targets     a demo world and its targets, targets.zarr (random teacher, no download)
+make targets     a demo world and its targets, targets.zarr (a small teacher, no download)
 make targets NUSCENES=/data/sets/nuscenes [VERSION=v1.0-trainval] [STORE=/fast/targets.zarr]
                  [TEACHER=DIR or hub id] [WORKERS=8] [SCHEDULER=tcp://host:8786]
 make miniature   the paper's Table 3 on a demo world, 45 minutes

@@ -183,7 +183,7 @@ def evaluate(run: Path | None, store: str | None, corrupted: str | None, **asked
             text, name = evaluate.table(result), "result.json"
         result["set"] = list(asked["overrides"])
         say(json.dumps(result, indent=1) if asked["as_json"] else text)
-        _say_if_random(job.store, tell)
+        _say_worth(job.store, tell)
         if process.is_main:
             write_json(finetuned.path / name, result)
 
@@ -286,7 +286,7 @@ def view(store: str | None, run: Path | None, **asked: Any) -> None:
             out = asked["out"] or Path("prediction.png")
             i = view.save_frame(viewer, asked["frame"], out, asked["picked"])
             say(f"{out}: frame {i} of {job.store} as {chosen.path} ({job.title}) sees it")
-            _say_if_random(job.store, say)
+            _say_worth(job.store, say)
 
 
 @main.command()
@@ -366,7 +366,7 @@ def _train(kind: str, asked: dict[str, Any], then: str) -> None:
         elif process.is_main:  # which makes it soon after
             run.require_new()
         say(f"Store: {job.store}")
-        _say_if_random(job.store, say)
+        _say_worth(job.store, say)
         finished = train(job, run, process, resume)
         say(f"{run.path}: {'finished' if finished else 'stopped'}")
         if not finished:
@@ -375,15 +375,17 @@ def _train(kind: str, asked: dict[str, Any], then: str) -> None:
         say(f"Next: occfeat-train {then.format(run.path)}")
 
 
-def _say_if_random(url: str, say: Say) -> None:
-    """What the numbers and pictures of such a store, as the demo's, are worth."""
+def _say_worth(url: str, say: Say) -> None:
+    """What the numbers and pictures of such a store, or of a demo's, are worth."""
     from occfeat_targets.store.reader import open_store
 
-    if open_store(url).attrs["teacher"]["weights"].startswith("random"):
-        say(
-            f"The features of {url} come from a RANDOM-WEIGHTS teacher: good to see that all runs, "
-            "not comparable with the paper."
-        )
+    attrs, why = open_store(url).attrs, ""
+    if attrs["teacher"]["weights"].startswith("random"):
+        why = f"The features of {url} come from a RANDOM-WEIGHTS teacher"
+    elif attrs["config"].get("train_preset"):
+        why = f"{url} is of a demo world, its teacher is {attrs['teacher']['name']}"
+    if why:
+        say(f"{why}: good to see that all runs, not comparable with the paper.")
 
 
 @contextmanager
