@@ -2,10 +2,7 @@
 
 import functools
 import json
-import os
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +11,14 @@ import click
 from occfeat_targets.store.registry import Registry
 from occfeat_train import __version__
 from occfeat_train.objectives import OBJECTIVES
+from occfeat_train.session import Say, session
 from occfeat_train.tasks import TASKS
 
 if TYPE_CHECKING:
-    from occfeat_train.distributed import Process
     from occfeat_train.rig import Camera
     from occfeat_train.runs.run import Run
 
 PATH = click.Path(path_type=Path)
-Say = Callable[[str], None]
 
 
 def _names(registry: Registry) -> str:
@@ -91,7 +87,7 @@ def main() -> None:
 def settings(config: str) -> None:
     """Print the settings CONFIG, a file or preset (paper, demo, miniature): all with their
     defaults in paper, to read or to change a copy of."""
-    with _session() as (_, say):
+    with session() as (_, say):
         from occfeat_targets.store.settings import settings_file
 
         say(settings_file(config, "occfeat_train").read_text(encoding="utf-8"))
@@ -165,7 +161,7 @@ def evaluate(run: Path | None, store: str | None, corrupted: str | None, **asked
     With --corrupted, IoU by corruption and severity of nuScenes-C, and the share of the clean IoU
     that remains: RR, and mRR over the corruptions. Written to corrupted.json in the run.
     """
-    with _session() as (process, say):
+    with session() as (process, say):
         from occfeat_train import evaluate, robustness
         from occfeat_train.runs import resolve
         from occfeat_train.runs.job import Job
@@ -209,7 +205,7 @@ def export(run: Path | None, out: Path | None, encoder: Path | None, **asked: An
         raise click.UsageError("name --out DIRECTORY, or --encoder FILE.safetensors alone")
     if not asked["onnx"] and (asked["frame"] is not None or asked["calibration"]):
         raise click.UsageError("--frame and --calibration are of --onnx: add it")
-    with _session() as (_, say):
+    with session() as (_, say):
         from occfeat_train import export
         from occfeat_train.runs import resolve
 
@@ -269,7 +265,7 @@ def view(store: str | None, run: Path | None, **asked: Any) -> None:
     Seen from above. What is drawn is up to what the network learned. With --scene, all frames
     of a scene, with labels or without.
     """
-    with _session() as (process, say):
+    with session() as (process, say):
         from occfeat_train import movie, view
         from occfeat_train.runs import resolve
         from occfeat_train.runs.job import Job
@@ -302,7 +298,7 @@ def report(runs: tuple[Path, ...], store: str | None, frames: int, out: Path) ->
     Runs that differ in their seed alone are taken together, and those that they started from are
     added: results with their spread, settings that differ, curves, pictures.
     """
-    with _session() as (process, say):
+    with session() as (process, say):
         from occfeat_train.report.report import write_report
         from occfeat_train.runs import resolve
 
@@ -328,7 +324,7 @@ def predict(net: Path, calibration: Path, images: tuple[Path, ...], out: Path) -
 
     Of any number of cameras, also others than it was trained with.
     """
-    with _session() as (process, say):
+    with session() as (process, say):
         from occfeat_train.predict import open_network, predict_masks, write_prediction
         from occfeat_train.rig import image_files, read_rig
 
@@ -342,7 +338,7 @@ def predict(net: Path, calibration: Path, images: tuple[Path, ...], out: Path) -
 
 def _train(kind: str, asked: dict[str, Any], then: str) -> None:
     """Train as the options say, and say how it went and what comes next."""
-    with _session() as (process, say):
+    with session() as (process, say):
         from occfeat_targets.store.reader import open_store
         from occfeat_train.distributed import from_main
         from occfeat_train.runs import resolve
@@ -386,35 +382,3 @@ def _say_worth(url: str, say: Say) -> None:
         why = f"{url} is of a demo world, its teacher is {attrs['teacher']['name']}"
     if why:
         say(f"{why}: good to see that all runs, not comparable with the paper.")
-
-
-@contextmanager
-def _session() -> Iterator[tuple["Process", Say]]:
-    """Join the process group; the main process speaks; known errors become one clear sentence."""
-    from occfeat_targets.store.extras import how_to_install
-    from occfeat_targets.store.files import StoreError
-    from occfeat_targets.store.settings import ConfigError
-    from occfeat_train.distributed import ProcessLost, leave, process_group
-    from occfeat_train.models.encoder_weights import WeightsError
-    from occfeat_train.runs.run import RunError
-    from occfeat_train.train import NonFiniteLoss
-
-    lost = False
-    try:
-        with process_group() as process:
-            yield process, click.echo if process.is_main else (lambda _: None)
-        return
-    except (ConfigError, StoreError, RunError, WeightsError, NonFiniteLoss) as error:
-        text = str(error)
-        if text.startswith("Caught "):  # from a reading process: torch puts a traceback before it
-            text = text.splitlines()[-1].partition("Error: ")[2] or text
-        text = f"Error: {text}"
-    except ProcessLost as error:
-        lost, text = True, f"Error: {error}; go on from the last checkpoint with --resume"
-    except Exception as error:
-        known = isinstance(error, ModuleNotFoundError) and how_to_install(error)
-        text = f"Error: {known}" if known else traceback.format_exc()
-    if "WORLD_SIZE" in os.environ:
-        leave(text, lost)
-    click.echo(text, err=True)
-    raise SystemExit(1)

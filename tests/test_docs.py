@@ -122,7 +122,7 @@ def test_targets_commands_run_in_order(demo_root, demo_store, tmp_path, in_proce
     shutil.copytree(demo_store, tmp_path / "targets.zarr")
     with chdir(tmp_path):
         printed = {line: run(line) for line in TARGETS}
-    assert len(printed) == 11
+    assert len(printed) == 12
     assert "0 problems" in printed["occfeat-targets verify targets.zarr"]
     assert (tmp_path / "view.png").exists()
     assert (tmp_path / "corrupted" / "fog-easy.zarr").exists()

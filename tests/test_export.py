@@ -88,7 +88,10 @@ def test_its_description_says_where_it_comes_from(workplace):
     }
     assert json.loads((workplace / "untested/model.json").read_text())["result"] is None
     assert said["seed"] == 7 and said["fraction"] == 0.5 and said["pretraining"] == "occfeat"
-    assert said["store"]["source"] == {"dataset": "tiny"} and said["store"]["n_frames"] == 16
+    assert (
+        said["store"]["source"] == {"dataset": "tiny", "version": "1"}
+        and said["store"]["n_frames"] == 16
+    )
     assert said["map_classes"][0] == "road" and said["stored_image_size"] == [64, 96]
     assert str(workplace) not in text
 
@@ -160,7 +163,7 @@ def test_a_card_says_what_it_learned_from_and_how_well(workplace):
         "occfeat; teacher of RANDOM weights",
         "records sha256 0,",
         "| Seed | 7, step ",
-        "tiny; its licence holds for these weights too",
+        "tiny 1; its licence holds for these weights too",
     ):
         assert fact in card.text, fact
     assert str(workplace) not in card.content

@@ -206,7 +206,7 @@ def test_other_mistakes_are_one_sentence_too(tiny_store, workplace, tmp_path):
     cwd, _ = workplace
     store = ("--store", tiny_store)
     sentences = {
-        "model.encoder must be one of efficientnet-b0, resnet-50": (
+        "model.encoder must be one of efficientnet-b0, efficientnet-lite0, resnet-50": (
             *("pretrain", *store, "--set", "model.encoder=resnet50"),
         ),
         "a resumed run keeps its --fraction": (

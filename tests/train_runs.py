@@ -111,9 +111,10 @@ def log_of(directory):
 
 
 def curve(directory):
-    """All that a run logged of its steps but times."""
+    """All that a run logged of its steps but times and memory."""
     lines = [line for line in log_of(directory) if "loss" in line]
-    return [{k: v for k, v in x.items() if k not in ("seconds", "waited")} for x in lines]
+    times = ("seconds", "waited", "samples_per_second", "peak_memory_gb")
+    return [{k: v for k, v in x.items() if k not in times} for x in lines]
 
 
 def flip(path, at):
