@@ -60,7 +60,7 @@ def test_mp4_goes_through_ffmpeg(workplace, tmp_path, monkeypatch):
     run(*arguments, cwd=workplace)
     asked = (tmp_path / "asked").read_text()
     assert "-s 1323x540 -r 1000/500" in asked
-    assert int((tmp_path / "a.mp4").read_text()) == 4 * 3 * 1252 * 540
+    assert int((tmp_path / "a.mp4").read_text()) == 4 * 3 * 1323 * 540
     (tmp_path / "ffmpeg").write_text("#!/bin/sh\ncat > /dev/null; exit 1\n")
     assert "ffmpeg could not write" in run(*arguments, cwd=workplace, code=1)
 

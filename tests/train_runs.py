@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from occfeat_train.cli import main
 
 SMALL = [
+    "model.encoder=efficientnet-b0",
     "model.encoder_weights=random",
     "model.channels=8",
     "model.image_size=[32,64]",

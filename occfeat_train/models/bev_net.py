@@ -25,8 +25,8 @@ class ModelSettings(Settings):
     lift: str = "simplebev"
     """How image features become BEV features: a name of ``lifts.LIFTS``, or a plug-in's."""
     encoder: str = "efficientnet-b0"
-    """A name of ``encoders.ENCODERS``; ``efficientnet-lite0`` has its weights in the extra ``lite0``,
-    the others on the hub."""
+    """A name of ``encoders.ENCODERS``; ``efficientnet-lite0`` has its weights in the extra
+    ``lite0``, the others on the hub."""
     encoder_weights: str = "imagenet"
     """``imagenet`` (supervised, from the hub), a hub id, a local directory, a file of
     torchvision-named weights (MoCo-v2 included), or ``random``."""
