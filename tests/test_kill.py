@@ -73,6 +73,7 @@ def test_kill_and_run_again(demo_root, uninterrupted, run_here, tmp_path):
         family = parent.children(recursive=True)
         for process in (parent, *family):
             process.suspend()
+        time.sleep(0.5)  # they stop once a call into the kernel returns
         left[moment] = shutil.copytree(store, tmp_path / moment)
         if moment != [*MOMENTS][-1]:
             for process in (*family, parent):
