@@ -375,10 +375,10 @@ def _say_worth(url: str, say: Say) -> None:
     """What the numbers and pictures of such a store, or of a demo's, are worth."""
     from occfeat_targets.store.reader import open_store
 
-    attrs, why = open_store(url).attrs, ""
-    if attrs["teacher"]["weights"].startswith("random"):
+    store, why = open_store(url), ""
+    if store.has_random_teacher:
         why = f"The features of {url} come from a RANDOM-WEIGHTS teacher"
-    elif attrs["config"].get("train_preset"):
-        why = f"{url} is of a demo world, its teacher is {attrs['teacher']['name']}"
+    elif store.attrs["source"]["dataset"] == "occfeat demo world":
+        why = f"{url} is of a demo world, its teacher is {store.attrs['teacher']['name']}"
     if why:
         say(f"{why}: good to see that all runs, not comparable with the paper.")

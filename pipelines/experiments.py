@@ -219,7 +219,7 @@ class Planner:
                 f"{url} was built to train with the preset {meant}, this one trains with "
                 f"{wanted}: name a store of its kind, --store"
             )
-        if store.attrs["source"]["dataset"] == "nuScenes" and has_random_teacher(store):
+        if store.attrs["source"]["dataset"] == "nuScenes" and store.has_random_teacher:
             raise ConfigError(
                 f"the features in {url} come from a teacher with random weights, which says "
                 "nothing of the paper: build it with DINOv2, --teacher facebook/dinov2-small"
@@ -232,15 +232,10 @@ def beside(store: str, name: str) -> str:
     return f"{store.rstrip('/').removesuffix('.zarr')}-{name}.zarr" if name else store
 
 
-def has_random_teacher(store: TargetStore) -> bool:
-    """Whether a store's features come from random weights: good for trying things out only."""
-    return store.attrs["teacher"]["weights"].startswith("random")
-
-
 def teacher_of(store: TargetStore) -> str:
     """Its name for people, with a warning if its weights are random."""
     name = store.attrs["teacher"]["name"]
-    return f"{name} (RANDOM WEIGHTS)" if has_random_teacher(store) else name
+    return f"{name} (RANDOM WEIGHTS)" if store.has_random_teacher else name
 
 
 def _name(job: Job, usual: Job, store_name: str, store: TargetStore | None) -> str:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from tiny_store import change_attributes, make_tiny_store
 from train_runs import SMALL, assert_same_state, final_state, options, run, start, stop_at_step
 
-from occfeat_targets.store.reader import SEAL
+from occfeat_targets.store.reader import SEAL, open_store
 from occfeat_targets.store.settings import settings_file
-from occfeat_train.cli import main
+from occfeat_train.cli import _say_worth, main
 from occfeat_train.config import TrainConfig
 from occfeat_train.export import export, load_bev_net
 from occfeat_train.models.lifts.bevformer import BEVFormerLift
@@ -59,6 +59,24 @@ def test_the_three_commands_find_each_others_results(workplace):
     result = json.loads((finetuning / "result.json").read_text())
     assert result["fraction"] == 0.01
     assert 0 <= result["rows"]["visible"]["iou"] <= 100
+
+
+@pytest.mark.parametrize(
+    ("dataset", "weights", "said"),
+    [
+        ("nuScenes", "random(0)", "come from a RANDOM-WEIGHTS teacher: good to see"),
+        ("occfeat demo world", "a1b2", "is of a demo world, its teacher is tiny: good to see"),
+        ("nuScenes", "a1b2", ""),
+    ],
+)
+def test_what_numbers_of_a_store_are_worth(tiny_store, tmp_path, capsys, dataset, weights, said):
+    store = shutil.copytree(tiny_store, tmp_path / "targets.zarr")
+    attrs = open_store(store).attrs
+    teacher, source = attrs["teacher"] | {"weights": weights}, attrs["source"]
+    change_attributes(store, teacher=teacher, source=source | {"dataset": dataset})
+    _say_worth(str(store), print)
+    printed = capsys.readouterr().out
+    assert said in printed and bool(said) == bool(printed)
 
 
 def test_finetuning_starts_from_the_pretrained_network_and_a_fresh_head(workplace):

@@ -208,7 +208,10 @@ def torture(rounds, seed, world, folder):
         if not found[0]:
             fs, path = filesystem(round_.url)
             fs.rm(path, recursive=True)
-        print(f"{number + 1}/{rounds} {fault} ({where}): {'WRONG' if any(found) else 'ok'}")
+        print(
+            f"{number + 1}/{rounds} {fault} ({where}): {'WRONG' if any(found) else 'ok'}",
+            flush=True,
+        )
     return wrong, tried
 
 

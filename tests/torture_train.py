@@ -175,11 +175,13 @@ def torture(rounds, seed, home):
         cwd = home / f"round-{i}"
         cwd.mkdir()
         try:
-            came[name, FAULTS[name](Rig(home, store, cwd, f"{seed} {i}"))] += 1
+            end = FAULTS[name](Rig(home, store, cwd, f"{seed} {i}"))
         except Exception:
             wrong += 1
             print(f"WRONG: round {i} of seed {seed}, {name}, in {cwd}:\n{traceback.format_exc()}")
             continue
+        came[name, end] += 1
+        print(f"{i + 1}/{rounds} {name}: {end}", flush=True)
         shutil.rmtree(cwd)
     for (name, what), n in sorted(came.items()):
         print(f"{name:26} {what:20} {n:4}")

@@ -85,6 +85,11 @@ class TargetStore:
         large = (name for name, spec in self.specs.items() if spec.chunk is not None)
         return {name: ShardedArray(self.url, self.array(name), self.check_reads) for name in large}
 
+    @property
+    def has_random_teacher(self) -> bool:
+        """Whether its features come from random weights: good for trying things out only."""
+        return self.attrs["teacher"]["weights"].startswith("random")
+
     def __len__(self) -> int:
         """Number of frames, failed ones included."""
         return self.attrs["n_frames"]

@@ -90,36 +90,37 @@ class ArraySpec:
         return cls(array.basename, str(array.dtype), axes, str(doc), array.fill_value, rows, chunk)
 
 
-class _Images(Settings):
+class _Some(Settings):
+    """Keys that must be there, among others."""
+
     model_config = ConfigDict(extra="allow")
+
+
+class _Images(_Some):
     size: Size
     corruption: str
 
 
-class _Config(Settings):
-    model_config = ConfigDict(extra="allow")
+class _Config(_Some):
     images: _Images
     block_frames: PositiveInt
     train_preset: str = ""
 
 
-class _Teacher(Settings):
-    model_config = ConfigDict(extra="allow")
+class _Teacher(_Some):
     name: str
     weights: str
     dim: int = Field(ge=0)
 
 
-class _Source(Settings):
-    model_config = ConfigDict(extra="allow")
+class _Source(_Some):
     dataset: str
     version: str
 
 
-class Attributes(Settings):
+class Attributes(_Some):
     """What readers need of the root attributes of a store; there are more."""
 
-    model_config = ConfigDict(extra="allow")
     complete: bool
     n_frames: PositiveInt
     grid: VoxelGrid
