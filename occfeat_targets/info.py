@@ -104,7 +104,9 @@ def _teacher_rows(teacher: dict[str, Any] | None) -> list[tuple[str, object]]:
     rows = [("teacher", f"{teacher['name']}  weights {teacher['weights']}")]
     if teacher["weights"].startswith("random"):
         rows.append(("", "RANDOM WEIGHTS: these are not DINOv2 features"))
-    details = {key: teacher.get(key) for key in ("layer", "input_size", "precision")}
+    details = {
+        key: teacher.get(key) for key in ("architecture", "layer", "input_size", "precision")
+    }
     return [*rows, ("", _words(details))]
 
 
