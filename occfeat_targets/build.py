@@ -2,7 +2,8 @@
 split again with corrupted images, one store for each corruption and severity."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -86,7 +87,8 @@ def check_records(dataset: Dataset, config: TargetsConfig) -> None:
         shown = "\n".join(f"  {fault}" for fault in faults[:_MAX_FAULTS_SHOWN])
         more = len(faults) - _MAX_FAULTS_SHOWN
         shown += f"\n  … and {more} more" if more > 0 else ""
-        raise SourceError(f"{len(faults)} fault(s) in the dataroot, nothing was built:\n{shown}")
+        n = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise SourceError(f"{n} in the dataroot, nothing was built:\n{shown}")
 
 
 def build(
@@ -114,30 +116,48 @@ def build(
         jobs = writer.plan(url, config, dataset.records, teacher, skip_errors)
         problems: list[str] = []
         until_trouble = takewhile(lambda job: not problems, jobs)
-        todo = sum(len(job.records) for job in jobs)
-        with tqdm(
-            total=len(dataset.records),
-            initial=len(dataset.records) - todo,
-            desc="building",
-            unit="frame",
-            smoothing=0,  # the mean rate: blocks end together, and a recent rate would jump
-            mininterval=0.1 if sys.stderr.isatty() else 30,  # a line now and then in a log file
-        ) as progress:
+        with _progress(len(dataset.records), jobs) as heard, executor.listening(url, heard):
             for job, result in executor.run(writer.write_block, until_trouble):
                 require()
                 if isinstance(result, dict):
-                    progress.update(len(job.records))
+                    heard((job.start, len(job.records)))
                     problems += [] if skip_errors else result.values()
                 else:
                     problems.append(f"block {job.index} ({job.records[0]} …): {result}")
         if problems:
             lines = "\n".join(f"  {problem}" for problem in problems)
             raise BuildStopped(
-                f"stopped, {len(problems)} problem(s):\n{lines}\nWhat is finished is kept: mend "
-                "this and run the same command again, or leave such frames out: --on-error skip"
+                f"stopped, for {len(problems)} of its frames or blocks failed:\n{lines}\nWhat is "
+                "finished is kept: mend this and run the same command again, or leave such frames "
+                "out: --on-error skip"
             )
         require()
         return writer.finalise(url, config, dataset)
+
+
+@contextmanager
+def _progress(total: int, jobs: Sequence[writer.BlockJob]) -> Iterator[Callable]:
+    """A bar of frames. It is told, from any thread, ``(start, n)``: of the block of that start so
+    many frames are done; a task that is run again says so twice."""
+    done = dict.fromkeys((job.start for job in jobs), 0)
+    before = total - sum(len(job.records) for job in jobs)
+    terminal = sys.stderr.isatty()
+    with tqdm(
+        total=total,
+        initial=before,
+        desc="building",
+        unit="frame",
+        smoothing=0,  # the mean rate: workers' frames end together, and a recent one would jump
+        mininterval=0.1 if terminal else 30,  # in a log file a line now and then
+    ) as bar:
+
+        def heard(message: tuple[int, int]) -> None:
+            start, n = message
+            done[start] = max(done[start], n)
+            bar.n = before + sum(done.values())
+            bar.update(0)
+
+        yield heard
 
 
 def read_split(dataroot: Path, url: str, split: str | None) -> tuple[TargetsConfig, Dataset]:

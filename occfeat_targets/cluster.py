@@ -4,9 +4,10 @@ import logging
 import os
 import pickle
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing import resource_tracker
 from typing import Any
@@ -37,8 +38,32 @@ class ClusterError(RuntimeError):
     """The cluster can't be reached, a task kills its worker every time, or all workers are gone."""
 
 
+_listeners: dict[str, Callable[[Any], object]] = {}
+"""Of tasks in this process, by topic."""
+
+
+def tell(topic: str, message: Any) -> None:
+    """From within a task, to whoever listens to the topic (:meth:`InProcess.listening`)."""
+    if topic in _listeners:
+        _listeners[topic](message)
+    elif "distributed.worker" in sys.modules:
+        from distributed import get_worker
+
+        with suppress(ValueError):  # not in a task
+            get_worker().log_event(topic, message)
+
+
 class InProcess:
     """Everything in this process, one after another: breakpoints work."""
+
+    @contextmanager
+    def listening(self, topic: str, heard: Callable[[Any], object]) -> Iterator[None]:
+        """Have ``heard(message)`` called, in some thread, for all that tasks :func:`tell`."""
+        _listeners[topic] = heard
+        try:
+            yield
+        finally:
+            del _listeners[topic]
 
     def everywhere(self, function: Callable, argument: Any) -> list:
         """``function(argument)`` as often as there are workers, spread over them: the results."""
@@ -77,6 +102,15 @@ class DaskExecutor:
                 elif time.monotonic() - seen > _GONE_SECONDS:
                     text = f"all workers are gone, for {_GONE_SECONDS} s now: run it again to go on"
                     raise ClusterError(text) from None
+
+    @contextmanager
+    def listening(self, topic: str, heard: Callable[[Any], object]) -> Iterator[None]:
+        """See :class:`InProcess`."""
+        self._client.subscribe_topic(topic, lambda event: heard(event[1]))
+        try:
+            yield
+        finally:
+            self._client.unsubscribe_topic(topic)
 
     def everywhere(self, function: Callable, argument: Any) -> list:
         """See :class:`InProcess`."""

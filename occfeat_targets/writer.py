@@ -18,6 +18,7 @@ import numpy as np
 import zarr
 
 from occfeat_targets import __version__
+from occfeat_targets.cluster import tell
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.frame import SHARED, frame_targets, layout_of, make_outputs, stored_outputs
 from occfeat_targets.outputs.base import Output
@@ -163,6 +164,7 @@ def write_block(job: BlockJob) -> dict[int, str]:
     frames: list[dict[str, np.ndarray]] = []
     failed: dict[int, str] = {}
     for i, record in enumerate(job.records, job.start):
+        tell(job.url, (job.start, i - job.start))
         try:
             frames.append(frame_targets(record, job.config, outputs, teacher))
         except FrameError as error:

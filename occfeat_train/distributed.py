@@ -39,7 +39,8 @@ class Process:
     def describe(self) -> str:
         """One line for the log."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        return f"{self.world} process(es) on {name}, {socket.gethostname()}"
+        many = "one process" if self.world == 1 else f"{self.world} processes"
+        return f"{many} on {name}, {socket.gethostname()}"
 
 
 @contextmanager

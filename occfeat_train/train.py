@@ -153,10 +153,11 @@ class Trainer:
 
     def describe(self) -> str:
         """One line for the log."""
-        plan, scenes = self.job.plan, {self.store.scene(i) for i in self.frames}
+        plan, scenes = self.job.plan, len({self.store.scene(i) for i in self.frames})
         dtype, why = pick_precision(self.job.config.run.precision, self.process.device)
         return (
-            f"{self.job.title} on {len(self.frames)} frames of {len(scenes)} scene(s), batch "
+            f"{self.job.title} on {len(self.frames)} frames of "
+            f"{scenes} scene{'s' * (scenes != 1)}, batch "
             f"{plan.batch} x {plan.accumulate}, {plan.epochs} epochs of {self.steps_per_epoch} "
             f"steps, lr {plan.lr:g}; {self.process.describe()}; "
             f"{str(dtype).removeprefix('torch.')} ({why})"

@@ -105,7 +105,7 @@ def build(asked: SimpleNamespace) -> None:
         command += [str(asked.dataroot), f"{scratch}/t.zarr", *(f"--set={s}" for s in settings)]
         ways = {"whole build": partial(apart, whole_build, command, len(dataset.records))}
         for processes, threads in [(1, n)] if DEVICE.type == "cuda" else [(1, n), (n, 1)]:
-            name = f"teacher alone, {processes} process(es) of {threads} thread(s)"
+            name = f"teacher alone, processes x threads: {processes} x {threads}"
             task = (teacher_alone, dataset.records, config, processes, threads)
             ways[name] = partial(apart, *task)
         compare("", "frames/s, peak MB of a process", ways, asked.rounds)
@@ -298,7 +298,10 @@ def main(parts: list[str], **options: Any) -> None:
     machine = f"{os.cpu_count()} cores, {gpu}, {platform.platform()}"
     print(f"{time.strftime('%F')}, {machine}; {packages}")
     for part in parts:
-        PARTS[part](SimpleNamespace(**options))
+        try:
+            PARTS[part](SimpleNamespace(**options))
+        except (ValueError, RuntimeError, OSError) as error:
+            raise click.ClickException(f"{part}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -292,7 +292,7 @@ def test_all_faults_are_listed_at_once_and_nothing_is_built(dataroot, tmp_path):
     with pytest.raises(SourceError) as error:
         build_store(dataroot, store)
     text = str(error.value)
-    assert "5 fault(s)" in text
+    assert "5 faults in the dataroot" in text
     assert f"{lidar[0]} is missing" in text
     assert f"{lidar[1]} is truncated" in text
     assert f"{images[0]} is missing" in text

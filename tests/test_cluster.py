@@ -17,7 +17,7 @@ from conftest import FAST, TESTS, tree_bytes
 
 from occfeat_targets import cluster as cluster_module
 from occfeat_targets.build import BuildStopped, build, prepare
-from occfeat_targets.cluster import ClusterError, choose, executor
+from occfeat_targets.cluster import ClusterError, choose, executor, tell
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.store.reader import open_store
 
@@ -87,6 +87,25 @@ def test_errors_come_back_as_results_and_jobs_may_end_early():
         job, error = next(results)
         assert job == -1 and isinstance(error, ValueError)
     assert drawn == [3, -1]
+
+
+def _tell_all(job):
+    for i in range(3):
+        tell("told", (job, i))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_tasks_tell_how_far_they_are(workers, one):
+    """Which is where the build's bar has its frames from."""
+    with executor(workers=0) as here:
+        cluster, heard = one if workers else here, []
+        with cluster.listening("told", heard.append):
+            list(cluster.run(_tell_all, ["a", "b"]))
+            deadline = time.monotonic() + 30
+            while len(heard) < 6 and time.monotonic() < deadline:
+                time.sleep(0.01)
+        list(cluster.run(_tell_all, ["c"]))
+    assert sorted(heard) == [(job, i) for job in "ab" for i in range(3)]
 
 
 def test_few_tasks_are_in_flight(one):

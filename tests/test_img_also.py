@@ -441,7 +441,7 @@ def workplace(tmp_path_factory):
 
 def test_pretraining_says_what_it_learns_and_logs_its_terms(workplace):
     cwd, printed = workplace
-    assert "runs/also: img-also pretraining on 12 frames of 3 scene(s)" in printed
+    assert "runs/also: img-also pretraining on 12 frames of 3 scenes" in printed
     said = json.loads((cwd / "runs/also/run.json").read_text())
     assert said["kind"] == "pretrain" and said["config"]["pretrain"]["objective"] == "img-also"
     lines = log_of(cwd / "runs/also")

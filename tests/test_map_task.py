@@ -42,7 +42,7 @@ def workplace(tmp_path_factory):
 
 def test_finetuning_for_the_map_says_so_and_learns_every_class(workplace):
     cwd, (finetuned, _) = workplace
-    assert "runs/map: map finetuning on 12 frames of 3 scene(s)" in finetuned
+    assert "runs/map: map finetuning on 12 frames of 3 scenes" in finetuned
     assert json.loads((cwd / "runs/map/run.json").read_text())["task"] == "map"
     lines = log_of(cwd / "runs/map")
     assert len(lines) == 9

@@ -178,7 +178,10 @@ def test_what_is_wrong_with_the_drive_is_told_before_any_work(drive, toys, tmp_p
     said = run("build", drive, tmp_path / "s", *options(source="kitti"), code=1)
     assert "no source 'kitti' (known: nuscenes); a plug-in is named package.module:name" in said
     said = run("build", drive, tmp_path / "s", *options(lidar__max_points=500), code=1)
-    assert "6 fault(s)" in said and "holds 600 lidar returns: raise lidar.max_points" in said
+    assert (
+        "6 faults in the dataroot" in said
+        and "holds 600 lidar returns: raise lidar.max_points" in said
+    )
     assert not (tmp_path / "s").exists()
 
 

@@ -216,6 +216,19 @@ def test_description_tells_what_made_the_targets(tmp_path, config):
     }
 
 
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_minimal_plug_in_is_described_by_what_it_is_or_holds(holds, config):
+    class Minimal:
+        name, dim, patch_size = "minimal", 32, 14
+
+        def __init__(self):
+            self.model = tiny().half() if holds else None
+
+    said = describe(Minimal(), config)
+    assert said["precision"] == ("float16" if holds else "float32")
+    assert said["weights"] == (state_sha256(tiny().half()) if holds else "unknown")
+
+
 @pytest.mark.parametrize("size", [(56, 100), (50, 98)])
 def test_input_size_must_be_a_multiple_of_the_patch(tmp_path, size):
     save_tiny(tmp_path)

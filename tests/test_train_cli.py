@@ -54,7 +54,7 @@ def test_the_three_commands_find_each_others_results(workplace):
     assert f"Settings: those of runs/{pretraining.name}" in finetuned
     for printed in (pretrained, finetuned, evaluated):
         assert f"Store: {cwd / 'targets.zarr'}" in printed
-    assert "4 frames of 1 scene(s)" in finetuned  # 0.01 of three scenes: the first
+    assert "4 frames of 1 scene," in finetuned  # 0.01 of three scenes: the first
     assert f"runs/{finetuning.name} (step 3) on 4 frames of mini_val" in evaluated
     result = json.loads((finetuning / "result.json").read_text())
     assert result["fraction"] == 0.01

@@ -160,7 +160,9 @@ def torchrun_loses_a_process(rig):
         process.kill()
     assert process.returncode == (1 if victims else 0), output
     if victims and "run: finished" not in output:
-        assert f"process {1 - int(rank)} of 2 lost another one" in output, output
+        # torchrun may end the other one first.
+        told = f"process {1 - int(rank)} of 2 lost another one" in output
+        assert told or "Signal 15 (SIGTERM)" in output, output
         assert "Signal 9 (SIGKILL)" in output[output.index("Root Cause") :], output
     rig.finish(processes=2)
     return "ended, then equal"

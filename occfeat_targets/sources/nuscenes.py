@@ -232,8 +232,8 @@ def _selected_scenes(nusc: NuScenes, frames: FramesSettings, split_of: dict[str,
     scenes = [scene for scene in rows if scene.name in wanted]
     if not scenes:
         raise SourceError(
-            f"no keyframes left: {nusc.version} in {nusc.dataroot} has {len(names)} scene(s), none "
-            f"in splits {list(frames.splits)} and scenes {list(frames.scenes)}"
+            f"no keyframes left: of the {len(names)} of {nusc.version} in {nusc.dataroot} no scene "
+            f"is in splits {list(frames.splits)} and scenes {list(frames.scenes)}"
         )
     return scenes
 

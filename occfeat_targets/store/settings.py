@@ -118,7 +118,7 @@ def did_you_mean(name: str, known: Sequence[str], prefix: str = "") -> str:
     return f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # not CSafeLoader, which deep nesting makes overflow its stack
     """YAML 1.1, but 1e-4 is a number, as in YAML 1.2."""
 
 

@@ -44,8 +44,9 @@ class TeacherSettings(Settings):
 class Teacher(Protocol):
     """A frozen image model that gives dense features. A plug-in, ``package.module:factory`` in a
     folder on ``PYTHONPATH``, should also have ``weights``, a string that identifies its parameters
-    (a ``torch.nn.Module`` gets its state's hash): a build refuses others; and ``precision``, if
-    that is not float32. Called without gradients; on a GPU worker from several threads at once."""
+    (by default the hash of the state of the ``torch.nn.Module`` that it is or holds): a build
+    refuses others; and ``precision``, if that is not its parameters' or float32. Called without
+    gradients; on a GPU worker from several threads at once."""
 
     name: str
     dim: int
@@ -79,9 +80,13 @@ def describe(teacher: Teacher, settings: TeacherSettings) -> dict:
         value = getattr(teacher, attribute, None)
         return value if isinstance(value, str) else otherwise  # a module may have a .layer
 
-    weights = text("weights")
-    if isinstance(teacher, torch.nn.Module) and not hasattr(teacher, "weights"):
-        weights = state_sha256(teacher)
+    parts = [teacher, *vars(teacher).values()] if hasattr(teacher, "__dict__") else []
+    modules = torch.nn.ModuleList(part for part in parts if isinstance(part, torch.nn.Module))
+    parameters = list(modules.parameters())
+    dtype = parameters[0].dtype if parameters else torch.float32
+    weights = text("weights", "")
+    if not weights:
+        weights = state_sha256(modules) if parameters else "unknown"
     return {
         "name": teacher.name,
         "revision": text("revision"),
@@ -90,7 +95,7 @@ def describe(teacher: Teacher, settings: TeacherSettings) -> dict:
         "input_size": list(settings.size_for(teacher)),
         "patch_size": int(teacher.patch_size),
         "dim": int(teacher.dim),
-        "precision": text("precision"),
+        "precision": text("precision", str(dtype).removeprefix("torch.")),
         "weights": weights,
     }
 
