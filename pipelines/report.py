@@ -3,6 +3,7 @@
 import csv
 import statistics
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 from occfeat_pipelines.experiments import Experiment
@@ -48,6 +49,8 @@ def cells(experiments: list[Experiment], corrupted: str | None) -> list[Cell]:
 def write(table: list[Cell], path: Path) -> None:
     """Print a table, and put it beside the runs as CSV and figure."""
     print(f"{text(table)}\n\n{caption(table)}")
+    if lines := paired(table):
+        print(f"\n{as_columns(lines, left=3)}")
     write_csv(table, path.with_suffix(".csv"))
     draw(table, path.name, path.with_suffix(".png"))
     print(f"\n{path}.csv and .png")
@@ -71,6 +74,24 @@ def text(table: list[Cell]) -> str:
             difference = f"{cell.mean - cell.paper:+.1f}"
         lines.append([cell.row, cell.column, as_text(cell.paper), ours, difference])
     return as_columns(lines, left=2)
+
+
+def paired(table: list[Cell]) -> list[list[str]]:
+    """Lines that compare rows seed by seed, which share frames and first weights: the difference in
+    points of IoU, how many seeds it is above 0 for, and p of a two-sided paired t-test. Empty with
+    fewer than three seeds."""
+    from scipy.stats import ttest_rel
+
+    lines = [["column", "row", "less row", "difference", "above 0", "p"]]
+    for a, b in combinations(table, 2):
+        if a.column == b.column and len(a.ours) == len(b.ours) > 2:
+            found = [after - before for before, after in zip(a.ours, b.ours, strict=True)]
+            mean, spread = statistics.fmean(found), statistics.stdev(found)
+            above = f"{sum(value > 0 for value in found)} of {len(found)}"
+            p = ttest_rel(b.ours, a.ours).pvalue
+            difference = f"{mean:+.1f} ± {spread:.1f}"
+            lines.append([a.column, b.row, a.row, difference, above, f"{p:.3f}"])
+    return lines if len(lines) > 1 else []
 
 
 def write_csv(table: list[Cell], path: Path) -> None:

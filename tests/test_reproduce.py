@@ -285,6 +285,22 @@ def test_report_as_text():
     assert report.caption(CELLS) == "teacher: random:0 (RANDOM WEIGHTS)"
 
 
+def test_rows_are_compared_seed_by_seed():
+    """By hand: differences 1, 2, 3 are 2 ± 1, so t = 2 sqrt(3); p = 1 - t / sqrt(t² + 2)."""
+    table = [
+        Cell("none", "vehicle, 1 %", ours=[10.0, 12.0, 17.0]),
+        Cell("both", "vehicle, 1 %", ours=[11.0, 14.0, 20.0]),
+        Cell("L_occ", "vehicle, 1 %", ours=[11.0, 14.0]),
+        Cell("none", "map, 1 %", ours=[1.0, 2.0, 3.0]),
+    ]
+    t = 2 * 3**0.5
+    p = 1 - t / (t * t + 2) ** 0.5
+    assert report.paired(table)[1:] == [
+        ["vehicle, 1 %", "both", "none", "+2.0 ± 1.0", "3 of 3", f"{p:.3f}"]
+    ]
+    assert report.paired(CELLS) == []
+
+
 def test_report_as_csv(tmp_path):
     report.write_csv(CELLS, tmp_path / "table.csv")
     rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
