@@ -36,7 +36,8 @@ class TargetsConfig(Settings):
     block_frames: int = Field(default=32, ge=1)
     """Frames of one block: one task, one file of every large array, one unit of resuming."""
     train_preset: str = ""
-    """The trainer preset to use with this store, unless told otherwise. The demo sets it."""
+    """The trainer preset to use with this store, by its name, unless told otherwise. The demo sets
+    it."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

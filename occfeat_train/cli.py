@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from occfeat_train.session import Say, session
 from occfeat_train.tasks import TASKS
 
 if TYPE_CHECKING:
+    from occfeat_targets.store.reader import TargetStore
     from occfeat_train.rig import Camera
     from occfeat_train.runs.run import Run
 
@@ -26,7 +28,9 @@ def _names(registry: Registry) -> str:
 
 
 def _run_option(help: str) -> Callable:
-    return click.option("--run-dir", "run", type=PATH, help=help)
+    """And what the run needs to be followed."""
+    run = click.option("--run-dir", "run", type=PATH, help=help)
+    return lambda command: run(plugin_option(command))
 
 
 def _training_options(command: Callable) -> Callable:
@@ -37,6 +41,13 @@ store_option = click.option(
     "--store",
     metavar="PATH|URL",
     help="Targets store (occfeat-targets build).  [default: targets.zarr, or the run's own]",
+)
+plugin_option = click.option(
+    "--plugin",
+    "plugins",
+    multiple=True,
+    metavar="MODULE:NAME",
+    help="A plug-in that the run was made with: run its code. May be repeated.",
 )
 set_option = click.option(
     "--set",
@@ -162,13 +173,14 @@ def evaluate(run: Path | None, store: str | None, corrupted: str | None, **asked
     that remains: RR, and mRR over the corruptions. Written to corrupted.json in the run.
     """
     with session() as (process, say):
+        from occfeat_targets.store.reader import open_store
         from occfeat_train import evaluate, robustness
         from occfeat_train.runs import resolve
         from occfeat_train.runs.job import Job
         from occfeat_train.runs.run import write_json
 
         finetuned = resolve.finished(run, "finetune")
-        job = resolve.changed(Job.of_run(finetuned, store), asked["overrides"])
+        job = resolve.changed(Job.of_run(finetuned, store, asked["plugins"]), asked["overrides"])
         tell = (lambda _: None) if asked["as_json"] else say
         if corrupted:
             result = robustness.evaluate_corrupted(job, finetuned, process, corrupted, tell)
@@ -179,7 +191,7 @@ def evaluate(run: Path | None, store: str | None, corrupted: str | None, **asked
             text, name = evaluate.table(result), "result.json"
         result["set"] = list(asked["overrides"])
         say(json.dumps(result, indent=1) if asked["as_json"] else text)
-        _say_worth(job.store, tell)
+        _say_worth(open_store(job.store), tell)
         if process.is_main:
             write_json(finetuned.path / name, result)
 
@@ -209,12 +221,12 @@ def export(run: Path | None, out: Path | None, encoder: Path | None, **asked: An
         from occfeat_train import export
         from occfeat_train.runs import resolve
 
-        chosen = resolve.finished(run, "pretrain")
+        chosen, plugins = resolve.finished(run, "pretrain"), asked["plugins"]
         if encoder:
-            say(f"{encoder}: {export.export_encoder(chosen, encoder)}")
+            say(f"{encoder}: {export.export_encoder(chosen, encoder, plugins)}")
         if out:
             rig = _rig(chosen, asked) if asked["onnx"] else None
-            network = export.export(chosen, out, asked["hub_card"])
+            network = export.export(chosen, out, asked["hub_card"], plugins)
             say(f"{out}: the {network.title} of {chosen.path}")
             if rig:
                 from occfeat_train.onnx_file import write_onnx
@@ -232,7 +244,7 @@ def _rig(run: "Run", asked: dict[str, Any]) -> "list[Camera]":
     require_exporter()
     if file := asked["calibration"]:
         return read_rig(file)
-    return rig_of_frame(Job.of_run(run, asked["store"]), asked["frame"])
+    return rig_of_frame(Job.of_run(run, asked["store"], asked["plugins"]), asked["frame"])
 
 
 @main.command()
@@ -271,7 +283,7 @@ def view(store: str | None, run: Path | None, **asked: Any) -> None:
         from occfeat_train.runs.job import Job
 
         chosen = resolve.finished(run, "pretrain", "finetune")
-        job = Job.of_run(chosen, store)
+        job = Job.of_run(chosen, store, asked["plugins"])
         if process.is_main:
             viewer = view.Viewer(job, chosen, process.device, asked["colours"])
             if scene := asked["scene"]:
@@ -282,7 +294,7 @@ def view(store: str | None, run: Path | None, **asked: Any) -> None:
             out = asked["out"] or Path("prediction.png")
             i = view.save_frame(viewer, asked["frame"], out, asked["picked"])
             say(f"{out}: frame {i} of {job.store} as {chosen.path} ({job.title}) sees it")
-            _say_worth(job.store, say)
+            _say_worth(viewer.store, say)
 
 
 @main.command()
@@ -292,7 +304,8 @@ def view(store: str | None, run: Path | None, **asked: Any) -> None:
 )
 @click.option("--frames", default=3, show_default=True, help="How many of validation are shown.")
 @click.option("--out", type=PATH, default="report.html", show_default=True, help="File to write.")
-def report(runs: tuple[Path, ...], store: str | None, frames: int, out: Path) -> None:
+@plugin_option
+def report(runs: tuple[Path, ...], out: Path, **asked: Any) -> None:
     """Write what the runs RUN..., or all in runs/, learned to one HTML file that needs no network.
 
     Runs that differ in their seed alone are taken together, and those that they started from are
@@ -303,7 +316,8 @@ def report(runs: tuple[Path, ...], store: str | None, frames: int, out: Path) ->
         from occfeat_train.runs import resolve
 
         if process.is_main:
-            say(write_report(runs or resolve.all_runs(), out, store, frames, process.device))
+            what = asked["store"], asked["frames"], process.device, asked["plugins"]
+            say(write_report(runs or resolve.all_runs(), out, *what))
 
 
 @main.command()
@@ -319,7 +333,10 @@ def report(runs: tuple[Path, ...], store: str | None, frames: int, out: Path) ->
     help="A camera's image, in their order; repeatable.  [default: the files the JSON names]",
 )
 @click.option("--out", type=PATH, required=True, help="Directory for prediction.png and .npz.")
-def predict(net: Path, calibration: Path, images: tuple[Path, ...], out: Path) -> None:
+@plugin_option
+def predict(
+    net: Path, calibration: Path, images: tuple[Path, ...], out: Path, plugins: tuple[str, ...]
+) -> None:
     """Show what NET, a finetuning run or an exported one, makes of your own images.
 
     Of any number of cameras, also others than it was trained with.
@@ -328,7 +345,7 @@ def predict(net: Path, calibration: Path, images: tuple[Path, ...], out: Path) -
         from occfeat_train.predict import open_network, predict_masks, write_prediction
         from occfeat_train.rig import image_files, read_rig
 
-        cameras, network = read_rig(calibration), open_network(net)
+        cameras, network = read_rig(calibration), open_network(net, plugins)
         files = images or image_files(cameras, calibration)
         seen = predict_masks(network, cameras, files, process.device)
         title = f"{net} ({network.title}) on {len(cameras)} cameras of {calibration}"
@@ -362,23 +379,22 @@ def _train(kind: str, asked: dict[str, Any], then: str) -> None:
         elif process.is_main:  # which makes it soon after
             run.require_new()
         say(f"Store: {job.store}")
-        _say_worth(job.store, say)
+        _say_worth(store, say)
         finished = train(job, run, process, resume)
         say(f"{run.path}: {'finished' if finished else 'stopped'}")
+        plugins = "".join(f" {shlex.quote(word)}" for word in job.plugin_options)
         if not finished:
-            say(f"Go on with: occfeat-train {kind} --resume --run-dir {run.path}")
+            say(f"Go on with: occfeat-train {kind} --resume --run-dir {run.path}{plugins}")
             raise SystemExit(130)
-        say(f"Next: occfeat-train {then.format(run.path)}")
+        say(f"Next: occfeat-train {then.format(run.path)}{plugins}")
 
 
-def _say_worth(url: str, say: Say) -> None:
+def _say_worth(store: "TargetStore", say: Say) -> None:
     """What the numbers and pictures of such a store, or of a demo's, are worth."""
-    from occfeat_targets.store.reader import open_store
-
-    store, why = open_store(url), ""
+    why = ""
     if store.has_random_teacher:
-        why = f"The features of {url} come from a RANDOM-WEIGHTS teacher"
+        why = f"The features of {store.url} come from a RANDOM-WEIGHTS teacher"
     elif store.attrs["source"]["dataset"] == "occfeat demo world":
-        why = f"{url} is of a demo world, its teacher is {store.attrs['teacher']['name']}"
+        why = f"{store.url} is of a demo world, its teacher is {store.attrs['teacher']['name']}"
     if why:
         say(f"{why}: good to see that all runs, not comparable with the paper.")

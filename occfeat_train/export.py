@@ -1,6 +1,7 @@
 """A trained network as two files that anyone can load: safetensors and JSON."""
 
 import json
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import TargetStore
+from occfeat_targets.store.registry import only_plugins
 from occfeat_train.model_card import model_card, title_of
 from occfeat_train.models.bev_net import BEVNet, ModelSettings
 from occfeat_train.models.encoder_weights import published_weights
@@ -56,12 +58,14 @@ class ExportedNetwork(nn.Module, ModelHubMixin):
         return self.objective.predict(bev) if self.objective else {"bev": bev}
 
     @classmethod
-    def of_run(cls, run: Run) -> Self:
+    def of_run(cls, run: Run, plugins: Collection[str] = ()) -> Self:
         """The network of a run's newest checkpoint. RunError: it has none, or one of another
-        network; ConfigError: its settings are not of this version of occfeat."""
+        network; ConfigError: its settings are not of this version of occfeat, or name a plug-in
+        that is not among ``plugins``."""
         state, position = run.load()
         try:
-            network = cls(_describe(run, position))
+            with only_plugins(str(run.path), plugins):
+                network = cls(_describe(run, position))
         except (LookupError, TypeError) as error:
             raise RunError(f"{run.path} is of another version of occfeat: {error!r}") from error
         theirs = state["network"]
@@ -93,9 +97,15 @@ class ExportedNetwork(nn.Module, ModelHubMixin):
         self.write_card(save_directory)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:  # pyright: ignore
+    def from_pretrained(  # pyright: ignore
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        plugins: Collection[str] = (),
+        **options: Any,
+    ) -> Self:
         """The network in a directory, or of a hub id, ``options`` being ``snapshot_download``'s.
-        RunError: as :func:`load_network`."""
+        Raises and ``plugins`` as :func:`load_network`."""
         directory = Path(pretrained_model_name_or_path)
         if not directory.is_dir():
             files = [WEIGHTS, DESCRIPTION]
@@ -103,7 +113,8 @@ class ExportedNetwork(nn.Module, ModelHubMixin):
             directory = Path(snapshot_download(name, allow_patterns=files, **options))
         description, weights = _read(directory)
         try:
-            network = cls(description)
+            with only_plugins(str(directory), plugins):
+                network = cls(description)
         except (LookupError, TypeError) as error:
             raise RunError(f"{directory}/{DESCRIPTION} is damaged: {error!r}") from error
         if network.objective is None:
@@ -112,13 +123,15 @@ class ExportedNetwork(nn.Module, ModelHubMixin):
         return network
 
 
-def export(run: Run, out: Path, card: bool = False) -> ExportedNetwork:
+def export(
+    run: Run, out: Path, card: bool = False, plugins: Collection[str] = ()
+) -> ExportedNetwork:
     """Write ``model.safetensors`` and ``model.json`` of a run's network: a finetuning's with its
-    head, a pretraining's without; with ``card`` also ``README.md``. RunError: the run has no
-    checkpoint, or ``out`` exists."""
+    head, a pretraining's without; with ``card`` also ``README.md``. RunError: ``out`` exists;
+    others, and ``plugins``, as :meth:`ExportedNetwork.of_run`."""
     if out.exists():
         raise RunError(f"{out} exists already: choose another --out")
-    network = ExportedNetwork.of_run(run)
+    network = ExportedNetwork.of_run(run, plugins)
     out.mkdir(parents=True)
     network.write(out)
     if card:
@@ -126,29 +139,32 @@ def export(run: Run, out: Path, card: bool = False) -> ExportedNetwork:
     return network
 
 
-def export_encoder(run: Run, out: Path) -> str:
+def export_encoder(run: Run, out: Path, plugins: Collection[str] = ()) -> str:
     """Write the backbone of a run's image encoder by the names that others know it by; returns
-    whose names. RunError: the run has no checkpoint, or ``out`` exists or can't be written."""
+    whose names. RunError: ``out`` exists or can't be written; others, and ``plugins``, as
+    :meth:`ExportedNetwork.of_run`."""
     if out.exists() or out.suffix != ".safetensors" or not out.parent.is_dir():
         raise RunError(f"cannot write {out}: name a new .safetensors in a directory that exists")
-    encoder = ExportedNetwork.of_run(run).bev_net.encoder
+    encoder = ExportedNetwork.of_run(run, plugins).bev_net.encoder
     label, weights = published_weights(encoder)
     replace(out, lambda part: part.write_bytes(save(weights)))
     return f"{encoder.name} of {run.path} by the names of {label}"
 
 
-def load_network(directory: str | Path) -> ExportedNetwork:
-    """An exported network. RunError: none, or its files don't fit together."""
+def load_network(directory: str | Path, plugins: Collection[str] = ()) -> ExportedNetwork:
+    """An exported network. RunError: none, or its files don't fit together; ConfigError: it names a
+    plug-in, whose code this would run, that is not among ``plugins``."""
     if not Path(directory).is_dir():
         raise RunError(f"{directory} holds no exported network: it is no directory")
-    return ExportedNetwork.from_pretrained(directory)
+    return ExportedNetwork.from_pretrained(directory, plugins=plugins)
 
 
-def load_bev_net(directory: str | Path) -> BEVNet:
-    """The BEV network of an exported one, without head, in evaluation mode; RunError as above."""
+def load_bev_net(directory: str | Path, plugins: Collection[str] = ()) -> BEVNet:
+    """The BEV network of an exported one, without head, in evaluation mode; raises as above."""
     directory = Path(directory)
     description, weights = _read(directory)
-    network = ExportedNetwork(description | {"task": None}).bev_net
+    with only_plugins(str(directory), plugins):
+        network = ExportedNetwork(description | {"task": None}).bev_net
     load_same_tensors(network, bev_net_state(weights) or weights, directory)
     return network
 

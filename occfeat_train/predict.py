@@ -1,6 +1,6 @@
 """What a network makes of one's own images: of any cameras, without a store or labels."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -26,12 +26,13 @@ class Seen(NamedTuple):
     """By class, probabilities float32 (X, Y)."""
 
 
-def open_network(path: Path) -> ExportedNetwork:
-    """That of a run, or an exported one. RunError: neither is there, or it predicts no masks."""
+def open_network(path: Path, plugins: Collection[str] = ()) -> ExportedNetwork:
+    """That of a run, or an exported one. RunError: neither is there, or it predicts no masks;
+    ConfigError: it names a plug-in that is not among ``plugins``."""
     if not (path / "run.json").exists() and not (path / DESCRIPTION).exists():
         raise RunError(f"{path} is neither a run nor an exported network: name one's directory")
     is_run = (path / "run.json").exists()
-    network = ExportedNetwork.of_run(Run(path)) if is_run else load_network(path)
+    network = ExportedNetwork.of_run(Run(path), plugins) if is_run else load_network(path, plugins)
     if not isinstance(network.objective, MaskTask):
         raise RunError(f"{path} is a {network.title}, which predicts no masks: name a finetuning's")
     return network

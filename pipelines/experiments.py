@@ -5,7 +5,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Training:
     store: TargetStore | None
     """None if it is not there; then ``missing`` says how to build it."""
     missing: str = ""
+    trusted: tuple[str, ...] = ()
+    """Options that name the plug-ins of the run that it starts from."""
 
     def command(self) -> list[str]:
         """Arguments of ``occfeat-train`` to start it, or to go on with it."""
@@ -43,7 +45,7 @@ class Training:
         command = [job.kind, "--store", job.store, "--config", self.preset, *_set(self.settings)]
         if job.task:
             command += ["--task", job.task, "--fraction", f"{job.fraction:g}"]
-            command += ["--init", job.init or "none"]
+            command += ["--init", job.init or "none", *self.trusted]
         return [*command, "--run-dir", str(self.path)]
 
     def evaluation(self, corrupted: str | None) -> list[str]:
@@ -53,7 +55,8 @@ class Training:
     def _here(self) -> list[str]:
         """Where things are now, and of the settings those that a resumed run may change."""
         how = (text for text in self.settings if text.partition("=")[0] in HOW)
-        return ["--store", self.job.store, "--run-dir", str(self.path), *_set(how)]
+        here = ["--store", self.job.store, "--run-dir", str(self.path), *_set(how)]
+        return [*here, *self.job.plugin_options]
 
     def is_finished(self) -> bool:
         """Whether it came to its end."""
@@ -181,7 +184,9 @@ class Planner:
         used = self.preset.fractions.get(fraction, fraction)
         init = str(trainings[0].path) if trainings else None
         settings, what = (*common, *recipe.finetune), {"task": task, "fraction": used, "init": init}
-        trainings.append(self._training("finetune", recipe.finetune_store, settings, **what))
+        finetuning = self._training("finetune", recipe.finetune_store, settings, **what)
+        trusted = tuple(word for t in trainings for word in t.job.plugin_options)
+        trainings.append(replace(finetuning, trusted=trusted))
         here = f" (here {100 * used:g} %)" if used != fraction else ""
         column, paper = f"{task}, {100 * fraction:g} %{here}", recipe.paper[task][fraction]
         return Experiment(name, recipe.label, column, paper, tuple(trainings))

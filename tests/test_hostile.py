@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import FAST, build_store, reseal
+from tiny_store import make_tiny_store
+from train_runs import options
+from train_runs import run as train
 
 from occfeat_targets.build import BuildStopped, check_records, read_dataset
 from occfeat_targets.cli import main
@@ -21,7 +24,12 @@ from occfeat_targets.config import TargetsConfig
 from occfeat_targets.images import decode_jpeg
 from occfeat_targets.sources.base import SourceError
 from occfeat_targets.store.files import open_group
-from occfeat_targets.store.reader import SEAL, array_seals, seal
+from occfeat_targets.store.reader import SEAL, array_seals, open_store, seal
+from occfeat_targets.store.settings import ConfigError
+from occfeat_train.export import load_bev_net, load_network
+from occfeat_train.rig import rig_of_frame, write_rig
+from occfeat_train.runs.job import Job
+from occfeat_train.runs.run import Run
 
 
 def _run(*arguments):
@@ -258,3 +266,150 @@ def test_sizes_that_a_store_claims_are_not_believed(store, what):
     seconds, _, said = done.stdout.partition(" ")
     assert re.search(message, said) and said.count("\n") == 1, done.stdout + done.stderr
     assert float(seconds) < 5
+
+
+# --- runs and exported networks ------------------------------------------------------------------
+
+EVIL_TOO = """
+import pathlib
+from occfeat_train.models.lifts import LIFTS
+from occfeat_train.objectives import OBJECTIVES
+from occfeat_train.tasks import TASKS
+Lift, Objective, Task = LIFTS("simplebev"), OBJECTIVES("occfeat"), TASKS("vehicle")
+pathlib.Path(__file__).with_name("harm").touch()
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A store, a pretraining, a finetuning with its result and export, images and their rig."""
+    cwd, short = tmp_path_factory.mktemp("trained"), options("pretrain.epochs=1")
+    make_tiny_store(cwd / "targets.zarr")
+    train("pretrain", "--run-dir", "pre", *short, cwd=cwd)
+    fine = ("--run-dir", "fine", "--set", "finetune.epochs=1")
+    train("finetune", "--init", "pre", *fine, cwd=cwd)
+    train("evaluate", "--run-dir", "fine", cwd=cwd)
+    train("export", "--run-dir", "fine", "--out", "net", cwd=cwd)
+    rig = write_rig(rig_of_frame(Job.of_run(Run(cwd / "fine")), 0))
+    images = open_store(str(cwd / "targets.zarr")).frame(0)["images"]
+    for camera, jpeg in zip(rig["cameras"], images, strict=True):
+        camera["file"] = f"{camera['name']}.jpg"
+        (cwd / camera["file"]).write_bytes(jpeg)
+    (cwd / "rig.json").write_text(json.dumps(rig))
+    return cwd
+
+
+@pytest.fixture
+def spoilt(trained, tmp_path, monkeypatch):
+    """A copy that a test may spoil; in it a module ``evil``, whose import makes ``harm``."""
+    cwd = Path(shutil.copytree(trained, tmp_path / "trained"))
+    monkeypatch.syspath_prepend(cwd)
+    (cwd / "evil.py").write_text(EVIL_TOO)
+    yield cwd
+    sys.modules.pop("evil", None)
+
+
+def _edit_json(path, edit):
+    """Change a JSON file, and make its seal fit."""
+    said = json.loads(path.read_text())
+    sealed = said.pop(SEAL, None)
+    edit(said)
+    path.write_text(json.dumps(said | ({SEAL: seal(said)} if sealed else {})))
+
+
+def _name_lift(cwd):
+    for run in ("pre", "fine"):
+        _edit_json(cwd / run / "run.json", lambda s: s["config"]["model"].update(lift="evil:Lift"))
+    _edit_json(cwd / "net/model.json", lambda said: said["model"].update(lift="evil:Lift"))
+
+
+def _name_objective(cwd):
+    def edit(said):
+        said["config"]["pretrain"]["objective"] = "evil:Objective"
+
+    _edit_json(cwd / "pre/run.json", edit)
+
+
+def _name_task(cwd):
+    for file in ("fine/run.json", "fine/result.json", "net/model.json"):
+        _edit_json(cwd / file, lambda said: said.update(task="evil:Task"))
+
+
+def _name_settings(cwd):
+    def edit(said):
+        said["config"]["tasks"] = {"evil:Task": {}}
+
+    for run in ("pre", "fine"):
+        _edit_json(cwd / run / "run.json", edit)
+
+
+OF_PRE = (
+    "view --run-dir pre --out pre.png",
+    "finetune --init pre --run-dir new --set finetune.epochs=1",
+    "pretrain --resume --run-dir pre",
+)
+OF_FINE = (
+    "evaluate --run-dir fine",
+    "view --run-dir fine --out fine.png",
+    "finetune --resume --run-dir fine",
+    "report fine --out report.html",
+)
+OF_NETWORK = (
+    "export --run-dir fine --out copy",
+    "predict fine --calibration rig.json --out seen",
+    "predict net --calibration rig.json --out seen",
+)
+ENCODER = "export --run-dir fine --encoder encoder.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "commands"),
+    [
+        ("evil:Lift", _name_lift, (*OF_PRE, *OF_FINE, *OF_NETWORK, ENCODER)),
+        ("evil:Objective", _name_objective, OF_PRE),
+        ("evil:Task", _name_task, (*OF_FINE, *OF_NETWORK, ENCODER)),
+        ("evil:Task", _name_settings, (*OF_PRE, *OF_FINE)),
+    ],
+)
+def test_code_that_a_run_names_runs_only_if_the_user_names_it_too(spoilt, name, make, commands):
+    pytest.importorskip("plotly")
+    make(spoilt)
+    harm = spoilt / "harm"
+    for command in commands:
+        tolerant = command in OF_FINE[-1:] and make is not _name_task  # a report says so itself
+        said = train(*command.split(), cwd=spoilt, code=0 if tolerant else 1)
+        if tolerant:
+            said = (spoilt / "report.html").read_text()
+        assert f"was made with the plug-in {name}" in said, command
+        assert f"again, --plugin {name}, if you trust it" in said, command
+        assert not harm.exists(), command
+        sys.modules.pop("evil", None)
+        train(*command.split(), "--plugin", name, cwd=spoilt)
+        assert harm.exists(), command
+        harm.unlink()
+        sys.modules.pop("evil", None)
+
+
+@pytest.mark.parametrize("load", [load_network, load_bev_net])
+def test_code_that_an_exported_network_names_is_not_run(spoilt, load):
+    _name_lift(spoilt)
+    with pytest.raises(ConfigError, match=r"net was made with the plug-in evil:Lift \(lift\)"):
+        load(spoilt / "net")
+    assert not (spoilt / "harm").exists()
+    load(spoilt / "net", plugins=["evil:Lift"])
+    assert (spoilt / "harm").exists()
+
+
+@pytest.mark.parametrize("named", ["{}/theirs.yaml", "{}/theirs", "../../../../../../..{}/theirs"])
+def test_settings_that_a_store_names_are_presets_alone(spoilt, named):
+    """A file may name code, and lie anywhere."""
+    (spoilt / "theirs.yaml").write_text("model: {lift: 'evil:Lift'}")
+    group, named = open_group(str(spoilt / "targets.zarr"), "r+"), named.format(spoilt)
+    group.attrs["config"] = group.attrs["config"] | {"train_preset": named}
+    reseal(str(spoilt / "targets.zarr"))
+    for command in (("pretrain",), ("finetune", "--init", "none")):
+        said = train(*command, "--run-dir", "new", cwd=spoilt, code=1)
+        assert f"targets.zarr asks for the settings {named}, which are no preset" in said
+        assert "--config FILE" in said and not (spoilt / "harm").exists()
+    train("pretrain", "--config", "theirs.yaml", *options("pretrain.epochs=1"), cwd=spoilt)
+    assert (spoilt / "harm").exists()

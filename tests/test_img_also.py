@@ -506,7 +506,7 @@ def test_a_run_that_names_no_objective_learned_occfeat(workplace):
     cwd, _ = workplace
     said = json.loads((cwd / "runs/also/run.json").read_text())
     del said["config"]["pretrain"]["objective"]
-    job = Job.of_run(SimpleNamespace(description=lambda: said))
+    job = Job.of_run(SimpleNamespace(path=cwd, description=lambda: said))
     assert job.learns is OccFeat and job.title == "occfeat pretraining"
 
 

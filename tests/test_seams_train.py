@@ -1,6 +1,7 @@
 """A new objective, task and lift: one file each, outside of the package, and no other change."""
 
 import json
+import shlex
 from contextlib import chdir
 
 import pytest
@@ -142,6 +143,17 @@ def plugins(tmp_path, monkeypatch):
     return tmp_path
 
 
+def _trusted(*names):
+    return [word for name in names for word in ("--plugin", name)]
+
+
+def _next(said):
+    """The command that the end tells, as one would paste it."""
+    program, *arguments = shlex.split(said.rpartition("\nNext: ")[2])
+    assert program == "occfeat-train"
+    return arguments
+
+
 def _occfeat_train(*arguments, cwd, code=0):
     with chdir(cwd):
         result = CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -155,26 +167,31 @@ def test_toys_of_each_kind_train_and_are_evaluated_and_drawn(plugins, tiny_store
     options = [word for text in (*SMALL, *settings) for word in ("--set", text)]
     store = ("--store", tiny_store)
     pretrain = ("pretrain", *store, "--objective", "toys.count:Count", "--run-dir", "runs/pre")
-    _occfeat_train(*pretrain, *options, cwd=plugins)
+    told = _next(_occfeat_train(*pretrain, *options, cwd=plugins))
     config = json.loads((plugins / "runs/pre/run.json").read_text())["config"]
     assert config["pretrain"]["objective"] == "toys.count:Count"
     assert config["objectives"] == {"toys.count:Count": {"scale": 50.0}}
     losses = [line["count"] for line in log_of(plugins / "runs/pre")]
     assert len(losses) == 9 and losses[-1] < losses[0]
-    said = _occfeat_train("view", "--run-dir", "runs/pre", cwd=plugins, code=1)
+    trusted = _trusted("flat:Flat", "toys.count:Count")
+    assert told == ["finetune", "--init", "runs/pre", "--fraction", "0.01", *trusted]
+    said = _occfeat_train("view", "--run-dir", "runs/pre", *trusted, cwd=plugins, code=1)
     assert "toys.count:Count pretraining learns a number, which is no picture: finetune" in said
     finetuned = _occfeat_train(
-        *("finetune", "--task", "toys.half:Half", "--run-dir", "runs/fine"), cwd=plugins
+        *("finetune", "--task", "toys.half:Half", "--run-dir", "runs/fine", *trusted), cwd=plugins
     )
+    trusted += _trusted("toys.half:Half")
+    assert _next(finetuned) == ["evaluate", "--run-dir", "runs/fine", *trusted]
     assert "toys.half:Half finetuning on 12 frames" in finetuned
     assert "encoder 247, decoder 93; fresh: head 2; not used: 2 tensors" in finetuned
-    evaluated = _occfeat_train("evaluate", cwd=plugins)
+    evaluated = _occfeat_train(*_next(finetuned), cwd=plugins)
     assert "on 4 frames of mini_val: toys.half:Half IoU" in evaluated
     result = json.loads((plugins / "runs/fine/result.json").read_text())
     assert result["headline"] == {"name": "right halves", "iou": result["rows"]["half"]["iou"]}
     row = ["half", f"{result['headline']['iou']:.1f}"]
     assert row in [line.split() for line in evaluated.splitlines()]
-    assert "as runs/fine (toys.half:Half finetuning) sees it" in _occfeat_train("view", cwd=plugins)
+    seen = _occfeat_train("view", *trusted, cwd=plugins)
+    assert "as runs/fine (toys.half:Half finetuning) sees it" in seen
     assert Image.open(plugins / "prediction.png").size[0] > 500
 
 
@@ -187,7 +204,8 @@ def test_a_toy_is_evaluated_on_corrupted_images_too(plugins):
     options = [word for text in (*SMALL, "finetune.epochs=1") for word in ("--set", text)]
     task = ("--task", "toys.half:Half", "--init", "none")
     _occfeat_train("finetune", *task, *options, cwd=plugins)
-    said = _occfeat_train("evaluate", "--corrupted", "out", cwd=plugins)
+    trusted = _trusted("toys.half:Half")
+    said = _occfeat_train("evaluate", "--corrupted", "out", *trusted, cwd=plugins)
     assert "toys.half:Half IoU, right halves, in per cent" in said
     assert "mRR over 1 of 8 corruptions" in said
 

@@ -60,12 +60,16 @@ def settings_file(config: str, package: str) -> Path:
     a package's folder ``presets``. Raises ConfigError if there is no such preset."""
     if config.endswith((".yaml", ".yml")):
         return Path(config)
-    presets = Path(str(importlib.resources.files(package))) / "presets"
-    path = presets / f"{config}.yaml"
-    if not path.exists():
-        found = ", ".join(sorted(p.stem for p in presets.glob("*.yaml")))
+    if config not in (known := presets(package)):
+        found = ", ".join(known)
         raise ConfigError(f"there is no preset {config!r}; there are {found}, or give a .yaml file")
-    return path
+    return known[config]
+
+
+def presets(package: str) -> dict[str, Path]:
+    """The files in a package's folder ``presets``, by name."""
+    folder = Path(str(importlib.resources.files(package))) / "presets"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def read_yaml(path: Path) -> dict:

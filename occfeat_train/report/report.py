@@ -1,13 +1,14 @@
 """``occfeat-train report``: what several runs learned, in one HTML file."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from occfeat_targets.store.files import StoreError
+from occfeat_targets.store.registry import only_plugins
 from occfeat_targets.store.settings import ConfigError
 from occfeat_train.evaluate import table
 from occfeat_train.report.groups import (
@@ -27,34 +28,45 @@ from occfeat_train.view import Viewer, require_place
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
 _HOW = ("epoch", "lr", "gradient_norm", "seconds", "waited", "samples_per_second", "peak_memory_gb")
 """Numbers of the log that say how it ran, not what was learned."""
+How = tuple[str | None, int, torch.device, Collection[str]]
+"""What pictures are of and how they are made: the arguments of ``write_report`` after ``out``."""
 
 
 def write_report(
-    paths: Sequence[Path], out: Path, store: str | None, n_frames: int, device: torch.device
+    paths: Sequence[Path],
+    out: Path,
+    store: str | None,
+    n_frames: int,
+    device: torch.device,
+    plugins: Collection[str] = (),
 ) -> str:
     """Write the report of runs; returns a sentence about it. Pictures are of ``n_frames`` frames of
     ``store``, or of the runs' own. RunError: one is no run, or ``out`` can't be written;
-    ConfigError: plotly is not installed. What can't be drawn, since a store or checkpoint is gone,
-    is said in the report."""
+    ConfigError: plotly is not installed, or a result is of a plug-in that is not among ``plugins``.
+    What can't be drawn, since a store or checkpoint is gone or for such a plug-in, is said in the
+    report."""
     require_place(out)
     if importlib.util.find_spec("plotly") is None:
         raise ConfigError("a report needs plotly: pip install 'occfeat[report]'")
     groups = collect(paths)
     page = Page(f"occfeat: {sum(len(group.runs) for group in groups)} runs")
-    _summary(page, groups)
+    _summary(page, groups, plugins)
     _curves(page, groups)
-    _pictures(page, groups, store, n_frames, device)
+    _pictures(page, groups, (store, n_frames, device, plugins))
     text = page.html()
     replace(out, lambda part: part.write_text(text, encoding="utf-8"))
     return f"{out}: {sum(len(g.runs) for g in groups)} runs, {len(text) / 1e6:.1f} MB"
 
 
-def _summary(page: Page, groups: list[Group]) -> None:
+def _summary(page: Page, groups: list[Group], plugins: Collection[str]) -> None:
     page.heading("Results")
     if lines := result_table(groups):
         page.text("Mean over seeds ± standard deviation (n - 1).")
         page.table(lines)
-        texts = [table(result) for group in groups for result in group.results().values()]
+        texts = []
+        for run, result in (item for group in groups for item in group.results().items()):
+            with only_plugins(str(run.path), plugins):
+                texts.append(table(result))
         page.pre(texts, "By range and threshold, each run")
     else:
         page.text("There is no finetuning among the runs, so there is no IoU.")
@@ -110,16 +122,14 @@ def _curve(name: str, groups: list[Group], logs: dict[Path, list[dict[str, Any]]
     return figure
 
 
-def _pictures(
-    page: Page, groups: list[Group], url: str | None, n_frames: int, device: torch.device
-) -> None:
+def _pictures(page: Page, groups: list[Group], how: How) -> None:
     """Frames of each store, as the first run of each group that can be drawn sees them."""
     page.heading("Frames")
     frames: dict[tuple[str, int], Frame] = {}
     for group in groups:
         run = next((run for run in group.runs if run.checkpoints()), group.runs[0])
         try:
-            _look(frames, run, f"{group.label} (seed {seed_of(run)})", (url, n_frames, device))
+            _look(frames, run, f"{group.label} (seed {seed_of(run)})", how)
         except (RunError, StoreError, ConfigError) as error:
             page.text(f"No pictures of {group.label}: {error}", note=True)
     page.text(
@@ -139,15 +149,10 @@ def _pictures(
         page.plots({"Choose what is shown at the top left": _volume_figure(first)}, tall=True)
 
 
-def _look(
-    frames: dict[tuple[str, int], Frame],
-    run: Run,
-    label: str,
-    how: tuple[str | None, int, torch.device],
-) -> None:
+def _look(frames: dict[tuple[str, int], Frame], run: Run, label: str, how: How) -> None:
     """Add what a run sees to the frames of its store."""
-    url, n_frames, device = how
-    viewer = Viewer(Job.of_run(run, url), run, device)
+    url, n_frames, device, plugins = how
+    viewer = Viewer(Job.of_run(run, url, plugins), run, device)
     for i in chosen_frames(viewer, n_frames):
         key = (viewer.job.store, i)
         if key not in frames:

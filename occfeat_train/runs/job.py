@@ -1,10 +1,12 @@
 """What a run is asked to do, as one plain description that its directory keeps."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
 from occfeat_targets.store.files import absolute
 from occfeat_targets.store.reader import TargetStore
+from occfeat_targets.store.registry import only_plugins
 from occfeat_targets.store.settings import Settings
 from occfeat_train.config import PretrainSettings, TrainConfig
 from occfeat_train.objectives import OBJECTIVES
@@ -56,6 +58,14 @@ class Job:
         """For people, such as ``occfeat pretraining``."""
         return f"{self.name} {'finetuning' if self.task else 'pretraining'}"
 
+    @property
+    def plugin_options(self) -> list[str]:
+        """Those of a command that follows its run, which loads no plug-in by the run's word."""
+        config = self.config
+        named = (config.model.lift, config.pretrain.objective, *config.objectives, *config.tasks)
+        plugins = dict.fromkeys(name for name in (*named, self.task or "") if ":" in name)
+        return [word for name in plugins for word in ("--plugin", name)]
+
     def objective(self, store: TargetStore) -> Objective:
         """What it learns, fresh, for a store, or StoreError: the store lacks what that needs."""
         turned = self.config.augment.rotate_bev_deg != 0
@@ -72,9 +82,10 @@ class Job:
         }
 
     @classmethod
-    def of_run(cls, run: Run, store: str | None = None) -> Self:
+    def of_run(cls, run: Run, store: str | None = None, plugins: Collection[str] = ()) -> Self:
         """The job of an existing run; ``store`` if it has moved. RunError: there is no run, or one
-        of another version of occfeat; ConfigError: its settings are not of this one."""
+        of another version of occfeat; ConfigError: its settings are not of this one, or name a
+        plug-in that is not among ``plugins``."""
         said = run.description()
         names = [field.name for field in fields(cls)]
         if lacking := [name for name in names if name not in said]:
@@ -82,5 +93,8 @@ class Job:
                 f"{run.path} is of another version of occfeat: it says no {', '.join(lacking)}"
             )
         said |= {"store": absolute(store or said["store"])}
-        said |= {"config": TrainConfig.of(said["config"])}
+        with only_plugins(str(run.path), plugins):  # all that it names: none is loaded later
+            said |= {"config": TrainConfig.of(said["config"])}
+            if said["task"]:
+                TASKS(str(said["task"]))
         return cls(**{name: said[name] for name in names})

@@ -7,7 +7,7 @@ from typing import Any
 
 from occfeat_targets.store.files import absolute
 from occfeat_targets.store.reader import open_store
-from occfeat_targets.store.settings import override, read_yaml, settings_file
+from occfeat_targets.store.settings import ConfigError, override, presets, read_yaml, settings_file
 from occfeat_train.config import TrainConfig
 from occfeat_train.distributed import note
 from occfeat_train.runs.job import Job
@@ -23,8 +23,9 @@ HOW = (
 LONGER = "pretrain.epochs"
 """One more of a pretraining: its rate is constant, so that it can be trained for longer."""
 Asked = Mapping[str, Any]
-"""Options: ``store``, ``config``, ``overrides`` (``section.key=value`` texts), ``run``; of pretrain
-``objective``; of finetune ``task``, ``fraction``, ``fraction_unit`` and ``init``."""
+"""Options: ``store``, ``config``, ``overrides`` (``section.key=value`` texts), ``run``, ``plugins``
+(of a run); of pretrain ``objective``; of finetune ``task``, ``fraction``, ``fraction_unit`` and
+``init``."""
 KEPT = ("config", "objective", "task", "fraction", "fraction_unit", "init")
 """Options that a resumed run keeps."""
 
@@ -36,11 +37,12 @@ def new_job(kind: str, asked: Asked, say: Callable[[str], None]) -> tuple[Job, P
     Settings are those of --config, else the pretraining run's, else of the store's preset.
 
     RunError: there is no finished pretraining, or the one that --init names has no checkpoint;
-    StoreError: from ``open_store``; ConfigError: settings are unreadable, unknown or impossible.
+    StoreError: from ``open_store``; ConfigError: settings are unreadable, unknown or impossible, or
+    the store asks for a file of settings, or the run for a plug-in that the user didn't name.
     """
     run, overrides = None, asked["overrides"]
     if kind == "finetune":
-        run = _pretraining(asked["init"], say)
+        run = _pretraining(asked["init"], asked["plugins"], say)
         TASKS(asked["task"])
     elif asked["objective"]:
         overrides = (*overrides, f"pretrain.objective={asked['objective']}")
@@ -50,6 +52,11 @@ def new_job(kind: str, asked: Asked, say: Callable[[str], None]) -> tuple[Job, P
     if run and not config_name:
         values, source = run.description()["config"], f"those of {run.path}"
     else:
+        if preset and not config_name and preset not in presets("occfeat_train"):
+            raise ConfigError(  # a file may name code to run
+                f"{store} asks for the settings {preset:.200}, which are no preset of occfeat: if "
+                "you trust them, name their file, --config FILE"
+            )
         source = config_name or preset or "paper"
         values = read_yaml(settings_file(source, "occfeat_train"))
         if not config_name:
@@ -87,7 +94,7 @@ def resumed(kind: str, asked: Asked, given: Collection[str]) -> tuple[Job, Path]
         )
     missing = f"there is no unfinished {kind} run in {RUNS}/: name it, --run-dir"
     found = _named_or_newest(asked["run"], (kind,), False, missing)
-    job = Job.of_run(found, asked["store"])
+    job = Job.of_run(found, asked["store"], asked["plugins"])
     if job.kind != kind:
         raise RunError(f"{found.path} is a {job.kind} run: occfeat-train {job.kind}")
     return changed(job, overrides), found.path
@@ -105,7 +112,9 @@ def changed(job: Job, overrides: tuple[str, ...]) -> Job:
     return replace(job, config=TrainConfig.of(override(job.config.plain(), overrides)))
 
 
-def _pretraining(init: str | None, say: Callable[[str], None]) -> Run | None:
+def _pretraining(
+    init: str | None, plugins: Collection[str], say: Callable[[str], None]
+) -> Run | None:
     """The run that --init names, by default the newest finished one; None for ``none``."""
     if init == "none":
         return None
@@ -114,7 +123,7 @@ def _pretraining(init: str | None, say: Callable[[str], None]) -> Run | None:
         "--init RUN names one elsewhere, --init none does without"
     )
     run = _named_or_newest(init, ("pretrain",), True, missing)
-    title, position = Job.of_run(run).title, run.position()
+    title, position = Job.of_run(run, plugins=plugins).title, run.position()
     unfinished = "" if position["finished"] else f", NOT FINISHED: step {position['step']}"
     say(f"Starting from: {run.path} ({title}{unfinished})")
     return run
