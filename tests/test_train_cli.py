@@ -74,7 +74,7 @@ def test_what_numbers_of_a_store_are_worth(tiny_store, tmp_path, capsys, dataset
     attrs = open_store(store).attrs
     teacher, source = attrs["teacher"] | {"weights": weights}, attrs["source"]
     change_attributes(store, teacher=teacher, source=source | {"dataset": dataset})
-    _say_worth(str(store), print)
+    _say_worth(open_store(str(store)), print)
     printed = capsys.readouterr().out
     assert said in printed and bool(said) == bool(printed)
 
