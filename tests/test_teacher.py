@@ -56,8 +56,8 @@ def images(seed=0, size=SIZE, n=2):
     return torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
-def by_hand(model, pixels, heads):
-    """Patch tokens after the final norm as (B, C, h, w), in plain torch, float64."""
+def by_hand(model, pixels, heads, layer="last"):
+    """Patch tokens after the final norm, or before it, as (B, C, h, w), in plain torch, float64."""
     w = {name: value.double() for name, value in model.state_dict().items()}
 
     def get(*names):  # transformers renamed the projections in version 5
@@ -112,7 +112,9 @@ def by_hand(model, pixels, heads):
         y = linear(norm(x, f"{at}.norm2"), f"{at}.mlp.fc1")
         y = 0.5 * y * (1 + torch.erf(y / 2**0.5))
         x = x + linear(y, f"{at}.mlp.fc2") * w[f"{at}.layer_scale2.lambda1"]
-    x = norm(x, "layernorm")[:, -h * v :]
+    if layer == "last":
+        x = norm(x, "layernorm")
+    x = x[:, -h * v :]
     return x.transpose(1, 2).reshape(batch, dim, h, v)
 
 
@@ -144,24 +146,32 @@ def test_tokens_are_those_computed_by_hand(size):
     torch.testing.assert_close(tokens.double(), by_hand(model, pixels, 4), atol=1e-4, rtol=1e-4)
 
 
-def test_random_vit_s_tokens_are_those_computed_by_hand():
-    teacher = load_teacher(TeacherSettings(name="random:5", input_size=SIZE, precision="float32"))
+@pytest.mark.parametrize("layer", ["last", "before_norm"])
+def test_random_vit_s_tokens_are_those_computed_by_hand(layer):
+    settings = TeacherSettings(name="random:5", precision="float32", layer=layer)
+    teacher = load_teacher(settings)
+    assert settings.size_for(teacher) == (252, 448)  # the paper's
     pixels = images(n=1)
     tokens = teacher(pixels)
     assert (teacher.dim, teacher.patch_size) == (384, 14)
     assert tokens.shape == (1, 384, 4, 7)
-    wanted = by_hand(teacher._model, pixels, 6)
+    torch.manual_seed(5)  # not the teacher's own weights, of which it might have lost some
+    shape = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
+    wanted = by_hand(Dinov2Model(Dinov2Config(**shape)), pixels, 6, layer)
     torch.testing.assert_close(tokens.double(), wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("layer", ["last", "before_norm"])
 @pytest.mark.parametrize("registers", [False, True])
-def test_local_directory_loads_and_registers_are_dropped(tmp_path, config, registers):
+def test_local_directory_loads_and_registers_are_dropped(tmp_path, config, registers, layer):
     model = save_tiny(tmp_path, registers)
-    teacher = load_teacher(config)
+    teacher = load_teacher(config.with_(layer=layer))
+    assert TeacherSettings().size_for(teacher) == (252, 448)  # the paper's
     pixels = images()
     tokens = teacher(pixels)
     assert tokens.shape == (2, 32, 4, 7)
-    torch.testing.assert_close(tokens.double(), by_hand(model, pixels, 4), atol=1e-4, rtol=1e-4)
+    wanted = by_hand(model, pixels, 4, layer)
+    torch.testing.assert_close(tokens.double(), wanted, atol=1e-4, rtol=1e-4)
     assert teacher.weights == state_sha256(model)
 
 
