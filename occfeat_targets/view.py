@@ -79,23 +79,18 @@ def _mark(axis: Any, store: TargetStore, frame: dict[str, Any], c: int, place: n
 def _draw_likeness(
     axis: Any, store: TargetStore, frame: dict[str, Any], paint: Paint, place: np.ndarray
 ) -> None:
-    """The voxels from above, the picked one, and what the colours mean."""
+    """The voxels from above, the picked one, and what the colours mean, here and in the images."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap
 
     features = dequantise(frame["features"], frame["feature_scale"])
     picture = from_above(store.grid, frame["voxel_index"], paint(features))
     (x_lo, x_hi, _), (y_lo, y_hi, _) = store.grid.x, store.grid.y
+    picture[(picture == 0).all(axis=2)] = 1  # unlike is dark: no voxel must not be
     axis.imshow(picture, origin="lower", extent=(y_lo, y_hi, x_lo, x_hi))
-    axis.plot(
-        place[1],
-        place[0],
-        "*",
-        color="white",
-        markeredgecolor="black",
-        markersize=16,
-        label="picked",
-    )
+    axis.plot(place[1], place[0], **_STAR, linestyle="none", label="picked")
     scale = ScalarMappable(cmap=LinearSegmentedColormap.from_list("likeness", [*SCALE.items()]))
-    axis.figure.colorbar(scale, ax=axis, shrink=0.6, label="cosine of the features")
+    axis.figure.colorbar(
+        scale, ax=axis, location="bottom", shrink=0.6, label="cosine of the features"
+    )
     axis.set_title(f"from above: {paint.title}", fontsize=10)

@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from tiny_store import change_attributes, make_tiny_store
 
 from occfeat_targets.store.colours import Colours, from_above, store_colours
@@ -184,3 +186,48 @@ def test_the_picture_of_likeness(store, tmp_path):
         (tmp_path / f"{name}.png").read_bytes() for name in ("plain", "picked", "again", "other")
     )
     assert plain == again and len({plain, picked, others}) == 3
+
+
+def test_likeness_is_drawn_in_every_image_and_from_above(store, tmp_path, monkeypatch):
+    """Each voxel where its camera sees it, in the colour of its cosine; the picked one starred."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    frame = store.frame(3)
+    centres = store.grid.centres(frame["voxel_index"])
+    _, place = pick(store, 3, "CAM_FRONT,48,30")
+    chosen = np.flatnonzero((centres == place).all(axis=1)).item()
+    draw_frame(store.url, 3, tmp_path / "picked.png", picked=",".join(map(str, centres[chosen])))
+    features = dequantise(frame["features"], frame["feature_scale"]).astype(float)
+    cosine = features @ features[chosen] / np.linalg.norm(features[chosen])
+    cosine /= np.maximum(np.linalg.norm(features, axis=1), 1e-9)
+    scale = [to_rgb(text) for text in SCALE.values()]
+    colours = np.stack([np.interp(cosine, [*SCALE], c) for c in zip(*scale, strict=True)], axis=1)
+    *cameras, bev, bar = drawn[0].axes
+    assert len(cameras) == len(store.attrs["cameras"]) and "cosine" in bar.get_xlabel()
+    stars = 0
+    for c, axis in enumerate(cameras):
+        xyz = frame["cam_T_ego"][c].astype(float) @ np.c_[centres, np.ones(len(centres))].T
+        u, v, w = frame["K"][c].astype(float) @ xyz[:3]
+        seen = (frame["feature_cameras"] >> c) & 1 == 1
+        wanted = np.c_[u / w, v / w, colours][seen]
+        points = axis.collections[0]
+        got = np.c_[points.get_offsets(), points.get_facecolors()[: seen.sum(), :3]]
+        by_place = [rows[np.lexsort(rows[:, :2].round(3).T)] for rows in (got, wanted)]
+        np.testing.assert_allclose(*by_place, atol=1e-6)
+        at = np.array([u[chosen], v[chosen]]) / w[chosen]
+        height, width = store.attrs["config"]["images"]["size"]
+        inside = w[chosen] > 0 and (at >= 0).all() and (at < [width, height]).all()
+        assert len(axis.lines) == inside
+        if inside:
+            np.testing.assert_allclose(axis.lines[0].get_xydata(), [at])
+        stars += len(axis.lines)
+    assert stars > 0
+    _, x, y = np.unravel_index(frame["voxel_index"].astype(int), store.grid.shape)
+    highest = {(a, b): k for k, (a, b) in enumerate(zip(x, y, strict=True))}
+    picture = bev.images[0].get_array()
+    covered = np.zeros(picture.shape[:2], bool)
+    for at, k in highest.items():
+        if frame["feature_cameras"][k]:
+            np.testing.assert_allclose(picture[at], colours[k], atol=1e-6)
+        covered[at] = True
+    assert (picture[~covered] == 1).all()
