@@ -69,7 +69,7 @@ quick: $(installed)
 
 # Everything that is parsed, 10,000 damaged cases each: an hour and a half on two cores.
 fuzz: $(installed)
-	OCCFEAT_FUZZ=10000 $(pytest) --timeout 7200 tests/test_fuzz.py
+	OCCFEAT_FUZZ=10000 $(pytest) --verbose --timeout 7200 tests/test_fuzz.py
 
 # Builds that are killed, stopped, starved and doubled, on a disk and on S3: half an hour.
 torture: $(installed)

@@ -72,6 +72,17 @@ def test_a_chain_of_sweeps_that_bites_its_tail(dataroot):
         read_dataset(dataroot, None, config)
 
 
+def test_a_token_may_be_empty(dataroot):
+    """Found by 10,000 damaged tables: such a lidar row had no sweeps, not even itself."""
+
+    def rename(rows):
+        next(row for row in rows if "LIDAR_TOP" in row["filename"])["token"] = ""
+
+    change(dataroot, "sample_data", rename)
+    records = read_dataset(dataroot, None, TargetsConfig.load(None, FAST)).records
+    assert {len(record.sweep_paths) for record in records} == {1}
+
+
 def test_keyframes_are_not_dropped_silently(dataroot):
     change(dataroot, "sample", lambda rows: [row.update(next=None) for row in rows])
     with pytest.raises(SourceError, match=r"sample.json: row \w+: next: .*valid string, got None"):

@@ -274,7 +274,7 @@ def _row(nusc: NuScenes, table: str, token: str) -> Any:
 
 def _chain(nusc: NuScenes, table: str, token: str, link: str = "next") -> Iterator[Any]:
     seen = set()
-    while token:
+    while token or not seen:  # the first must be there, whatever it is called
         if token in seen:
             problem = f"row {token} comes after itself: {link} goes in a circle"
             raise SourceError(f"{nusc.version}/{table}.json: {problem}")
