@@ -31,6 +31,12 @@ class DataSettings(Settings):
     """Compare what is trained on with its checksums."""
 
 
+Clip = Literal["mean", "sum"]
+"""Which gradient of an optimiser step ``run.clip_norm`` bounds: the mean over its ``accumulate``
+micro-batches; or their sum, as Simple-BEV, which does not divide the losses: that is so many times
+as strict. Of one micro-batch they are the same."""
+
+
 class PretrainSettings(Settings):
     """Pretraining: Adam at a constant rate (PAPER)."""
 
@@ -41,6 +47,7 @@ class PretrainSettings(Settings):
     """Samples of one forward pass, over all processes together."""
     accumulate: int = Field(default=1, ge=1)
     """Forward passes per optimiser step, which takes the mean over them."""
+    clip: Clip = "mean"
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=1e-7, ge=0)
 
@@ -58,17 +65,20 @@ class FinetuneSettings(Settings):
     epochs: int | None = Field(default=None, ge=1)
     batch: int | None = Field(default=None, ge=1)
     accumulate: int | None = Field(default=None, ge=1)
+    clip: Clip | None = None
+    """Null is ``mean`` with an ``accumulate`` of your own: the paper's belongs to the paper's."""
     lr: float | None = Field(default=None, gt=0)
     """Peak of the one-cycle schedule."""
     weight_decay: float = Field(default=1e-7, ge=0)
 
 
 PAPER_SCHEDULES = (
-    (0.01, {"epochs": 100, "lr": 1e-4, "batch": 6, "accumulate": 1}),
-    (0.1, {"epochs": 50, "lr": 1e-4, "batch": 6, "accumulate": 1}),
-    (1.0, {"epochs": 30, "lr": 3e-4, "batch": 8, "accumulate": 5}),
+    (0.01, {"epochs": 100, "lr": 1e-4, "batch": 6, "accumulate": 1, "clip": "mean"}),
+    (0.1, {"epochs": 50, "lr": 1e-4, "batch": 6, "accumulate": 1, "clip": "mean"}),
+    (1.0, {"epochs": 30, "lr": 3e-4, "batch": 8, "accumulate": 5, "clip": "sum"}),
 )
-"""The paper's, for three label fractions; one in between takes the next larger one's."""
+"""The paper's, for three label fractions; one in between takes the next larger one's. It names no
+clipping: that is Simple-BEV's, whose 8 x 5 it took."""
 
 
 class RunSettings(Settings):
@@ -78,8 +88,7 @@ class RunSettings(Settings):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """``auto``: bfloat16 on GPUs that have it, float16 on others, float32 on a CPU."""
     clip_norm: float = Field(default=5.0, gt=0)
-    """Gradients, means over the micro-batches of a step, are scaled down to this norm. (Simple-BEV
-    clips their sum at the same 5: with its five micro-batches that is five times as strict.)"""
+    """A step's gradient is scaled down to this norm: the one that :data:`Clip` names."""
     log_every: int = Field(default=10, ge=1)
     """Optimiser steps between two lines of the log."""
     save_minutes: float = Field(default=10.0, ge=0)
@@ -121,5 +130,7 @@ class TrainConfig(Settings):
     def for_fraction(self, fraction: float) -> Self:
         """With finetuning's open settings filled in by the paper's for this label fraction."""
         paper = next(values for limit, values in PAPER_SCHEDULES if fraction <= limit)
+        if self.finetune.accumulate is not None:
+            paper = paper | {"clip": "mean"}
         open_ones = {k: v for k, v in paper.items() if getattr(self.finetune, k) is None}
         return self.with_(finetune=self.finetune.with_(**open_ones))

@@ -257,7 +257,8 @@ class Trainer:
             raise NonFiniteLoss(_blame(step, micro, losses))
 
         lr = learner.optimiser.param_groups[0]["lr"]
-        norm, is_sound = learner.update(config.run.clip_norm)
+        parts = len(micro) if self.job.plan.clip == "sum" else 1
+        norm, is_sound = learner.update(config.run.clip_norm, parts)
         if not is_sound:
             raise NonFiniteLoss(_blame(step, micro, losses))
         losses_by_name = dict(zip(["loss", *terms], total, strict=True))
@@ -293,8 +294,11 @@ class Learner:
             if state[name]:  # empty: a scaler that was off, on a GPU with bfloat16
                 part.load_state_dict(state[name])
 
-    def update(self, clip_norm: float) -> tuple[float, bool]:
+    def update(self, clip_norm: float, parts: int = 1) -> tuple[float, bool]:
         """Clip and step; returns the gradient's norm and whether training can go on.
+
+        The gradient is the mean of ``parts`` whose sum is clipped at ``clip_norm``: a share of that
+        sum, to which Adam's steps are the same (but for its epsilon).
 
         A gradient that is not finite changes no weights. In float16 that may happen now and then:
         the scaler lowers its scale, and gives up on gradients too large for any.
@@ -303,7 +307,7 @@ class Learner:
         scaler.unscale_(self.optimiser)
         # Read before the optimiser steps, so that a GPU does that while the next batch is prepared
         # (but in float16, where the scaler waits for it).
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), clip_norm).item()
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), clip_norm / parts).item()
         if not scaler.is_enabled() and not math.isfinite(norm):
             return norm, False
         scaler.step(self.optimiser)

@@ -188,6 +188,45 @@ def test_a_gradient_that_is_not_finite_changes_nothing(precision):
     assert learner.optimiser.param_groups[0]["lr"] > rate
 
 
+def test_a_clipped_sum_is_that_of_undivided_micro_batches():
+    """As in Simple-BEV's loop: five losses, backward each, one clipping, one step."""
+    config = TrainConfig().for_fraction(1.0)
+    assert (config.finetune.accumulate, config.finetune.clip) == (5, "sum")
+    torch.manual_seed(0)
+    ours, theirs = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    theirs.load_state_dict(ours.state_dict())
+    learners = [
+        make_learner(Job("finetune", "", config), network, 99, torch.device("cpu"))
+        for network in (ours, theirs)
+    ]
+    for size in (10.0, 1e-3, 0.5, 30.0):  # some beyond the norm, as a sum or as a mean too
+        micro = torch.randn(5, 4, 3) * size
+        for learner in learners:
+            learner.optimiser.zero_grad()
+        for batch in micro:
+            (ours(batch).square().mean() / 5).backward()
+            theirs(batch).square().mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 5.0)
+        found, _ = learners[0].update(5.0, parts=5)
+        learners[1].optimiser.step()
+        learners[1].scheduler.step()
+        assert found == pytest.approx(norm.item() / 5)  # the log's is the mean's
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad / 5, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_clips_what_its_settings_say(tiny_store, tmp_path):
+    """The sum of two at 0.2 is the mean at 0.1, and nothing else changes."""
+    small = ("finetune.epochs=1", "finetune.batch=2", "finetune.accumulate=2")
+    for name, norm in (("sum", 0.2), ("mean", 0.1)):
+        asked = options(*small, f"finetune.clip={name}", f"run.clip_norm={norm}")
+        where = ("--store", tiny_store, "--init", "none", "--run-dir", name)
+        run("finetune", *where, *asked, cwd=tmp_path)
+    assert min(line["gradient_norm"] for line in log_of(tmp_path / "sum")) > 0.2
+    assert_same_state(tmp_path / "sum", tmp_path / "mean")
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_store, tmp_path):
     settings = options("pretrain.lr=1e30")
     arguments = ("pretrain", "--store", tiny_store, "--run-dir", "a", *settings)

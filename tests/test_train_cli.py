@@ -317,6 +317,9 @@ def test_finetuning_follows_the_paper_for_its_fraction(fraction, epochs, lr, bat
     assert (plan.epochs, plan.lr, plan.batch, plan.accumulate) == (epochs, lr, batch, accumulate)
     own = TrainConfig.load(None, ["finetune.epochs=7"]).for_fraction(fraction).finetune
     assert (own.epochs, own.lr) == (7, lr)
+    assert plan.clip == own.clip == ("sum" if fraction == 1 else "mean")
+    own = TrainConfig.load(None, ["finetune.accumulate=2"]).for_fraction(fraction).finetune
+    assert own.clip == "mean"
 
 
 def test_the_trainer_loads_nothing_of_the_offline_stage(tiny_store, tmp_path):
