@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from occfeat_targets.config import TargetsConfig
-from occfeat_targets.outputs import OUTPUTS
+from occfeat_targets.outputs import OPTIONAL, OUTPUTS
 from occfeat_targets.outputs.base import FrameInputs, Layout, Output
 from occfeat_targets.sources.base import FrameError, FrameRecord
 from occfeat_targets.store.settings import Settings
@@ -39,7 +39,8 @@ def layout_of(config: TargetsConfig, shared: Mapping[str, Any], feature_dim: int
 
 def make_outputs(config: TargetsConfig, layout: Layout) -> list[Output]:
     """The outputs of a store, each with its settings."""
-    names = [name for name in OUTPUTS.names if name != "map" or layout.map_classes]
+    left_out = OPTIONAL if layout.map_classes else ("map", *OPTIONAL)
+    names = [name for name in OUTPUTS.names if name not in left_out]
     outputs = [OUTPUTS(name)(getattr(config, name, Settings()), layout) for name in names]
     for name, values in config.outputs.items():
         output = OUTPUTS(name)

@@ -11,7 +11,10 @@ OUTPUTS = Registry(
         "map": "occfeat_targets.outputs.map:Map",
         "points": "occfeat_targets.outputs.points:Points",
         "boxes": "occfeat_targets.outputs.boxes:Boxes",
+        "map_devkit": "occfeat_targets.outputs.map_devkit:MapDevkit",
     },
 )
-"""These are in every store (``map`` if the dataset has one), with the settings of the section of
-their name; in the order in which they are drawn over each other."""
+"""In the order in which they are drawn over each other. All but :data:`OPTIONAL` are in every store
+(``map`` if the dataset has one), with the settings of the section of their name."""
+OPTIONAL = ("map_devkit",)
+"""In a store if the settings' ``outputs`` names them."""
