@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from conftest import build_store, targets_of, tree_bytes
 
 from occfeat_targets.build import read_dataset
 from occfeat_targets.config import TargetsConfig
-from occfeat_targets.outputs.map_devkit import devkit_masks
+from occfeat_targets.outputs.map_devkit import MapDevkit, devkit_masks
 from occfeat_targets.sources.base import MapLayers, Shapes, SourceError
 from occfeat_targets.sources.nuscenes import AREAS, LINES, MAP_CLASSES, NuScenesSource
 from occfeat_targets.store.grid import VoxelGrid
@@ -140,10 +141,15 @@ def awkward(tables, rng):
 
 
 def test_what_crosses_itself_is_left_out_but_of_roads():
+    """Of those the devkit makes something if shapely does, and else fails too."""
     bow = Shapes([[np.array([[0.0, 0], [20, 20], [20, 0], [0, 20]])]])
-    layers = MapLayers({"road": bow, "sidewalk": bow}, {})
-    found = devkit_masks(layers, np.eye(4), SQUARE)
-    assert found["road"].any() and not found["sidewalk"].any()
+    found = devkit_masks(MapLayers({"sidewalk": bow}, {}), np.eye(4), SQUARE)
+    assert not found["sidewalk"].any()
+    layout = SimpleNamespace(grid=SQUARE, map_classes=("road",))
+    record = SimpleNamespace(map_path="city.json", global_T_ego=np.eye(4))
+    frame = SimpleNamespace(map=MapLayers({"road": bow}, {}), record=record)
+    with pytest.raises(ValueError, match="city.json: a road crosses itself.*leave map_devkit out"):
+        MapDevkit(MapDevkit.Settings(), layout).compute(frame)
 
 
 def test_a_store_has_them_if_asked_and_is_else_the_same(demo_root, demo_store, tmp_path):

@@ -38,9 +38,9 @@ class MapDevkit(Output):
 
         try:
             masks = devkit_masks(frame.map, frame.record.global_T_ego, self.layout.grid)
-        except GEOSException as error:  # of a road that crosses itself; the devkit fails there too
-            problem = f"{frame.record.map_path}: map_devkit can't clip a polygon of it: {error}"
-            raise ValueError(problem) from error
+        except GEOSException as error:  # the devkit fails there too
+            problem = f"{frame.record.map_path}: a road crosses itself here ({error})"
+            raise ValueError(f"{problem}: leave map_devkit out of `outputs`") from error
         return {"map_devkit": np.stack([masks[name] for name in self.layout.map_classes])}
 
     def faults(self, record: FrameRecord) -> Iterator[str]:
