@@ -8,23 +8,27 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import build_store, targets_of, tree_bytes
+from pyquaternion import Quaternion
+from tiny_store import make_tiny_store
 
 from occfeat_targets.build import read_dataset
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.outputs.map_devkit import MapDevkit, devkit_masks
 from occfeat_targets.sources.base import MapLayers, Shapes, SourceError
 from occfeat_targets.sources.nuscenes import AREAS, LINES, MAP_CLASSES, NuScenesSource
+from occfeat_targets.store.files import open_group
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import open_store
 from occfeat_targets.teachers.base import NoTeacher
 from occfeat_targets.verify import recompute_frames, verify_store
+from occfeat_train.data.dataset import FrameDataset
+from occfeat_train.tasks.map import MapSegmentation
 
 cv2 = pytest.importorskip("cv2")
-pytest.importorskip("nuscenes.nuscenes")
-from nuscenes.map_expansion.map_api import NuScenesMap, NuScenesMapExplorer
-from nuscenes.nuscenes import NuScenes
-from pyquaternion import Quaternion
+nuscenes = pytest.importorskip("nuscenes.nuscenes")
+map_api = pytest.importorskip("nuscenes.map_expansion.map_api")
 
 STORED = "outputs={map_devkit: {}}"
 SQUARE = VoxelGrid((-50.0, 50.0, 200), (-50.0, 50.0, 200), (-1.0, 1.0, 2))
@@ -43,7 +47,7 @@ def devkit(monkeypatch):
             cv2.polylines(mask, [np.asarray(line.coords, np.int32)], False, 1, 2)
         return mask
 
-    monkeypatch.setattr(NuScenesMapExplorer, "mask_for_lines", staticmethod(mask_for_lines))
+    monkeypatch.setattr(map_api.NuScenesMapExplorer, "mask_for_lines", staticmethod(mask_for_lines))
 
     def masks(city, pose, grid):
         rotation = Quaternion(pose["rotation"]).rotation_matrix
@@ -61,7 +65,7 @@ def devkit(monkeypatch):
 
 def poses(root):
     """Ego pose of every keyframe's lidar, by sample token."""
-    nusc = NuScenes("v1.0-mini", str(root), verbose=False)
+    nusc = nuscenes.NuScenes("v1.0-mini", str(root), verbose=False)
     lidars = {s["token"]: nusc.get("sample_data", s["data"]["LIDAR_TOP"]) for s in nusc.sample}
     return {token: nusc.get("ego_pose", row["ego_pose_token"]) for token, row in lidars.items()}
 
@@ -71,7 +75,7 @@ def test_demo_frames_are_the_devkits(demo_root, devkit, grid):
     overrides = [f"grid.{axis}={list(getattr(grid, axis))}" for axis in "xyz"]
     config = TargetsConfig.load(None, ["teacher.name=none", STORED, *overrides])
     dataset = read_dataset(demo_root, None, config)
-    city, pose = NuScenesMap(str(demo_root), NAME), poses(demo_root)
+    city, pose = map_api.NuScenesMap(str(demo_root), NAME), poses(demo_root)
     painted = np.zeros(len(MAP_CLASSES), dtype=int)
     for record in dataset.records:
         found = targets_of(record, dataset, config, NoTeacher())["map_devkit"]
@@ -86,7 +90,7 @@ def test_an_awkward_map_is_the_devkits(demo_root, devkit, tmp_path):
     root = Path(shutil.copytree(demo_root / "maps", tmp_path / "maps")).parent
     path = root / "maps" / "expansion" / f"{NAME}.json"
     path.write_text(json.dumps(awkward(json.loads(path.read_text()), np.random.default_rng(0))))
-    city, layers = NuScenesMap(str(root), NAME), NuScenesSource().read_map(str(path))
+    city, layers = map_api.NuScenesMap(str(root), NAME), NuScenesSource().read_map(str(path))
     assert not all(city.extract_polygon(r["polygon_token"]).is_valid for r in city.walkway)
     rng = np.random.default_rng(1)
     for grid in (SQUARE, LONG) * 6:
@@ -171,3 +175,20 @@ def test_a_dataset_without_a_map_is_told_so(demo_root, tmp_path):
     with pytest.raises(SourceError, match="has no map for the output map_devkit: leave that out"):
         build_store(demo_root, tmp_path / "no.zarr", STORED, "map.mode=never")
     assert not (tmp_path / "no.zarr").exists()
+
+
+def test_the_task_has_its_truth_under_both_protocols(tmp_path):
+    def task_of(name, *settings):
+        store = make_tiny_store(tmp_path / name, settings=settings, with_map=True)
+        return MapSegmentation(MapSegmentation.Settings(), open_store(store), 4, turned=False)
+
+    plain, task = task_of("without.zarr"), task_of("with.zarr", STORED)
+    assert (plain.protocols, plain.eval_arrays) == (("ego",), ("map",))
+    assert task.protocols == ("ego", "devkit") and task.arrays == ("map",)
+    group = open_group(tmp_path / "with.zarr", "r+")
+    group["map_devkit"][:] = 1 - group["map"][:]
+    frames = FrameDataset(str(tmp_path / "with.zarr"), [0, 5], task.eval_arrays)
+    batch = frames.collate([frames[0], frames[1]])
+    (ours, counted), (theirs, _) = task.truth(batch, "ego"), task.truth(batch, "devkit")
+    assert torch.equal(ours, batch["map"]) and torch.equal(theirs, 1 - ours)
+    assert counted.shape == (2, 16, 16) and counted.all()

@@ -170,7 +170,8 @@ def test_evaluation_takes_its_head_from_the_run_not_from_the_store(workplace):
 
 
 def map_of(*classes):
-    store = SimpleNamespace(url="", grid=VoxelGrid(), attrs={"map_classes": classes})
+    attrs = {"map_classes": classes, "arrays": {}}
+    store = SimpleNamespace(url="", grid=VoxelGrid(), attrs=attrs)
     return MapSegmentation(MapSegmentation.Settings(), store, 4, turned=False)
 
 

@@ -35,6 +35,9 @@ class MapSegmentation(MaskTask):
     Settings = MapSettings
     settings: MapSettings
     arrays = eval_arrays = ("map",)
+    protocols: tuple[str, ...] = ("ego",)
+    """``devkit`` too where the store has the output ``map_devkit``: whose masks of the same classes
+    it scores against, in the same BEV frame. It is trained on ``map`` alone."""
     heading = "class"
     headline = ("mean", "mean of classes")
 
@@ -43,6 +46,8 @@ class MapSegmentation(MaskTask):
         super().__init__(settings, store, channels, turned)
         if not store.attrs["map_classes"]:
             raise StoreError(f"{store.url} has no map: rebuild it with the map expansion")
+        if "map_devkit" in store.attrs["arrays"]:
+            self.protocols, self.eval_arrays = ("ego", "devkit"), ("map", "map_devkit")
         self.classes = tuple(store.attrs["map_classes"])
         self.head = Branches(channels, mask=len(self.classes))
 
@@ -50,9 +55,10 @@ class MapSegmentation(MaskTask):
         """See :func:`map_targets`."""
         return map_targets(batch, angle, self.grid)
 
-    def truth(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def truth(self, batch: Batch, protocol: str = "ego") -> tuple[Tensor, Tensor]:
         """Masks uint8 (B, K, X, Y), and (B, X, Y) that all cells count: a map is not hidden."""
-        return batch["map"], torch.ones_like(batch["map"][:, 0])
+        masks = batch["map" if protocol == "ego" else "map_devkit"]
+        return masks, torch.ones_like(masks[:, 0])
 
     def rows(self, counts: Tensor) -> dict[str, dict]:
         """Each class, and ``mean`` over those of which IoU is defined."""
