@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,10 +166,21 @@ def test_a_store_has_them_if_asked_and_is_else_the_same(demo_root, demo_store, t
     assert frame["map_devkit"].sum() > frame["map"].sum() > 0  # borders count
     assert verify_store(str(tmp_path / "with.zarr")) == (4, [])
     assert recompute_frames(str(tmp_path / "with.zarr"), demo_root, 2, seed=0) == []
+    assert exec_of_docs(tmp_path / "with.zarr").keys() == {*MAP_CLASSES}
     ours, theirs = (tree_bytes(path) for path in (tmp_path / "with.zarr", demo_store))
     for name in theirs.keys() - {"zarr.json"}:
         if not name.startswith("checksums"):
             assert ours[name] == theirs[name], name
+
+
+def exec_of_docs(store):
+    """What docs/protocols.md prints, of a store."""
+    page = (Path(__file__).parent.parent / "docs" / "protocols.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names = {}
+    exec(code.replace("targets.zarr", str(store)), names)
+    assert ((names["iou"] > 0.5) & (names["iou"] < 1)).all()
+    return dict(zip(names["store"].attrs["map_classes"], names["iou"], strict=True))
 
 
 def test_a_dataset_without_a_map_is_told_so(demo_root, tmp_path):
