@@ -28,7 +28,8 @@ class AugmentSettings(Settings):
     """Mirror lifted features along x and y, with probability 1/2 each; undone before the heads."""
     rotate_bev_deg: float = Field(default=180.0, ge=0, le=180)
     """Turn the BEV frame by up to this angle either way: cameras, voxels and labels together.
-    Stands for Simple-BEV's random reference camera."""
+    Stands for Simple-BEV's random reference camera, which ``tasks.vehicle.protocol=simple-bev``
+    takes instead, unless this is 0."""
 
     @field_validator("resize")
     @classmethod
@@ -81,12 +82,17 @@ def draw(
 
 
 def network_inputs(
-    batch: dict[str, torch.Tensor], draws: Draws, image_size: Size, max_shift: float
+    batch: dict[str, torch.Tensor],
+    draws: Draws,
+    image_size: Size,
+    max_shift: float,
+    ego_T_bev: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """The arguments of ``BEVNet.forward``.
 
     From ``images`` uint8 (B, N, H0, W0, 3), ``K`` and ``cam_T_ego`` on the device, and draws of the
-    same samples; ``image_size`` is the network's, ``max_shift`` is ``augment.shift``. Returns
+    same samples; ``image_size`` is the network's, ``max_shift`` is ``augment.shift``; ``ego_T_bev``
+    float32 (B, 4, 4) is the BEV frame, None: ego, turned by the draws' angle. Returns
     ``images`` float32 (B, N, 3, H, W) in 0..1, black outside the stored image; ``K`` changed to
     match; ``cam_T_bev``; ``image_flip``; ``bev_flip``.
     """
@@ -111,7 +117,8 @@ def network_inputs(
     inside = (grid.abs() <= 1).all(dim=-1)[:, None]
     images = (sampled * inside).unflatten(0, draws.resize.shape)
     K = resize_and_crop(batch["K"], (resized / stored).to(device), crop.to(device))
-    ego_T_bev = rotation_z(-draws.angle).to(device)
+    if ego_T_bev is None:
+        ego_T_bev = rotation_z(-draws.angle).to(device)
     return {
         "images": images,
         "K": K,

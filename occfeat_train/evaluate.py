@@ -1,4 +1,5 @@
-"""Evaluation of a finetuned network over a whole split, by its task's own meter."""
+"""Evaluation of a finetuned network over a whole split, by its task's own meters: one for each of
+the protocols that it is counted under, in one pass over the frames."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -24,7 +25,7 @@ _BATCH = 4
 
 def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
     """What a finetuned run's task measures on the evaluation split of the job's store, for
-    ``result.json``; ``rows`` and ``headline`` are of ``tasks.base.Meter.result``.
+    ``result.json``; ``rows`` and ``headline`` are of :func:`measure`.
 
     Processes take every ``world``-th frame, none twice, and their counts are summed. Raises
     RunError: the run is not a finetuning, or of another grid; StoreError: nothing to evaluate on,
@@ -35,7 +36,8 @@ def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
     store = open_store(job.store)
     frames = select_frames(store, split_names(job.config.data.eval_split, "val"))
     network, position = trained_network(job, run, store)
-    measured = measure(job, network.to(process.device), frames, process)
+    protocols = cast(Task, network.objective).protocols
+    measured = measure(job, network.to(process.device), frames, process, protocols)
     return {
         "run": str(run.path),
         **{name: position[name] for name in ("step", "finished")},
@@ -47,23 +49,46 @@ def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
     }
 
 
-def measure(job: Job, network: Network, frames: Sequence[int], process: Process) -> dict[str, Any]:
-    """``tasks.base.Meter.result`` of a network's task on frames of the job's store."""
+def measure(
+    job: Job, network: Network, frames: Sequence[int], process: Process, protocols: Sequence[str]
+) -> dict[str, Any]:
+    """What the meters of a network's task say of frames of the job's store: ``rows`` of
+    ``tasks.base.Meter.result`` under each protocol, named ``PROTOCOL, ROW``; and the ``headline``
+    of the one that the task learned, which must be among them, with its ``protocol``."""
     task, data = cast(Task, network.objective), job.config.data
     dataset = FrameDataset(job.store, frames, ("images", *task.eval_arrays))
     batches = eval_batches(len(frames), _BATCH, process.rank, process.world)
     on_gpu = process.device.type == "cuda"
     loader = make_loader(dataset, batches, data.workers, data.start_method, pin_memory=on_gpu)
-    meter = task.meter(process.device)
+    meters = {protocol: task.meter(process.device, protocol) for protocol in protocols}
     looks = {"unit": "batch", "leave": None, "disable": not process.is_main}
     for batch in tqdm(loader, desc="evaluate", **looks):
         batch = {name: values.to(process.device) for name, values in batch.items()}
-        meter.add(batch, predict(network, batch, job, task.predict))
-    return meter.result()
+        bev_frames = [task.bev_frame(batch, protocol) for protocol in protocols]
+        predicted = _predict(network, batch, job, task.predict, bev_frames)
+        for meter, theirs in zip(meters.values(), predicted, strict=True):
+            meter.add(batch, theirs)
+    results = {protocol: meter.result() for protocol, meter in meters.items()}
+    rows = {f"{p}, {row}": said for p, r in results.items() for row, said in r["rows"].items()}
+    headline = results[task.protocol]["headline"]
+    name = f"{task.protocol}, {headline['name']}"
+    return {"rows": rows, "headline": headline | {"name": name, "protocol": task.protocol}}
 
 
 def predict(network: Network, batch: Batch, job: Job, head: Callable[[torch.Tensor], Any]) -> Any:
-    """What ``head`` makes of BEV features (B, C, X, Y) of a batch on the device, not augmented."""
+    """What ``head`` makes of BEV features (B, C, X, Y) of a batch on the device, not augmented, in
+    the BEV frame of what the network learned."""
+    return _predict(network, batch, job, head, [network.objective.frame(batch)])[0]
+
+
+def _predict(
+    network: Network,
+    batch: Batch,
+    job: Job,
+    head: Callable[[torch.Tensor], Any],
+    frames: Sequence[torch.Tensor | None],
+) -> list[Any]:
+    """The same in each of some BEV frames, see :meth:`Objective.frame`."""
     network.eval()
     device = batch["images"].device
     draws = draw(NO_AUGMENT, 0, 0, batch["frame"], batch["K"].shape[1])
@@ -71,9 +96,15 @@ def predict(network: Network, batch: Batch, job: Job, head: Callable[[torch.Tens
     with torch.inference_mode():
         # Geometry stays in float32: half a pixel would be lost in bfloat16.
         inputs = network_inputs(batch, draws, job.config.model.image_size, 0.0)
-        seen = {name: inputs[name] for name in ("images", "K", "cam_T_bev")}  # nothing is mirrored
+        images, K, net, poses = inputs["images"], inputs["K"], network.bev_net, {}
+        for frame in frames:  # several may be ego, whose BEV is then made once
+            pose = inputs["cam_T_bev"] if frame is None else batch["cam_T_ego"] @ frame[:, None]
+            poses[id(frame)] = pose
+        *_, H, W = images.shape
         with torch.autocast(device.type, dtype, dtype != torch.float32):
-            return head(network.bev_net(**seen))
+            features = net.encode(images)  # nothing is mirrored
+            found = {k: head(net.see(features, K, pose, (H, W))) for k, pose in poses.items()}
+        return [found[id(frame)] for frame in frames]
 
 
 def table(result: dict[str, Any]) -> str:

@@ -213,10 +213,11 @@ def _pretraining(said: dict[str, Any]) -> str | None:
 
 
 def _result(run: Run, position: dict[str, Any]) -> dict[str, Any] | None:
-    """What ``evaluate`` measured of this very checkpoint, without paths; None if it did not."""
+    """What ``evaluate`` measured of this very checkpoint, without paths; None if it did not, or
+    did before it named protocols."""
     with suppress(OSError, ValueError, LookupError, TypeError):
         result = json.loads((run.path / "result.json").read_text())
-        if result["step"] == position["step"]:
+        if result["step"] == position["step"] and result["headline"]["protocol"]:
             return {name: result[name] for name in ("splits", "frames", "headline", "rows")}
     return None
 

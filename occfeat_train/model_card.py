@@ -76,7 +76,9 @@ def _protocol(said: dict[str, Any]) -> str:
     if not said.get("task"):
         return "pretraining without labels; no head"
     share = f"{100 * said['fraction']:g} % of training {said['fraction_unit']}s"
-    return f"finetuned for {said['task']} with the labels of {share}"
+    labels = said["settings"].get("protocol")
+    by = f" ({labels})" if labels else ""
+    return f"finetuned for {said['task']} with the labels{by} of {share}"
 
 
 def _metric(result: dict[str, Any] | None) -> str:

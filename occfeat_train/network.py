@@ -91,9 +91,11 @@ def prepare(
     frames, n_cameras = batch["frame"], batch["K"].shape[1]
     draws = draw(config.augment, config.run.seed, epoch, frames, n_cameras)
     batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+    batch["seed"] = draws.seed
+    size, shift, objective = config.model.image_size, config.augment.shift, network.objective
     with torch.no_grad():
-        inputs = network_inputs(batch, draws, config.model.image_size, config.augment.shift)
-        return inputs, network.objective.targets(batch | {"seed": draws.seed}, draws.angle)
+        inputs = network_inputs(batch, draws, size, shift, objective.frame(batch))
+        return inputs, objective.targets(batch, draws.angle)
 
 
 def bev_net_state(state: Mapping[str, Any]) -> dict[str, Any]:

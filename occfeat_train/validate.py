@@ -7,6 +7,7 @@ random in a step follows from its position, whatever was drawn before.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 
@@ -24,20 +25,22 @@ from occfeat_train.distributed import (
 from occfeat_train.evaluate import measure
 from occfeat_train.network import Network, prepare
 from occfeat_train.runs.job import Job
+from occfeat_train.tasks.base import Task
 
 
 def validate(
     job: Job, network: Network, frames: Sequence[int], process: Process
 ) -> dict[str, float]:
     """Numbers by name of the network on frames of the job's store, which all processes share: a
-    task's IoU in per cent (nan where undefined), else an objective's loss and its terms. Leaves it
-    in training mode."""
+    task's IoU under its protocol, in per cent (nan where undefined), else an objective's loss and
+    its terms. Leaves it in training mode."""
     # Batch norms learn in each process alone, and it is the main one's that are kept.
     copy_from_main(network.buffers())
     network.eval()
     if job.task:
-        iou = measure(job, network, frames, process)["headline"]["iou"]
-        values = {"IoU": float("nan") if iou is None else iou}
+        protocol = cast(Task, network.objective).protocol
+        iou = measure(job, network, frames, process, [protocol])["headline"]["iou"]
+        values = {f"{protocol}_IoU": float("nan") if iou is None else iou}
     else:
         values = _loss(job, network, frames, process)
     network.train()

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from occfeat_pipelines.recipes import HERE, Preset, Recipe
 from occfeat_targets.store.files import absolute
@@ -19,6 +19,7 @@ from occfeat_train.robustness import headline
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.resolve import HOW
 from occfeat_train.runs.run import Run, identity
+from occfeat_train.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,12 @@ class Experiment:
         *_, first = reversed(self.trainings)
         return "" if first.job.task or not first.store else teacher_of(first.store)
 
+    @property
+    def protocol(self) -> str:
+        """Under which its IoU is measured."""
+        job = self.trainings[-1].job
+        return cast(type[Task], job.learns).protocol_of(job.own_settings)
+
     def require_possible(self) -> None:
         """Raise ConfigError if a training that is not done has faults."""
         for training in self.trainings:
@@ -111,14 +118,17 @@ class Experiment:
                 raise ConfigError(f"row {self.recipe}: {fault}")
 
     def result(self, corrupted: str | None) -> dict[str, Any]:
-        """What ``evaluate`` wrote; empty if it did not, or for half a training or other images.
+        """What ``evaluate`` wrote; empty if it did not, or for half a training, other images, or
+        before it named its protocol.
 
         The result on corrupted images may lack some that were not made then: its ``missing``.
         """
         path = self.trainings[-1].path / ("corrupted.json" if corrupted else "result.json")
         result: dict = json.loads(path.read_text()) if path.exists() else {"finished": False}
         is_of_these = not corrupted or result.get("corrupted") == absolute(corrupted)
-        return result if is_of_these and result.get("clean", result)["finished"] else {}
+        said = result.get("clean", result)
+        is_sound = said["finished"] and "protocol" in said["headline"]
+        return result if is_of_these and is_sound else {}
 
     def scores(self, corrupted: str | None) -> dict[str, float | None]:
         """Column -> IoU; None, or on corrupted images no column, before it has been evaluated."""

@@ -20,6 +20,8 @@ class Cell:
     """None if the paper does not say, or we could not read it."""
     teacher: str = ""
     """Whose features the row learned; empty without a pretraining."""
+    protocol: str = ""
+    """Under which IoU is measured."""
     ours: list[float] = field(default_factory=list)
     """One per seed that is finished."""
 
@@ -39,7 +41,7 @@ def cells(experiments: list[Experiment], corrupted: str | None) -> list[Cell]:
     found: dict[tuple[str, str], Cell] = {}
     for e in experiments:
         for column, value in e.scores(corrupted).items():
-            cell = Cell(e.label, column, None if corrupted else e.paper, e.teacher)
+            cell = Cell(e.label, column, None if corrupted else e.paper, e.teacher, e.protocol)
             cell = found.setdefault((e.recipe, column), cell)
             if value is not None:
                 cell.ours.append(value)
@@ -50,20 +52,23 @@ def write(table: list[Cell], path: Path) -> None:
     """Print a table, and put it beside the runs as CSV and figure."""
     print(f"{text(table)}\n\n{caption(table)}")
     if lines := paired(table):
-        print(f"\n{as_columns(lines, left=3)}")
+        print(f"\n{as_columns(lines, left=4)}")
     write_csv(table, path.with_suffix(".csv"))
     draw(table, path.name, path.with_suffix(".png"))
     print(f"\n{path}.csv and .png")
 
 
 def caption(table: list[Cell]) -> str:
-    """Whose features the rows learned: random weights must not pass for DINOv2."""
-    return f"teacher: {', '.join(sorted({cell.teacher for cell in table} - {''})) or 'none'}"
+    """Whose features the rows learned: random weights must not pass for DINOv2. And under which
+    protocols IoU was measured."""
+    said = {"teacher": {c.teacher for c in table}, "IoU protocol": {c.protocol for c in table}}
+    return "; ".join(f"{k}: {', '.join(sorted(v - {''})) or 'none'}" for k, v in said.items())
 
 
 def text(table: list[Cell]) -> str:
-    """A line per number: the paper's, ours as mean ± standard deviation (seeds), difference."""
-    lines = [["row", "column", "paper", "ours", "difference"]]
+    """A line per number: the protocol of ours, the paper's, ours as mean ± standard deviation
+    (seeds), difference."""
+    lines = [["row", "column", "protocol", "paper", "ours", "difference"]]
     for cell in table:
         ours, difference = as_text(cell.mean), "-"
         if cell.spread is not None:
@@ -72,8 +77,9 @@ def text(table: list[Cell]) -> str:
             ours += f" ({len(cell.ours)})"
         if cell.mean is not None and cell.paper is not None:
             difference = f"{cell.mean - cell.paper:+.1f}"
-        lines.append([cell.row, cell.column, as_text(cell.paper), ours, difference])
-    return as_columns(lines, left=2)
+        what = [cell.row, cell.column, cell.protocol]
+        lines.append([*what, as_text(cell.paper), ours, difference])
+    return as_columns(lines, left=3)
 
 
 def paired(table: list[Cell]) -> list[list[str]]:
@@ -82,7 +88,7 @@ def paired(table: list[Cell]) -> list[list[str]]:
     fewer than three seeds."""
     from scipy.stats import ttest_rel
 
-    lines = [["column", "row", "less row", "difference", "above 0", "p"]]
+    lines = [["column", "protocol", "row", "less row", "difference", "above 0", "p"]]
     for a, b in combinations(table, 2):
         if a.column == b.column and len(a.ours) == len(b.ours) > 2:
             found = [after - before for before, after in zip(a.ours, b.ours, strict=True)]
@@ -90,7 +96,7 @@ def paired(table: list[Cell]) -> list[list[str]]:
             above = f"{sum(value > 0 for value in found)} of {len(found)}"
             p = ttest_rel(b.ours, a.ours).pvalue
             difference = f"{mean:+.1f} ± {spread:.1f}"
-            lines.append([a.column, b.row, a.row, difference, above, f"{p:.3f}"])
+            lines.append([a.column, a.protocol, b.row, a.row, difference, above, f"{p:.3f}"])
     return lines if len(lines) > 1 else []
 
 
@@ -98,11 +104,13 @@ def write_csv(table: list[Cell], path: Path) -> None:
     """The same, with the value of each seed."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["row", "column", "paper", "mean", "std", "seeds", "values", "teacher"])
+        heading = ["row", "column", "protocol", "paper", "mean", "std", "seeds", "values"]
+        writer.writerow([*heading, "teacher"])
         for c in table:
             numbers = ["" if v is None else f"{v:.2f}" for v in (c.paper, c.mean, c.spread)]
             values = " ".join(f"{v:.2f}" for v in c.ours)
-            writer.writerow([c.row, c.column, *numbers, len(c.ours), values, c.teacher])
+            what = [c.row, c.column, c.protocol]
+            writer.writerow([*what, *numbers, len(c.ours), values, c.teacher])
 
 
 def draw(table: list[Cell], title: str, path: Path) -> None:
@@ -123,7 +131,8 @@ def draw(table: list[Cell], title: str, path: Path) -> None:
         if cell.paper is not None:
             axis.plot(cell.paper, y, "wD", markeredgecolor="black", clip_on=False)
     for axis, column in zip(axes, columns, strict=True):
-        axis.set(title=column, xlabel="IoU, %", xlim=(0, None))
+        protocols = dict.fromkeys(c.protocol for c in table if c.column == column)
+        axis.set(title=column, xlabel=f"IoU ({', '.join(protocols)}), %", xlim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(rows)), rows)
     axes[0].invert_yaxis()

@@ -27,15 +27,15 @@ from occfeat_targets.store.reader import SEAL, seal
 TESTS = Path(__file__).parent
 OFFLINE = (
     "against_reference build cli cluster corruptions demo_world docs geometry grid kill labels "
-    "lease robustness sampling seams_targets teacher verify"
+    "lease protocols robustness sampling seams_targets teacher verify"
 )
 """Tests of the offline side: not collected where its extra ``targets`` is not installed."""
 HAS_DEVKIT = importlib.util.find_spec("nuscenes") is not None
 collect_ignore = [] if HAS_DEVKIT else [f"test_{name}.py" for name in OFFLINE.split()]
 SLOW = (
     "build checksums cluster demo_world docs encoder_weights export gradients img_also kill lease "
-    "map_task movie onnx overfit predict report reproduce robustness runs seams_targets "
-    "seams_train trackers train train_cli "
+    "map_task movie onnx overfit predict protocol_runs report reproduce robustness runs "
+    "seams_targets seams_train trackers train train_cli "
     "train_view"
 )
 """Tests that start processes, train or build: all but these are ``make quick``."""

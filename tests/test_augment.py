@@ -259,12 +259,13 @@ def test_evaluation_in_bfloat16_sees_the_same_cameras_and_images():
     """Autocast would multiply the cameras' poses and place the pixels with eight bits."""
     stored, seen = stored_batch(2) | {"frame": torch.arange(2)}, []
 
-    def bev_net(**inputs):
-        seen.append(inputs)
+    def see(images, K, cam_T_bev, image_hw):
+        seen.append({"images": images, "K": K, "cam_T_bev": cam_T_bev})
 
     network = SimpleNamespace(
         eval=lambda: None,
-        bev_net=bev_net,
+        bev_net=SimpleNamespace(encode=lambda images: images, see=see),
+        objective=SimpleNamespace(frame=lambda batch: None),
     )
     for precision in ("float32", "bfloat16"):
         model, run = ModelSettings(image_size=NETWORK_HW), RunSettings(precision=precision)

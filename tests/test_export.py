@@ -159,7 +159,7 @@ def test_a_card_says_what_it_learned_from_and_how_well(workplace):
     assert said["library_name"] == "occfeat" and "license" not in said
     for fact in (
         "# map network",
-        f"IoU {result['headline']['iou']} %, mean of classes, 4 frames of mini_val",
+        f"IoU {result['headline']['iou']} %, ego, mean of classes, 4 frames of mini_val",
         "the labels of 50 % of training scenes",
         "occfeat; teacher of RANDOM weights",
         "records sha256 0,",

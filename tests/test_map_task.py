@@ -23,7 +23,9 @@ from occfeat_train.runs.job import Job
 from occfeat_train.runs.run import Run, RunError
 from occfeat_train.tasks.map import MapSegmentation
 from occfeat_train.tasks.masks import HEADLINE, RANGES_M, THRESHOLDS
+from occfeat_train.tasks.vehicle import VehicleSegmentation
 
+PROTOCOLS = VehicleSegmentation.protocols
 COUNTS = "true_positive, false_positive, false_negative"
 
 
@@ -57,10 +59,10 @@ def test_the_table_has_a_row_per_class_and_their_mean(workplace):
     lines = evaluated.splitlines()
     start = next(i for i, line in enumerate(lines) if line.endswith("at probability 0.5"))
     assert "runs/map (step 9) on 4 frames of mini_val: map IoU in per cent" in lines[start]
-    assert lines[start + 2].split()[:3] == ["class", "all", "ranges"]
+    assert lines[start + 2].split()[:4] == ["protocol,", "class", "all", "ranges"]
     assert lines[start + 2].endswith("best threshold")
-    rows = [line.split()[0] for line in lines[start + 3 : start + 9]]
-    assert rows == [*MAP_CLASSES, "mean"]
+    rows = [line.split()[:2] for line in lines[start + 3 : start + 9]]
+    assert rows == [["ego,", name] for name in (*MAP_CLASSES, "mean")]
 
 
 def test_evaluation_equals_naive_counting(workplace):
@@ -69,8 +71,9 @@ def test_evaluation_equals_naive_counting(workplace):
     job, store = Job.of_run(Run(cwd / "runs/map")), open_store(cwd / "targets.zarr")
     assert result["task"] == "map"
     assert result["headline"] == {
-        "name": "mean of classes",
-        "iou": result["rows"]["mean"]["iou"],
+        "name": "ego, mean of classes",
+        "iou": result["rows"]["ego, mean"]["iou"],
+        "protocol": "ego",
     }
     network = build_network(job, store, load_weights=False)[0]
     network.load_state_dict(Run(cwd / "runs/map").load()[0]["network"])
@@ -89,7 +92,7 @@ def test_evaluation_equals_naive_counting(workplace):
             probability[:, k], truth[:, k], visible, bounds, thresholds, RANGES_M
         )[1].sum(axis=0)
         ious = counts[:, 0] / counts.sum(axis=1)
-        row = result["rows"][name]
+        row = result["rows"][f"ego, {name}"]
         assert row[COUNTS] == counts[HEADLINE].tolist()
         assert row["iou"] == pytest.approx(100 * ious[HEADLINE], abs=0.005)
         assert row["best"]["iou"] == pytest.approx(100 * ious.max(), abs=0.005)
@@ -97,8 +100,8 @@ def test_evaluation_equals_naive_counting(workplace):
         assert list(row["by_threshold"].values()) == pytest.approx(100 * ious, abs=0.005)
         expected.append(100 * ious[HEADLINE])
         best.append(100 * ious.max())
-    assert result["rows"]["mean"]["iou"] == pytest.approx(np.mean(expected), abs=0.005)
-    assert result["rows"]["mean"]["best"] == {
+    assert result["rows"]["ego, mean"]["iou"] == pytest.approx(np.mean(expected), abs=0.005)
+    assert result["rows"]["ego, mean"]["best"] == {
         "iou": pytest.approx(np.mean(best), abs=0.005),
         "threshold": None,
     }
@@ -162,8 +165,11 @@ def test_evaluation_takes_its_head_from_the_run_not_from_the_store(workplace):
     assert "vehicle finetuning on 12 frames" in output
     run_ = Run(cwd / "vehicles")
     result = evaluate(Job.of_run(run_), run_, Process(0, 1, torch.device("cpu")))
-    assert result["task"] == "vehicle" and list(result["rows"]) == ["visible", "all"]
-    assert "visible (as Simple-BEV)" in table(result)
+    assert result["task"] == "vehicle"
+    rows = [f"{protocol}, {cells}" for protocol in PROTOCOLS for cells in ("visible", "all")]
+    assert list(result["rows"]) == rows
+    lines = table(result).splitlines()[3:]
+    assert all(line.startswith(row) for line, row in zip(lines, rows, strict=True))
 
 
 # --- the rows -------------------------------------------------------------------------------------

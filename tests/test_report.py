@@ -61,12 +61,12 @@ def test_it_has_each_run_and_its_numbers_with_their_protocol(report, workplace):
         assert name in report
     for name in FINETUNED:
         values[name] = json.loads((workplace / name / "result.json").read_text())
-        assert values[name]["rows"]["visible"]["iou"] == values[name]["headline"]["iou"]
+        assert values[name]["rows"]["simple-bev, visible"]["iou"] == values[name]["headline"]["iou"]
     pair = [values[name]["headline"]["iou"] for name in FINETUNED[:2]]
     assert f"{statistics.fmean(pair):.1f} ± {statistics.stdev(pair):.1f}" in report
     for seed, value in zip("12", pair, strict=True):
         assert f"{value:.1f} (seed {seed})" in report
-    protocol = "vehicle IoU at probability 0.5, visible cells, 4 frames of mini_val"
+    protocol = "vehicle IoU at probability 0.5, simple-bev, visible cells, 4 frames of mini_val"
     assert report.count(f">{protocol}</td>") == 2
     assert report.count("vehicle IoU in per cent at probability 0.5") == 3
 

@@ -268,9 +268,9 @@ def test_impossible_recipes(tmp_path, monkeypatch, values, message):
 # Reports
 
 CELLS = [
-    Cell("none", "vehicle, 1 %", 13.7, "", [10.0, 12.0, 17.0]),
-    Cell("both", "vehicle, 1 %", None, "random:0 (RANDOM WEIGHTS)", [20.25]),
-    Cell("none", "map, 1 %", 20.1, "", []),
+    Cell("none", "vehicle, 1 %", 13.7, "", "simple-bev", [10.0, 12.0, 17.0]),
+    Cell("both", "vehicle, 1 %", None, "random:0 (RANDOM WEIGHTS)", "simple-bev", [20.25]),
+    Cell("none", "map, 1 %", 20.1, "", "ego", []),
 ]
 
 
@@ -278,17 +278,19 @@ def test_report_as_text():
     """13 and its deviation are by hand: squares 9 + 1 + 16 over n - 1 = 2."""
     lines = [" ".join(line.split()) for line in report.text(CELLS).splitlines()]
     assert lines[1:] == [
-        "none vehicle, 1 % 13.7 13.0 ± 3.6 (3) -0.7",
-        "both vehicle, 1 % - 20.2 (1) -",
-        "none map, 1 % 20.1 - -",
+        "none vehicle, 1 % simple-bev 13.7 13.0 ± 3.6 (3) -0.7",
+        "both vehicle, 1 % simple-bev - 20.2 (1) -",
+        "none map, 1 % ego 20.1 - -",
     ]
-    assert report.caption(CELLS) == "teacher: random:0 (RANDOM WEIGHTS)"
+    assert report.caption(CELLS) == (
+        "teacher: random:0 (RANDOM WEIGHTS); IoU protocol: ego, simple-bev"
+    )
 
 
 def test_rows_are_compared_seed_by_seed():
     """By hand: differences 1, 2, 3 are 2 ± 1, so t = 2 sqrt(3); p = 1 - t / sqrt(t² + 2)."""
     table = [
-        Cell("none", "vehicle, 1 %", ours=[10.0, 12.0, 17.0]),
+        Cell("none", "vehicle, 1 %", protocol="ego", ours=[10.0, 12.0, 17.0]),
         Cell("both", "vehicle, 1 %", ours=[11.0, 14.0, 20.0]),
         Cell("L_occ", "vehicle, 1 %", ours=[11.0, 14.0]),
         Cell("none", "map, 1 %", ours=[1.0, 2.0, 3.0]),
@@ -296,7 +298,7 @@ def test_rows_are_compared_seed_by_seed():
     t = 2 * 3**0.5
     p = 1 - t / (t * t + 2) ** 0.5
     assert report.paired(table)[1:] == [
-        ["vehicle, 1 %", "both", "none", "+2.0 ± 1.0", "3 of 3", f"{p:.3f}"]
+        ["vehicle, 1 %", "ego", "both", "none", "+2.0 ± 1.0", "3 of 3", f"{p:.3f}"]
     ]
     assert report.paired(CELLS) == []
 
@@ -307,6 +309,7 @@ def test_report_as_csv(tmp_path):
     assert rows[0] == {
         "row": "none",
         "column": "vehicle, 1 %",
+        "protocol": "simple-bev",
         "paper": "13.70",
         "mean": "13.00",
         "std": "3.61",
@@ -568,9 +571,9 @@ def test_a_table_is_run_once_and_reported(finished):
         json.loads(path.read_text())["init"]: json.loads(path.read_text())["rows"]
         for path in out.glob("finetune-*/result.json")
     }
-    assert found.pop(None)["visible"]["iou"] == none
+    assert found.pop(None)["simple-bev, visible"]["iou"] == none
     (pretrained,) = found.values()
-    assert pretrained["visible"]["iou"] == both
+    assert pretrained["simple-bev, visible"]["iou"] == both
     assert (out / "table-3-paper.png").exists()
 
 

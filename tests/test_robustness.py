@@ -77,14 +77,14 @@ def test_every_store_is_evaluated_and_named_by_its_settings(workplace, task):
         "fog": {s: alone[f"fog-{s}"] for s in SEVERITIES},
         "snow": {"mid": alone["snow-mid"]},
     }
-    clean = result["clean"]["rows"]["mean" if task == "map" else "visible"]["iou"]
+    clean = result["clean"]["rows"]["ego, mean" if task == "map" else "ego, visible"]["iou"]
     fog = sum(alone[f"fog-{s}"] for s in SEVERITIES)
     assert result["mean"] == {"fog": pytest.approx(fog / 3, abs=0.01)}
     assert result["mRR"] == result["RR"]["fog"] == pytest.approx(100 * fog / 3 / clean, abs=0.01)
     if as_json:
         assert json.loads(printed[printed.index("{\n") : printed.rindex("}") + 1]) == result
         return
-    assert "vehicle IoU, visible cells" in printed
+    assert "vehicle IoU, ego, visible cells" in printed
     assert "mRR over 1 of 8 corruptions" in printed
     assert "missing: camera_crash, frame_lost, " in printed
     assert "snow-easy, snow-hard\n" in printed

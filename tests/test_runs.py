@@ -173,7 +173,7 @@ def test_held_out_numbers_of_two_processes(tiny_store, tmp_path):
     run("evaluate", "--run-dir", "on", cwd=tmp_path)
     result = json.loads((tmp_path / "on/result.json").read_text())
     assert held_out(tmp_path / "on") == [
-        {"step": 6, "epoch": 2, "held_out_IoU": result["headline"]["iou"]}
+        {"step": 6, "epoch": 2, "held_out_ego_IoU": result["headline"]["iou"]}
     ]
 
 

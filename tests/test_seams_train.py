@@ -118,7 +118,7 @@ class Half(Task):
         terms = {"half": summed / divisors(counts)[0]}
         return terms["half"], terms
 
-    def meter(self, device):
+    def meter(self, device, protocol):
         return Meter(self, device)
 
     @classmethod
@@ -187,8 +187,9 @@ def test_toys_of_each_kind_train_and_are_evaluated_and_drawn(plugins, tiny_store
     evaluated = _occfeat_train(*_next(finetuned), cwd=plugins)
     assert "on 4 frames of mini_val: toys.half:Half IoU" in evaluated
     result = json.loads((plugins / "runs/fine/result.json").read_text())
-    assert result["headline"] == {"name": "right halves", "iou": result["rows"]["half"]["iou"]}
-    row = ["half", f"{result['headline']['iou']:.1f}"]
+    iou = result["rows"]["ego, half"]["iou"]
+    assert result["headline"] == {"name": "ego, right halves", "iou": iou, "protocol": "ego"}
+    row = ["ego,", "half", f"{iou:.1f}"]
     assert row in [line.split() for line in evaluated.splitlines()]
     seen = _occfeat_train("view", *trusted, cwd=plugins)
     assert "as runs/fine (toys.half:Half finetuning) sees it" in seen
@@ -206,7 +207,7 @@ def test_a_toy_is_evaluated_on_corrupted_images_too(plugins):
     _occfeat_train("finetune", *task, *options, cwd=plugins)
     trusted = _trusted("toys.half:Half")
     said = _occfeat_train("evaluate", "--corrupted", "out", *trusted, cwd=plugins)
-    assert "toys.half:Half IoU, right halves, in per cent" in said
+    assert "toys.half:Half IoU, ego, right halves, in per cent" in said
     assert "mRR over 1 of 8 corruptions" in said
 
 

@@ -58,7 +58,7 @@ def test_the_three_commands_find_each_others_results(workplace):
     assert f"runs/{finetuning.name} (step 3) on 4 frames of mini_val" in evaluated
     result = json.loads((finetuning / "result.json").read_text())
     assert result["fraction"] == 0.01
-    assert 0 <= result["rows"]["visible"]["iou"] <= 100
+    assert 0 <= result["rows"]["ego, visible"]["iou"] <= 100
 
 
 @pytest.mark.parametrize(
@@ -299,12 +299,14 @@ def test_a_checkpoint_with_code_in_it_is_not_run(workplace, tmp_path, capsys):
     assert "checkpoint-00000009.pt is damaged (Weights only load failed" in capsys.readouterr().err
 
 
-def test_the_paper_preset_lists_every_setting_at_its_default(pytestconfig):
+def test_the_paper_preset_lists_every_setting_at_its_default_but_the_protocol(pytestconfig):
     path = pytestconfig.rootpath / "occfeat_train" / "presets" / "paper.yaml"
     defaults = TrainConfig().plain()
     for section, registry in (("objectives", OBJECTIVES), ("tasks", TASKS)):
         assert defaults[section] == {}
         defaults[section] = {name: registry(name).Settings().plain() for name in registry.names}
+    assert defaults["tasks"]["vehicle"]["protocol"] == "ego"
+    defaults["tasks"]["vehicle"]["protocol"] = "simple-bev"
     assert yaml.safe_load(path.read_text()) == defaults
 
 

@@ -65,7 +65,7 @@ def test_masks_are_the_store_s_and_the_head_s(store, task):
     if task == "vehicle":
         wanted[0][frame["vehicle_visible"] == 0] = 0.4
     titles = store.attrs["map_classes"] if task == "map" else ["vehicle"]
-    assert [panel.title for panel in panels] == titles
+    assert [panel.title for panel in panels] == [f"{title}, ego" for title in titles]
     remark = " (purple: hardly visible)" if task == "vehicle" else ""
     assert {panel.remark for panel in panels} == {remark}
     for k, panel in enumerate(panels):

@@ -83,10 +83,24 @@ class BEVNet(nn.Module):
                 mirrored back, as in Simple-BEV, so that ``K`` holds.
             bev_flip: bool (B, 2), along which axes (X, Y) the decoder sees the features mirrored.
         """
-        B, N, _, H, W = images.shape
-        features = self.encoder(images.flatten(0, 1)).unflatten(0, (B, N))
-        features = mirror(features, image_flip, dims=(-1,))
-        bev = self.lift(features, K, cam_T_bev, (H, W))
+        *_, H, W = images.shape
+        return self.see(self.encode(images, image_flip), K, cam_T_bev, (H, W), bev_flip)
+
+    def encode(self, images: Tensor, image_flip: Tensor | None = None) -> Tensor:
+        """Features (B, N, C, h, w) of images as in :meth:`forward`, never mirrored."""
+        features = self.encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        return mirror(features, image_flip, dims=(-1,))
+
+    def see(
+        self,
+        features: Tensor,
+        K: Tensor,
+        cam_T_bev: Tensor,
+        image_hw: tuple[int, int],
+        bev_flip: Tensor | None = None,
+    ) -> Tensor:
+        """BEV features, as :meth:`forward`, of what :meth:`encode` makes of images (H, W)."""
+        bev = self.lift(features, K, cam_T_bev, image_hw)
         bev = mirror(bev, bev_flip, dims=(-2, -1))
         bev = self.decoder(self.compressor(bev))
         return mirror(bev, bev_flip, dims=(-2, -1))

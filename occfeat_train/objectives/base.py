@@ -69,8 +69,14 @@ class Objective(nn.Module):
         self.settings = settings
         self.grid: VoxelGrid = store.grid
 
+    def frame(self, batch: Batch) -> Tensor | None:
+        """The BEV frame that it wants, ``ego_T_bev`` float32 (B, 4, 4) on the device; None: ego,
+        turned as augmentation says."""
+        return None
+
     def targets(self, batch: Batch, angle: Tensor) -> Targets:
-        """Targets on the device, in the BEV frame: ego turned by ``angle`` float32 (B,), rad."""
+        """Targets on the device, in the BEV frame: ego turned by ``angle`` float32 (B,), rad, if
+        :meth:`frame` wants no other."""
         raise NotImplementedError
 
     def counts(self, targets: Targets) -> Tensor:

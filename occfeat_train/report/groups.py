@@ -39,9 +39,10 @@ class Group:
         return f"{self.asked['config']['pretrain']['objective']} pretraining"
 
     def results(self) -> dict[Run, dict[str, Any]]:
-        """``result.json`` of the runs that were evaluated."""
+        """``result.json`` of the runs that were evaluated, since it names protocols."""
         paths = {run: run.path / "result.json" for run in self.runs}
-        return {run: json.loads(path.read_text()) for run, path in paths.items() if path.exists()}
+        found = {run: json.loads(p.read_text()) for run, p in paths.items() if p.exists()}
+        return {run: said for run, said in found.items() if "protocol" in said["headline"]}
 
 
 def collect(paths: Sequence[Path]) -> list[Group]:

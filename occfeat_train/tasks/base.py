@@ -5,11 +5,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from occfeat_targets.store.settings import Settings
 from occfeat_train.objectives.base import Batch, Objective
 
 
 class Meter(Protocol):
-    """Counts over a split what a network got right; of all processes together."""
+    """Counts over a split what a network got right by one protocol; of all processes together."""
 
     def add(self, batch: Batch, predicted: Any) -> None:
         """Count a batch and what :meth:`Task.predict` made of it."""
@@ -26,19 +27,41 @@ class Task(Objective):
     settings from the section ``tasks.NAME``, and the following."""
 
     eval_arrays: tuple[str, ...]
-    """The store's arrays that its meter compares with."""
+    """The store's arrays that its meters compare with."""
+    protocols: tuple[str, ...] = ("ego",)
+    """By name, the rules of what is where and what counts: it is evaluated under each."""
+
+    @property
+    def protocol(self) -> str:
+        """The one that it learns and whose IoU is the one of a result."""
+        return self.protocol_of(self.settings)
+
+    @classmethod
+    def protocol_of(cls, settings: Settings) -> str:
+        """That of its settings; the first, if they say none."""
+        return getattr(settings, "protocol", cls.protocols[0])
+
+    def bev_frame(self, batch: Batch, protocol: str) -> Tensor | None:
+        """In which BEV frame a protocol counts: ``ego_T_bev`` float32 (B, 4, 4) on the device, or
+        None, ego itself. In training, of a batch that has ``seed``, that may be a random one."""
+        return None
+
+    def frame(self, batch: Batch) -> Tensor | None:
+        """That of the protocol it learns."""
+        return self.bev_frame(batch, self.protocol)
 
     def predict(self, bev: Tensor) -> Any:
         """What its head makes of BEV features (B, C, X, Y) that nothing augmented."""
         return self.head(bev)
 
-    def meter(self, device: torch.device) -> Meter:
-        """A meter that has counted nothing."""
+    def meter(self, device: torch.device, protocol: str) -> Meter:
+        """A meter that has counted nothing, for predictions in the protocol's BEV frame."""
         raise NotImplementedError
 
     @classmethod
     def table(cls, rows: dict[str, Any]) -> list[list[str]]:
-        """``rows`` of a result as lines of cells for people, the first the heading."""
+        """``rows`` of a result, named ``PROTOCOL, ROW``, as lines of cells for people, the first
+        the heading."""
         raise NotImplementedError
 
 

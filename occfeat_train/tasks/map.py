@@ -30,14 +30,15 @@ class MapSettings(Settings):
 
 
 class MapSegmentation(MaskTask):
-    """The classes of the store's map: road, sidewalk, crosswalk, parking, divider in nuScenes."""
+    """The classes of the store's map: road, sidewalk, crosswalk, parking, divider in nuScenes.
+
+    Protocols: ``ego``, and ``devkit`` where the store has the output ``map_devkit``, whose masks of
+    the same classes it scores against in the same BEV frame. It is trained on ``map`` alone.
+    """
 
     Settings = MapSettings
     settings: MapSettings
     arrays = eval_arrays = ("map",)
-    protocols: tuple[str, ...] = ("ego",)
-    """``devkit`` too where the store has the output ``map_devkit``: whose masks of the same classes
-    it scores against, in the same BEV frame. It is trained on ``map`` alone."""
     heading = "class"
     headline = ("mean", "mean of classes")
 
@@ -55,7 +56,7 @@ class MapSegmentation(MaskTask):
         """See :func:`map_targets`."""
         return map_targets(batch, angle, self.grid)
 
-    def truth(self, batch: Batch, protocol: str = "ego") -> tuple[Tensor, Tensor]:
+    def truth(self, batch: Batch, protocol: str) -> tuple[Tensor, Tensor]:
         """Masks uint8 (B, K, X, Y), and (B, X, Y) that all cells count: a map is not hidden."""
         masks = batch["map" if protocol == "ego" else "map_devkit"]
         return masks, torch.ones_like(masks[:, 0])

@@ -23,7 +23,7 @@ THRESHOLDS = (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65)
 HEADLINE = THRESHOLDS.index(0.5)
 _CELLS = "true_positive, false_positive, false_negative"
 RANGES_M = (20.0, 35.0, 50.0)
-"""Edges of the distance rings around ego in which IoU is also given."""
+"""Edges of the distance rings around the BEV frame's origin in which IoU is also given."""
 _EDGES = [f"{edge:g}" for edge in (0, *RANGES_M)]
 _RINGS = [*(f"{a}-{b} m" for a, b in pairwise(_EDGES)), f"> {_EDGES[-1]} m"]
 
@@ -35,15 +35,14 @@ class MaskTask(Task):
     """Names of the masks."""
     heading: ClassVar[str]
     """Of the first column of its table."""
-    labels: ClassVar[dict[str, str]] = {}
-    """What rows are called there, if not by their names."""
     headline: ClassVar[tuple[str, str]]
     """The row that is the headline, and what to call that."""
     labelled: bool = True
     """Whether the store has labels of it."""
 
-    def truth(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Masks uint8 (B, K, X, Y) in ego, and which cells are not hidden, (B, X, Y)."""
+    def truth(self, batch: Batch, protocol: str) -> tuple[Tensor, Tensor]:
+        """Masks uint8 (B, K, X, Y) by a protocol, in its BEV frame, and which cells are not hidden,
+        (B, X, Y)."""
         raise NotImplementedError
 
     def rows(self, counts: Tensor) -> dict[str, dict[str, Any]]:
@@ -55,43 +54,43 @@ class MaskTask(Task):
         probability = predicted["mask"].float().sigmoid()
         return probability.reshape(-1, len(self.classes), *probability.shape[-2:])
 
-    def meter(self, device: torch.device) -> Meter:
+    def meter(self, device: torch.device, protocol: str) -> Meter:
         """IoU at probability 0.5, by distance, and at the best threshold."""
-        return MaskMeter(self, device)
+        return MaskMeter(self, device, protocol)
 
     def panels(self, bev: Tensor, batch: Batch) -> list[Panel]:
         """Each class; a target that does not count (hidden) is darker."""
-        target, visible = self.truth(batch)
+        target, visible = self.truth(batch, self.protocol)
         probability = self.probability(self.predict(bev))[0].cpu().numpy()
         shown = (target * torch.where(visible.bool(), 1.0, 0.4)[:, None])[0].cpu().numpy()
         remark = "" if bool(visible.all()) else " (purple: hardly visible)"
         targets = shown if self.labelled else [None] * len(self.classes)
-        drawn = zip(self.classes, targets, probability, strict=True)
+        titles = [f"{name}, {self.protocol}" for name in self.classes]
+        drawn = zip(titles, targets, probability, strict=True)
         return [Panel(*each, remark) for each in drawn]
 
     @classmethod
     def table(cls, rows: dict[str, Any]) -> list[list[str]]:
         """Lines of cells: a row each."""
-        lines = [[cls.heading, "all ranges", *_RINGS, "best threshold"]]
+        lines = [[f"protocol, {cls.heading}", "all ranges", *_RINGS, "best threshold"]]
         for name, values in rows.items():
             best, threshold = values["best"]["iou"], values["best"]["threshold"]
             at = "" if threshold is None else f" at {threshold}"
             cells = [values["iou"], *values["by_range"].values()]
-            label = cls.labels.get(name, name)
-            lines.append([label, *map(as_text, cells), as_text(best) + at])
+            lines.append([name, *map(as_text, cells), as_text(best) + at])
         return lines
 
 
 class MaskMeter:
     """Counts of a :class:`MaskTask` over a split."""
 
-    def __init__(self, task: MaskTask, device: torch.device):
-        self.task = task
+    def __init__(self, task: MaskTask, device: torch.device, protocol: str):
+        self.task, self.protocol = task, protocol
         self.counter = IoUCounter(task.grid, device, len(task.classes))
 
     def add(self, batch: Batch, predicted: dict[str, Tensor]) -> None:
         """Count a batch on the device."""
-        target, visible = self.task.truth(batch)
+        target, visible = self.task.truth(batch, self.protocol)
         self.counter.add(self.task.probability(predicted), target, visible)
 
     def result(self) -> dict[str, Any]:
