@@ -22,7 +22,7 @@ SEAL = "attributes_crc32c"
 them is ``arrays``, which has a checksum of what each array's ``zarr.json`` says of it."""
 
 
-NOT_OURS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+NOT_OURS = (ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError)
 """What zarr raises for a ``zarr.json`` that says something else."""
 
 
@@ -55,6 +55,8 @@ class TargetStore:
                 raise StoreError(f"{self.url}: {name}/zarr.json is of no array of ours") from error
             if array.shape[0] != len(self):
                 raise StoreError(f"{self.url}: {name} is not of {len(self)} frames")
+            if specs[name].rows and specs[name].rows not in self.attrs["arrays"]:
+                raise StoreError(f"{self.url}: {name}/zarr.json counts its rows by no array")
         return specs
 
     @cached_property
@@ -73,7 +75,7 @@ class TargetStore:
             values = read_whole(self.url, self.array(spec.name))
         except FileNotFoundError:
             raise StoreError(f"{self.url}: {spec.name} was lost, or never written") from None
-        except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        except (ValueError, RuntimeError, OSError, MemoryError, ArithmeticError) as error:
             raise StoreError(f"{self.url}: {spec.name} is damaged: {error}") from error
         if spec.missing(values).any():
             raise StoreError(f"{self.url}: {spec.name} was lost, or never written")
@@ -140,7 +142,7 @@ class TargetStore:
             return {name: self._read(i, name) for name in names}
         except Exception as error:  # remote filesystems raise what they like
             self.require_same()
-            raise StoreError(f"{self.url}: {self.describe(i)}: {error}") from error
+            raise StoreError(f"{self.url}: {self.describe(i)}: {error!s:.500}") from error
 
     def require_same(self) -> None:
         """After something went wrong: StoreError if it did since the store is another by now."""

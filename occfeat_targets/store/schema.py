@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 import zarr
-from pydantic import ConfigDict, Field, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from occfeat_targets.store.grid import VoxelGrid
@@ -103,14 +103,14 @@ class _Images(_Some):
 
 class _Config(_Some):
     images: _Images
-    block_frames: PositiveInt
+    block_frames: int = Field(gt=0, lt=1 << 31)
     train_preset: str = ""
 
 
 class _Teacher(_Some):
     name: str
     weights: str
-    dim: int = Field(ge=0)
+    dim: int = Field(ge=0, lt=1 << 31)
 
 
 class _Source(_Some):
@@ -122,7 +122,7 @@ class Attributes(_Some):
     """What readers need of the root attributes of a store; there are more."""
 
     complete: bool
-    n_frames: PositiveInt
+    n_frames: int = Field(gt=0, lt=1 << 31)
     grid: VoxelGrid
     config: _Config
     point_step_m: float = Field(gt=0)
