@@ -141,7 +141,7 @@ class Attributes(_Some):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        needed = {"token", "scene", "split", "n_voxels"}
+        needed = {"token", "scene", "split", "n_voxels", "images", "image_offset"}
         if self.complete and not (self.teacher and needed <= self.arrays.keys()):
             raise ValueError(f"lack the teacher, or one of the arrays {', '.join(sorted(needed))}")
         if self.complete and self.failed is None:
