@@ -16,7 +16,7 @@ class VoxelGrid:
     ValueError, naming the axis, if bounds are not finite and ascending or the number of cells is no
     positive whole number; or if a flat index would not fit uint32."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     x: tuple[float, float, int] = (-50.0, 50.0, 200)
     y: tuple[float, float, int] = (-50.0, 50.0, 200)
