@@ -36,7 +36,7 @@ class Settings(BaseModel):
         try:  # as JSON, where a list may become a tuple but nothing else changes its type
             return cls.model_validate_json(json.dumps(values, default=str))
         except ValidationError as error:
-            raise ConfigError(_message(cls, error, section)) from None
+            raise ConfigError(f"{_message(cls, error, section):.1500}") from None
         except ValueError as error:  # of numbers with thousands of digits
             raise ConfigError(f"settings: {error}") from None
 
