@@ -14,7 +14,6 @@ from occfeat_targets.store.files import StoreError, filesystem, open_group
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.lease import writer_of
 from occfeat_targets.store.schema import FAILED, FORMAT, FORMAT_VERSION, ArraySpec, Attributes
-from occfeat_targets.store.settings import ConfigError
 from occfeat_targets.store.shards import ShardedArray, read_whole
 
 SEAL = "attributes_crc32c"
@@ -196,7 +195,8 @@ def open_store(url: str, allow_incomplete: bool = False) -> TargetStore:
         raise StoreError(f"{url}: the attributes in its zarr.json are damaged")
     try:
         Attributes.of(attrs, "attributes")
-    except ConfigError as error:
+        VoxelGrid.from_dict(attrs["grid"])  # which has no defaults here
+    except NOT_OURS as error:
         raise StoreError(f"{url}: its zarr.json is damaged: {error}") from error
     return TargetStore(url, group)
 
