@@ -23,6 +23,7 @@ from occfeat_train.tasks.vehicle import VehicleSegmentation
 GRID = VoxelGrid((-3.0, 3.0, 6), (-3.0, 4.0, 7), (-1.0, 2.0, 3))
 C, N_Y = 6, 5
 ATTRS = {
+    "arrays": {},
     "point_step_m": 0.002,
     "teacher": {"dim": N_Y},
     "map_classes": list(MAP_CLASSES),

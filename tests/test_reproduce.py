@@ -647,6 +647,7 @@ def test_a_missing_weights_file_is_found_before_any_work(reproduction):
 def test_the_miniature_runs_on_a_single_gpu(reproduction, monkeypatch):
     monkeypatch.setattr(cluster, "visible_gpus", lambda: ["0"])
     options = ("--table", "3", "--preset", "miniature", "--rows", "simplebev-none", "--seeds", "1")
+    options = (*options, "--task", "vehicle")
     assert reproduction(*options)[1] == ["finetune", "evaluate"]
     assert "--jobs 2 is more" in reproduction(*options, "--jobs", "2", code=1)[0]
 

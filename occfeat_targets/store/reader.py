@@ -173,7 +173,7 @@ def open_store(url: str, allow_incomplete: bool = False) -> TargetStore:
     format version, unfinished (unless ``allow_incomplete``), and damaged attributes."""
     try:
         group = open_group(url, "r")
-        attrs = dict(group.attrs)
+        attrs: dict[str, Any] = dict(group.attrs)
     except FileNotFoundError:
         raise StoreError(
             f"{url}: no targets store here (make one: occfeat-targets build)"
