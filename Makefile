@@ -19,7 +19,7 @@ define help
 make targets     a demo world and its targets, targets.zarr (a small teacher, no download)
 make targets NUSCENES=/data/sets/nuscenes [VERSION=v1.0-trainval] [STORE=/fast/targets.zarr]
                  [TEACHER=DIR or hub id] [WORKERS=8] [SCHEDULER=tcp://host:8786]
-make miniature   the paper's Table 3 on a demo world, 45 minutes
+make miniature   the paper's Table 3 on a demo world, with five seeds: hours
 make install     into .venv alone
 make test        all tests
 make quick       the pure parts, a minute
