@@ -153,7 +153,8 @@ def _progress(total: int, jobs: Sequence[writer.BlockJob]) -> Iterator[Callable]
 
         def heard(message: tuple[int, int]) -> None:
             start, n = message
-            done[start] = max(done[start], n)
+            if start in done:  # not of a task that outlived an earlier client
+                done[start] = max(done[start], n)
             bar.n = before + sum(done.values())
             bar.update(0)
 
