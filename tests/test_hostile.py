@@ -23,7 +23,7 @@ from occfeat_targets.cli import main
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.images import decode_jpeg
 from occfeat_targets.sources.base import SourceError
-from occfeat_targets.store.files import open_group
+from occfeat_targets.store.files import StoreError, open_group
 from occfeat_targets.store.reader import SEAL, array_seals, open_store, seal
 from occfeat_targets.store.settings import ConfigError
 from occfeat_train.export import load_bev_net, load_network
@@ -232,6 +232,13 @@ def _large_chunks(store):
     _edit_arrays(store, edit, ["points"])
 
 
+def _seal_arrays(store):
+    """Make what the root says of ``zarr.json`` files fit."""
+    attrs = open_group(str(store), "r+").attrs
+    attrs["arrays"] = array_seals(str(store), list(attrs["arrays"]))
+    attrs[SEAL] = seal(dict(attrs))
+
+
 SIZES = {
     "frames, by the attributes": (
         lambda store: open_group(str(store), "r+").attrs.update({"n_frames": 10**9}),
@@ -267,16 +274,30 @@ def test_sizes_that_a_store_claims_are_not_believed(store, what):
     """With 300 MB and in a moment, though all its checksums are right."""
     make, message = SIZES[what]
     make(store)
-    names = list(open_group(str(store), "r").attrs["arrays"])
-    open_group(str(store), "r+").attrs["arrays"] = array_seals(str(store), names)
-    attrs = open_group(str(store), "r+").attrs
-    attrs[SEAL] = seal(dict(attrs))
+    _seal_arrays(store)
     done = subprocess.run(
         [sys.executable, "-c", READ, str(store)], capture_output=True, text=True, timeout=60
     )
     seconds, _, said = done.stdout.partition(" ")
     assert re.search(message, said) and said.count("\n") == 1, done.stdout + done.stderr
     assert float(seconds) < 5
+
+
+@pytest.mark.parametrize(
+    ("array", "edit", "message"),
+    [
+        ("points", lambda said: said["attributes"].update(rows=["n_points"]), "of no array"),
+        ("points", lambda said: said["attributes"].update(rows="images"), "rows by no array"),
+        ("points", lambda said: said["attributes"].update(rows="K"), "rows by no array"),
+        ("scene", lambda said: said.update(data_type="float32"), "of no array"),
+    ],
+)
+def test_arrays_that_are_others_than_a_reader_reads(store, array, edit, message):
+    """Rows counted by several, by a large one, by fractions; scenes numbered by fractions."""
+    _edit_arrays(store, edit, [array])
+    _seal_arrays(store)
+    with pytest.raises(StoreError, match=f"{array}/zarr.json .*{message}"):
+        open_store(str(store)).per_frame  # noqa: B018
 
 
 # --- runs and exported networks ------------------------------------------------------------------

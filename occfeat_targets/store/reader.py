@@ -13,7 +13,14 @@ import zarr
 from occfeat_targets.store.files import StoreError, filesystem, open_group
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.lease import writer_of
-from occfeat_targets.store.schema import FAILED, FORMAT, FORMAT_VERSION, ArraySpec, Attributes
+from occfeat_targets.store.schema import (
+    FAILED,
+    FORMAT,
+    FORMAT_VERSION,
+    NEEDED,
+    ArraySpec,
+    Attributes,
+)
 from occfeat_targets.store.shards import ShardedArray, read_whole
 
 SEAL = "attributes_crc32c"
@@ -45,18 +52,25 @@ class TargetStore:
     @cached_property
     def specs(self) -> dict[str, ArraySpec]:
         """The arrays this store has, by name."""
-        specs = {}
-        for name in self.attrs["arrays"]:
-            array = self.array(name)
-            try:
-                specs[name] = ArraySpec.of(array)
-            except NOT_OURS as error:
-                raise StoreError(f"{self.url}: {name}/zarr.json is of no array of ours") from error
-            if array.shape[0] != len(self):
-                raise StoreError(f"{self.url}: {name} is not of {len(self)} frames")
-            if specs[name].rows and specs[name].rows not in self.attrs["arrays"]:
+        specs = {name: self._spec(name) for name in self.attrs["arrays"]}
+        small = {s.name: (s.dtype, s.shape) for s in specs.values() if s.chunk is None}
+        for name in NEEDED.keys() & specs.keys():
+            if small.get(name) != NEEDED[name]:
+                raise StoreError(f"{self.url}: {name}/zarr.json is of no array of ours")
+        for name, spec in specs.items():
+            if spec.rows and not small.get(spec.rows, ("",))[0].startswith("int"):
                 raise StoreError(f"{self.url}: {name}/zarr.json counts its rows by no array")
         return specs
+
+    def _spec(self, name: str) -> ArraySpec:
+        array = self.array(name)
+        try:
+            spec = ArraySpec.of(array)
+        except NOT_OURS as error:
+            raise StoreError(f"{self.url}: {name}/zarr.json is of no array of ours") from error
+        if array.shape[0] != len(self):
+            raise StoreError(f"{self.url}: {name} is not of {len(self)} frames")
+        return spec
 
     @cached_property
     def per_frame(self) -> dict[str, np.ndarray]:

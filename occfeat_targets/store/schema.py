@@ -23,6 +23,13 @@ FORMAT = "occfeat-targets"
 FORMAT_VERSION = 2
 FAILED = -1
 """``n_voxels`` of a frame that could not be processed (``build --on-error skip``)."""
+NEEDED: dict[str, tuple[str, tuple[int, ...]]] = {
+    "token": ("uint8", (16,)),
+    "scene": ("uint16", ()),
+    "split": ("uint8", ()),
+    "n_voxels": ("int32", ()),
+}
+"""The arrays by which a reader tells frames apart: dtype and shape, without the frame axis."""
 MARKERS = "build/blocks"
 """Folder of an unfinished store: a JSON file for each block that is done."""
 MAX_CAMERAS = 16
@@ -83,10 +90,13 @@ class ArraySpec:
 
     @classmethod
     def of(cls, array: Any) -> Self:
-        """Of an array (of zarr) that :func:`create_arrays` made; codec and setting are not told."""
+        """Of an array (of zarr) that :func:`create_arrays` made; codec and setting are not told.
+        Raises what Python does of one that it did not make."""
         chunk = array.chunks[1] if array.shards else None
         axes = dict(zip(array.metadata.dimension_names[1:], array.shape[1:], strict=True))
         doc, rows = (array.attrs.get(key) for key in ("description", "rows"))
+        if not isinstance(rows, str | None):
+            raise TypeError(f"rows are counted by {rows!r:.40}")
         return cls(array.basename, str(array.dtype), axes, str(doc), array.fill_value, rows, chunk)
 
 
@@ -141,7 +151,7 @@ class Attributes(_Some):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        needed = {"token", "scene", "split", "n_voxels", "images", "image_offset"}
+        needed = {*NEEDED, "images", "image_offset"}
         if self.complete and not (self.teacher and needed <= self.arrays.keys()):
             raise ValueError(f"lack the teacher, or one of the arrays {', '.join(sorted(needed))}")
         if self.complete and self.failed is None:
