@@ -147,6 +147,23 @@ def test_footprints_of_the_real_keyframe_are_theirs(nuscenes_one):
     assert in_ego.any(dim=0).sum() == 397 and vehicle_masks(boxes.numpy(), PAPER)[0].sum() == 293
 
 
+def test_the_devkit_s_tilted_boxes_of_the_real_keyframe(nuscenes_one):
+    """387 cells in ego of their bottoms, truncated to cells that are counted as ours are."""
+    nusc = NuScenes("v1.0-mini", str(nuscenes_one), verbose=False)
+    sample = nusc.sample[0]
+    ego, _ = _poses(nusc, sample["data"]["LIDAR_TOP"])
+    boxes = [box for box in map(nusc.get_box, sample["anns"]) if "vehicle" in box.name]
+    for box in boxes:
+        box.translate(-np.array(ego["translation"]))
+        box.rotate(Quaternion(ego["rotation"]).inverse)
+    bottoms = np.stack([box.bottom_corners()[:2].T for box in boxes])
+    cells = ((bottoms + 50) / 0.5 - 0.5).astype(np.int64)
+    expected = np.any([opencv(polygon, PAPER.bev_shape) for polygon in cells], axis=0)
+    filled = fill_polygons(torch.from_numpy(cells), PAPER.bev_shape).any(dim=0)
+    np.testing.assert_array_equal(filled.numpy(), expected)
+    assert expected.sum() == 387
+
+
 def test_the_real_front_camera_s_frame_and_masks_are_the_devkit_s(nuscenes_one):
     """Their masks from the devkit's boxes, tilted with the car, differ in 14 cells."""
     ((record, boxes),) = records_of(nuscenes_one)
