@@ -3,10 +3,11 @@
 import json
 import re
 import shutil
+import signal
 
 import pytest
 import torch
-from train_runs import assert_same_state, curve, options, run
+from train_runs import assert_same_state, curve, options, run, start, stop_at_step
 
 from occfeat_train import view
 from occfeat_train.augment import draw
@@ -29,12 +30,17 @@ SETTINGS = options(
 )
 
 
+def finetune(store, name):
+    """The command."""
+    where = ("--store", store, "--run-dir", f"runs/{name}")
+    return ("finetune", "--init", "none", *where, *SETTINGS)
+
+
 @pytest.fixture(scope="module")
 def workplace(tiny_store, tmp_path_factory):
     """A finished and evaluated finetuning, with what the commands printed."""
     cwd = tmp_path_factory.mktemp("protocols")
-    finetune = ("finetune", "--store", tiny_store, "--init", "none", "--run-dir", "runs/fine")
-    printed = [run(*finetune, *SETTINGS, cwd=cwd), run("evaluate", cwd=cwd)]
+    printed = [run(*finetune(tiny_store, "fine"), cwd=cwd), run("evaluate", cwd=cwd)]
     return cwd, printed
 
 
@@ -48,15 +54,16 @@ def network(workplace):
     return network, job, data.collate([data[i] for i in range(4)])
 
 
-def test_a_killed_run_resumes_to_the_same_weights(workplace):
-    """Killed after the first epoch: what came later is not there."""
+def test_a_killed_run_resumes_to_the_same_weights(workplace, tiny_store):
+    """By SIGKILL in its second epoch."""
     cwd, _ = workplace
-    copy = shutil.copytree(cwd / "runs/fine", cwd / "resumed")
-    for path in copy.glob("checkpoint-*6.*"):
-        path.unlink()
-    assert "resumed after step" in run("finetune", "--resume", "--run-dir", copy, cwd=cwd)
-    assert_same_state(cwd / "runs/fine", copy)
-    assert curve(copy)[-1] == curve(cwd / "runs/fine")[-1]
+    process = start(*finetune(tiny_store, "killed"), cwd=cwd)
+    stop_at_step(process, cwd / "runs/killed", 4, signal.SIGKILL)
+    assert not (cwd / "runs/killed/checkpoint-00000006.pt").exists()
+    said = run("finetune", "--resume", "--run-dir", "runs/killed", cwd=cwd)
+    assert "resumed after step 3" in said
+    assert_same_state(cwd / "runs/fine", cwd / "runs/killed")
+    assert curve(cwd / "runs/fine")[-1] == curve(cwd / "runs/killed")[-1]
 
 
 def test_both_protocols_are_counted_in_one_pass_each_in_its_frame(workplace, network):
