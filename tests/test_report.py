@@ -79,7 +79,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_group(workplace):
         ("without-1", 1),
     ]
     assert [line[1] for line in result_table(groups)] == ["starts from", "pre", "none"]
-    assert settings_apart(groups) == {"with → without-1": ["init: pre -> None"]}
+    assert settings_apart(groups) == {"with → without-1": ["init: pre -> none"]}
 
 
 def test_settings_that_differ_are_named(workplace, tmp_path):

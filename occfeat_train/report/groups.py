@@ -63,9 +63,9 @@ def collect(paths: Sequence[Path]) -> list[Group]:
     found = sorted(groups.values(), key=lambda group: group.kind != "pretrain")
     _name(found)
     for group in found:
-        if group.asked["init"]:
-            key = json.dumps(group.asked["init"], sort_keys=True)
-            group.asked["init"] = groups[key].label if key in groups else str(group.asked["init"])
+        init = group.asked["init"]
+        key = json.dumps(init, sort_keys=True)
+        group.asked["init"] = groups[key].label if key in groups else str(init or "none")
     return found
 
 
@@ -125,12 +125,12 @@ def result_table(groups: list[Group]) -> list[list[str]]:
             mean += f" ± {statistics.stdev(known):.1f}"
         by_seed = ", ".join(f"{as_text(value)} (seed {seed})" for seed, value in values.items())
         protocols = dict.fromkeys(map(_protocol, results.values()))
-        share = f"{asked['fraction']:g} of {asked['fraction_unit']}s"
+        share = f"{100 * asked['fraction']:g} % of {asked['fraction_unit']}s"
         said = (
             "; ".join(protocols)
             or f"not evaluated: occfeat-train evaluate --run-dir {group.runs[0].path}"
         )
-        lines.append([group.label, asked["init"] or "none", share, mean, by_seed, said])
+        lines.append([group.label, asked["init"], share, mean, by_seed, said])
     return [heading, *lines] if lines else []
 
 

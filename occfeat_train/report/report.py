@@ -75,7 +75,7 @@ def _summary(page: Page, groups: list[Group], plugins: Collection[str]) -> None:
     for group in groups:
         seeds = ", ".join(str(seed_of(run)) for run in group.runs)
         where = ", ".join(str(run.path) for run in group.runs)
-        lines.append([group.label, group.learns, group.asked["init"] or "none", seeds, where])
+        lines.append([group.label, group.learns, group.asked["init"], seeds, where])
     page.table(lines)
     if apart := settings_apart(groups):
         page.text("Settings that differ, from the first runs that learn the same:")
@@ -189,7 +189,7 @@ def _volume_figure(frame: Frame) -> Any:
             "xaxis": axis | {"title": {"text": "x, forward (m)"}},
             "yaxis": axis | {"title": {"text": "y, left (m)"}},
             "zaxis": axis | {"title": {"text": "z"}},
-            "camera": {"eye": {"x": -1.3, "y": -0.8, "z": 1.1}},
+            "camera": {"eye": {"x": -1.6, "y": -1.0, "z": 1.4}},
         },
         showlegend=False,
     )
