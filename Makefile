@@ -19,7 +19,7 @@ define help
 make targets     a demo world and its targets, targets.zarr (a small teacher, no download)
 make targets NUSCENES=/data/sets/nuscenes [VERSION=v1.0-trainval] [STORE=/fast/targets.zarr]
                  [TEACHER=DIR or hub id] [WORKERS=8] [SCHEDULER=tcp://host:8786]
-make miniature   the paper's Table 3 on a demo world, with five seeds: hours
+make miniature   the paper's Table 3 on a demo world, with five seeds: an hour
 make install     into .venv alone
 make test        all tests
 make quick       the pure parts, a minute
@@ -53,7 +53,7 @@ endif
 	@echo "Next: source $(bin)/activate, then occfeat-train pretrain --store '$(STORE)'"
 
 miniature: $(installed)
-	$(bin)/occfeat-targets demo-data miniature-world --version v1.0-trainval --scenes 64 --samples 3
+	$(bin)/occfeat-targets demo-data miniature-world --version v1.0-trainval --scenes 48 --samples 3
 	$(bin)/occfeat-targets build miniature-world miniature.zarr --config miniature
 	$(bin)/python pipelines/reproduce.py --table 3 --preset miniature
 
