@@ -178,7 +178,7 @@ def test_the_miniature_s_fraction_stands_for_the_paper_s(store_for):
     (e,) = _experiments(store, "3", ("1",), preset="miniature", fractions=(0.01,))[:1]
     assert e.trainings[-1].job.fraction == 0.12
     assert e.column == "vehicle, 1 % (here 12 %)"
-    assert ("--fraction", "0.1") in pairwise(e.trainings[-1].command())
+    assert ("--fraction", "0.12") in pairwise(e.trainings[-1].command())
 
 
 def test_a_store_of_another_preset_is_refused(tiny_store, store_for):
