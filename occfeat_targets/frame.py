@@ -22,18 +22,26 @@ from occfeat_targets.teachers.base import Teacher
 
 SHARED = ("cameras", "box_classes", "vehicle_classes", "map_classes")
 """What the frames of a dataset have in common: fields of ``Dataset``, attributes of a store."""
+MAY_SHARE = ("lidarseg_classes",)
+"""Likewise, but attributes of those stores alone where there are some."""
 
 
-def layout_of(config: TargetsConfig, shared: Mapping[str, Any], feature_dim: int) -> Layout:
-    """What the outputs of a store have in common, by its settings, the teacher's channels, and
-    ``shared``, which has the keys :data:`SHARED`: ``vars(dataset)``, or a store's attributes."""
+def layout_of(
+    config: TargetsConfig, shared: Mapping[str, Any], feature_dim: int, patch_size: int = 1
+) -> Layout:
+    """What the outputs of a store have in common, by its settings, the teacher's channels and
+    patch, and ``shared``, which has the keys :data:`SHARED` and may have :data:`MAY_SHARE`:
+    ``vars(dataset)``, or a store's attributes."""
+    height, width = (side // patch_size for side in config.teacher.size_of(patch_size))
     return Layout(
         grid=config.grid,
         image_size=config.images.size,
         max_points=config.lidar.max_points * config.lidar.sweeps,
         sweeps=config.lidar.sweeps,
         feature_dim=feature_dim,
+        feature_hw=(height, width),
         **{key: tuple(shared[key]) for key in SHARED},
+        **{key: tuple(shared.get(key, ())) for key in MAY_SHARE},
     )
 
 
@@ -52,7 +60,8 @@ def stored_outputs(attrs: dict[str, Any]) -> tuple[TargetsConfig, list[Output]]:
     """Settings and outputs of a store, by its root attributes. A store of unknown origin is read
     within ``registry.only_plugins``."""
     config = TargetsConfig.of(attrs["config"])
-    return config, make_outputs(config, layout_of(config, attrs, attrs["teacher"]["dim"]))
+    dim, patch_size = attrs["teacher"]["dim"], attrs["teacher"].get("patch_size", 1)
+    return config, make_outputs(config, layout_of(config, attrs, dim, patch_size))
 
 
 def frame_targets(
@@ -64,7 +73,7 @@ def frame_targets(
     full_size = config.images.corruption != "none"  # it works on the original's pixels
     layout, near_m, size = outputs[0].layout, config.lidar.near_m, config.teacher.size_for(teacher)
     inputs = FrameInputs(record, layout, near_m, teacher, size, full_size)
-    arrays: dict[str, np.ndarray] = {}
+    arrays = inputs.arrays
     try:
         for output in outputs:
             given = output.compute(inputs)

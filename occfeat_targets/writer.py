@@ -20,7 +20,14 @@ import zarr
 from occfeat_targets import __version__
 from occfeat_targets.cluster import tell
 from occfeat_targets.config import TargetsConfig
-from occfeat_targets.frame import SHARED, frame_targets, layout_of, make_outputs, stored_outputs
+from occfeat_targets.frame import (
+    MAY_SHARE,
+    SHARED,
+    frame_targets,
+    layout_of,
+    make_outputs,
+    stored_outputs,
+)
 from occfeat_targets.outputs.base import Output
 from occfeat_targets.outputs.points import point_step_m
 from occfeat_targets.sources.base import Dataset, FrameError, FrameRecord
@@ -94,7 +101,8 @@ def _refuse_other(url: str, existing: dict, wanted: dict) -> None:
             f"{url} has format version {version}, this program writes {schema.FORMAT_VERSION}: "
             "choose another store or --overwrite"
         )
-    identity = {"config", "source", "teacher", "scenes", "splits", *SHARED, "records_sha256"}
+    identity = {"config", "source", "teacher", "scenes", "splits", "records_sha256"}
+    identity |= {*SHARED, *MAY_SHARE}
     both = identity & existing.keys() & wanted.keys()
     if changed := differences({k: existing[k] for k in both}, {k: wanted[k] for k in both}):
         lines = "\n  ".join(changed)
@@ -116,7 +124,8 @@ def set_teacher(url: str, config: TargetsConfig, teacher: dict) -> None:
                 del group[checksums.NAME]
             group.attrs["complete"] = False
         return
-    specs = _specs(make_outputs(config, layout_of(config, attrs, teacher["dim"])))
+    layout = layout_of(config, attrs, teacher["dim"], teacher["patch_size"])
+    specs = _specs(make_outputs(config, layout))
     schema.create_arrays(group, specs, attrs["n_frames"], config.block_frames)
     # Last: a store that names its teacher has its arrays.
     arrays = array_seals(url, [spec.name for spec in specs])
@@ -288,6 +297,7 @@ def _root_attributes(config: TargetsConfig, dataset: Dataset) -> dict:
         "grid": config.plain()["grid"],
         "config": config.plain(),
         **{key: list(getattr(dataset, key)) for key in ("scenes", "splits", *SHARED)},
+        **{key: list(named) for key in MAY_SHARE if (named := getattr(dataset, key))},
         "point_step_m": point_step_m(config.grid),
         "source": {"dataset": dataset.name, "version": dataset.version, "reader": dataset.reader},
         "software": {"occfeat": __version__} | {p: metadata.version(p) for p in packages},

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -27,6 +28,7 @@ from occfeat_targets.store.reader import SEAL, seal
 TESTS = Path(__file__).parent
 OFFLINE = (
     "against_reference build cli cluster corruptions demo_world docs geometry grid kill labels "
+    "lidar_outputs lidar_overfit "
     "lease protocols robustness sampling seams_targets teacher verify"
 )
 """Tests of the offline side: not collected where its extra ``targets`` is not installed."""
@@ -34,6 +36,7 @@ HAS_DEVKIT = importlib.util.find_spec("nuscenes") is not None
 collect_ignore = [] if HAS_DEVKIT else [f"test_{name}.py" for name in OFFLINE.split()]
 SLOW = (
     "build checksums cluster demo_world docs encoder_weights export gradients img_also kill lease "
+    "lidar_outputs lidar_overfit lidar_runs "
     "map_task movie onnx overfit predict protocol_runs report reproduce robustness runs "
     "seams_targets seams_train trackers train train_cli "
     "train_view"
@@ -187,6 +190,12 @@ def tree_bytes(root):
         return {key: fs.cat_file(f"{path}/{key}") for key in files.find(root)}
     root = Path(root)
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def tiny_lidar_store(made_once):
+    """The same with what lidar networks learn from; read-only by agreement."""
+    return made_once("tiny-lidar.zarr", partial(make_tiny_store, lidar=True))
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,10 @@ def test_settings_come_from_presets_and_files(demo_root, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["settings", "demmo"], "there is no preset 'demmo'; there are demo, miniature, nuscenes"),
+        (
+            ["settings", "demmo"],
+            "there is no preset 'demmo'; there are demo, lidar-miniature, lidar, miniature",
+        ),
         (["check", ".", "--config", "demmo"], "there is no preset 'demmo'"),
         (["check", ".", "--config", "mine.yaml"], "cannot read mine.yaml: No such file"),
         (["check", ".", "--set", "=3"], "unknown setting"),

@@ -12,9 +12,11 @@ def test_nuscenes_preset_shows_every_setting_at_its_default():
 
 
 def test_presets_are_found_by_name_and_are_possible():
-    for name in ("nuscenes", "demo", "miniature"):
+    for name in ("nuscenes", "demo", "miniature", "lidar", "lidar-miniature"):
         assert TargetsConfig.load(settings_file(name, "occfeat_targets"))
-    with pytest.raises(ConfigError, match="no preset 'paper'; there are demo, miniature, nuscenes"):
+    with pytest.raises(
+        ConfigError, match="no preset 'paper'; there are demo, lidar-miniature, lidar, miniature"
+    ):
         settings_file("paper", "occfeat_targets")
 
 
@@ -54,7 +56,7 @@ def test_round_trip_through_plain_values():
         ("teacher.input_size=[-14, 14]", "teacher.input_size.0 must be greater than 0, got -14"),
         ("map.line_width_m=0", "map.line_width_m must be greater than 0, got 0"),
         ("labels.map=never", "unknown setting labels; known: source, grid"),
-        ("outputs={lidarseg: {}}", "no output 'lidarseg'"),
+        ("outputs={panoptic: {}}", "no output 'panoptic'"),
         ('outputs={"no.such:Thing": {}}', "cannot load the output 'no.such:Thing'"),
         ("grid.q=[0, 1, 1]", "unknown setting grid.q"),
         ("lidar.sweeps", "--set wants section.key=value"),

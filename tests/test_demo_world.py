@@ -116,7 +116,7 @@ def test_scene_names_are_official():
 
 def test_tables_are_consistent(nusc, demo_root):
     assert [scene["name"] for scene in nusc.scene] == ["scene-0061", "scene-0103"]
-    assert len(nusc.category) == 23 and len(nusc.sample) == 4 and len(nusc.sample_data) == 28
+    assert len(nusc.category) == 32 and len(nusc.sample) == 4 and len(nusc.sample_data) == 28
     for data in nusc.sample_data:
         path = demo_root / data["filename"]
         assert path.stat().st_size > 0
@@ -368,7 +368,7 @@ def test_num_lidar_pts_is_counted(nusc):
 def test_boxes_hold_their_things(nusc, worlds):
     """Nearly all returns of an annotated thing lie in its box: the box encloses what is drawn."""
     scene, number, sample = next(samples_of(nusc))
-    _, ids = sweep(worlds[scene, number], np.random.default_rng(0))
+    _, ids, _ = sweep(worlds[scene, number], np.random.default_rng(0))
     hits = (ids > 0) & (ids < 90_000)
     counted = sum(nusc.get("sample_annotation", key)["num_lidar_pts"] for key in sample["anns"])
     assert hits.sum() > 300

@@ -27,7 +27,7 @@ from occfeat_targets.build import check_records, read_dataset
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.images import check_jpeg, decode_jpeg
 from occfeat_targets.info import as_text, summarise
-from occfeat_targets.sources import SOURCES, nuscenes
+from occfeat_targets.sources import SOURCES, nuscenes_map
 from occfeat_targets.sources.base import SourceError
 from occfeat_targets.store.checksums import write_checksums
 from occfeat_targets.store.files import StoreError, open_group
@@ -192,7 +192,7 @@ def small_world(dataroot):
     keep("instance", "token", {row["instance_token"] for row in boxes})
     file = next(dataroot.glob("maps/expansion/*.json"))
     layers = json.loads(file.read_text())
-    few = {k: v[:2] if k in ("road_divider", *nuscenes.AREAS.values()) else v
+    few = {k: v[:2] if k in ("road_divider", *nuscenes_map.AREAS.values()) else v
            for k, v in layers.items()}  # fmt: skip
     named = json.dumps([v for k, v in few.items() if k not in ("node", "polygon", "line")])
     for kind in ("polygon", "line", "node"):
@@ -242,7 +242,7 @@ def test_map_expansion(small_world):
     whole = file.read_bytes()
 
     def parse():
-        nuscenes._read_map.cache_clear()
+        nuscenes_map._read_map.cache_clear()
         for layers in vars(SOURCES("nuscenes")().read_map(str(file))).values():
             for shapes in layers.values():
                 list(shapes.near(np.zeros(2), 50))

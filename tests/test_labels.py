@@ -18,7 +18,7 @@ from occfeat_targets.outputs.boxes import footprint, vehicle_masks
 from occfeat_targets.outputs.map import map_masks
 from occfeat_targets.outputs.masks import draw_line, fill_polygon
 from occfeat_targets.sources.base import Boxes, FrameError, MapLayers, Shapes
-from occfeat_targets.sources.nuscenes import AREAS, MAP_CLASSES
+from occfeat_targets.sources.nuscenes_map import AREAS, MAP_CLASSES
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.teachers.base import NoTeacher
 
@@ -141,8 +141,13 @@ def test_a_frame_with_more_rows_than_there_is_room_for_says_what_to_raise(
 def test_vehicles_of_nuscenes_are_all_categories_of_that_name_and_no_other(demo_root):
     dataset = read_dataset(demo_root, None, TargetsConfig())
     rows = json.loads((demo_root / "v1.0-mini" / "category.json").read_text())
-    assert dataset.box_classes == tuple(row["name"] for row in rows)
-    wanted = {row["name"] for row in rows if row["name"].split(".")[0] == "vehicle"}
+    boxed, others = (
+        rows[:23],
+        {row["name"] for row in rows[23:]},
+    )  # these are of lidar returns alone
+    assert dataset.box_classes == tuple(row["name"] for row in boxed)
+    assert {"noise", "flat.other", "static.manmade", "vehicle.ego"} <= others and len(others) == 9
+    wanted = {row["name"] for row in boxed if row["name"].split(".")[0] == "vehicle"}
     assert set(dataset.vehicle_classes) == wanted
     assert {"vehicle.car", "vehicle.bus.rigid", "vehicle.bicycle"} <= wanted
 

@@ -18,7 +18,8 @@ from occfeat_targets.build import read_dataset
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.outputs.map_devkit import MapDevkit, devkit_masks
 from occfeat_targets.sources.base import MapLayers, Shapes, SourceError
-from occfeat_targets.sources.nuscenes import AREAS, LINES, MAP_CLASSES, NuScenesSource
+from occfeat_targets.sources.nuscenes import NuScenesSource
+from occfeat_targets.sources.nuscenes_map import AREAS, LINES, MAP_CLASSES
 from occfeat_targets.store.files import open_group
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import open_store

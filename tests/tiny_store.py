@@ -12,12 +12,14 @@ from PIL import Image
 
 from occfeat_targets import __version__
 from occfeat_targets.config import TargetsConfig
+from occfeat_targets.demo_world.labels import CATEGORIES
 from occfeat_targets.frame import layout_of, make_outputs
 from occfeat_targets.images import encode_jpeg
 from occfeat_targets.outputs.boxes import vehicle_masks
 from occfeat_targets.outputs.images import pack_images
 from occfeat_targets.outputs.points import pack_points, point_step_m
-from occfeat_targets.sources.nuscenes import CAMERAS, MAP_CLASSES
+from occfeat_targets.sources.nuscenes import CAMERAS
+from occfeat_targets.sources.nuscenes_map import MAP_CLASSES
 from occfeat_targets.store import schema
 from occfeat_targets.store.reader import SEAL, array_seals, seal
 
@@ -32,6 +34,12 @@ SETTINGS = [
     "block_frames=4",
 ]
 """of ``occfeat-targets build``."""
+TOKEN_HW = (4, 6)
+LIDAR = [
+    f"teacher.input_size={[*TOKEN_HW]}",
+    "outputs={tokens: {}, lidarseg: {}, superpixels: {}}",
+]
+"""Likewise, of a store for lidar networks."""
 DIM = 8
 """Channels of the made-up teacher."""
 SPLITS = {"mini_train": 3, "mini_val": 1}
@@ -43,9 +51,11 @@ _PEDESTRIAN = [6.0, 6.0, 1.0, 0.6, 0.6, 1.8, 0.0, 4.0]
 
 
 def make_tiny_store(
-    path, seed=0, settings=(), splits=SPLITS, preset="demo", with_map=False, dim=DIM
+    path, seed=0, settings=(), splits=SPLITS, preset="demo", with_map=False, dim=DIM, lidar=False
 ) -> Path:
-    """Write a finished store of ``SCENE_FRAMES`` frames a scene; of ``dim`` 0, without features."""
+    """Write a finished store of ``SCENE_FRAMES`` frames a scene; of ``dim`` 0, without features;
+    with ``lidar``, what lidar networks learn from."""
+    settings = [*settings, *LIDAR] if lidar else settings
     config = TargetsConfig.load(None, [*SETTINGS, f"train_preset={preset}", *settings])
     rng = np.random.default_rng(seed)
     scenes = [split for split, n in splits.items() for _ in range(n)]
@@ -56,6 +66,8 @@ def make_tiny_store(
         "vehicle_classes": ["vehicle.car"],
         "map_classes": list(MAP_CLASSES) if with_map else [],
     }
+    if lidar:
+        shared["lidarseg_classes"] = list(CATEGORIES)
     outputs = make_outputs(config, layout_of(config, shared, dim))
     specs = [spec for output in outputs for spec in output.specs()]
     group = zarr.open_group(path, mode="w", zarr_format=3)
@@ -69,6 +81,9 @@ def make_tiny_store(
         }
         if with_map:
             frame["map"] = _map(config.grid, np.random.default_rng([seed, i]))
+        if lidar:
+            rng_of_lidar = np.random.default_rng([seed, i, 1])
+            frame |= _lidar(rng_of_lidar, frame["points"], config.images.size, dim)
         for name, value in frame.items():
             if name not in group:
                 continue
@@ -140,6 +155,19 @@ def _frame(rng, config):
         "ego_T_lidar": _EGO_T_LIDAR,
         "global_T_ego": np.eye(4),
         **pack_images([_jpeg(rng, height, width) for _ in range(6)]),
+    }
+
+
+def _lidar(rng, points, hw, dim):
+    """Classes by height, so that they can be learned; random tokens; superpixels in a grid."""
+    height = np.digitize(points[:, 2], np.quantile(points[:, 2], [0.3, 0.6]))
+    v, u = np.indices(hw)
+    return {
+        "lidarseg": np.array([24, 28, 17])[height],
+        "lidarseg_left_out": rng.integers(0, 5, len(CATEGORIES)),
+        "tokens": rng.integers(-127, 128, (6, *TOKEN_HW, dim)),
+        "token_scale": rng.uniform(0.01, 0.02, (6, *TOKEN_HW)),
+        "superpixels": np.tile(v // 16 * 6 + u // 16, (6, 1, 1)),
     }
 
 

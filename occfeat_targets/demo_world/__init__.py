@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from occfeat_targets.demo_world import rig, tables
+from occfeat_targets.demo_world.labels import lidarseg
 from occfeat_targets.demo_world.render import render_camera, sweep
 from occfeat_targets.demo_world.scene import Plan, build_scene, frame_world
 from occfeat_targets.demo_world.solids import EGO_ID, Pose
@@ -27,7 +28,7 @@ from occfeat_targets.demo_world.traffic import Actor
 from occfeat_targets.geometry import transform
 
 #: Changes whenever the same parameters would give other bytes.
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 MANIFEST = "demo_world.json"
 
 
@@ -118,6 +119,7 @@ def _result_file(out: Path, index: int, sample: int) -> Path:
 def _is_complete(out: Path, plan: Plan, index: int, sample: int) -> bool:
     scene = build_scene(plan, index)
     files = [out / scene.file_name(sample, sensor) for sensor in rig.SENSORS]
+    files.append(out / tables.lidarseg_row(plan, index, sample)[-1])
     return all(path.exists() for path in [_result_file(out, index, sample), *files])
 
 
@@ -138,7 +140,8 @@ def _make_frames(
 
 
 def _make_frame(out: Path, plan: Plan, keyframe: tuple[int, int]) -> None:
-    """Write all files of one keyframe (scene, sample): six JPEGs, a lidar turn, what was measured.
+    """Write all files of one keyframe (scene, sample): six JPEGs, a lidar turn, the class of each
+    return, what was measured.
 
     As in the real data, things that no sensor catches are not annotated.
     """
@@ -154,9 +157,11 @@ def _make_frame(out: Path, plan: Plan, keyframe: tuple[int, int]) -> None:
         silhouette.update(view.silhouette)
         annotated = view.object_id[(view.object_id > 0) & (view.object_id < EGO_ID)]
         visible.update(dict(enumerate(np.bincount(annotated).tolist())))
-    points, _ = sweep(world, np.random.default_rng([plan.seed, index, sample, 2]))
+    points, *hit = sweep(world, np.random.default_rng([plan.seed, index, sample, 2]))
     lidar_file = out / world.scene.file_name(sample, rig.LIDAR_SENSOR)
     write_atomically(lidar_file, points.astype("<f4").tobytes())
+    labels_file = out / tables.lidarseg_row(plan, index, sample)[-1]
+    write_atomically(labels_file, lidarseg(world, *hit).tobytes())
     global_T_lidar = world.scene.global_T_sensor(world.timestamp, rig.LIDAR_SENSOR)
     xyz, result = transform(global_T_lidar, points[:, :3]), []
     for actor, pose in world.placed:

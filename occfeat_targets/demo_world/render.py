@@ -298,8 +298,9 @@ def ground_material(world: World, xy: np.ndarray) -> np.ndarray:
     return sample_ground(world.ground, *xy.T) & (SHADOW - 1)
 
 
-def sweep(world: World, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """One lidar turn at the keyframe's time, and object_id (N,) as in cast_rays of what it hit.
+def sweep(world: World, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One lidar turn at the keyframe's time; object_id and material (N,), see cast_rays, of what it
+    hit.
 
     Points are (N, 5) float32: x, y, z in the lidar frame, metres; intensity 0..255; ring 0..31.
     """
@@ -321,4 +322,4 @@ def sweep(world: World, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarra
     xyz = directions[kept] * (distance[kept].astype(np.float64) + error[kept])[:, None]
     intensity = np.clip(np.round(_INTENSITY[material[kept]] * spread[kept]), 0, 255)
     points = np.column_stack([xyz, intensity, ring[kept]]).astype(np.float32)
-    return points, object_id[kept]
+    return points, object_id[kept], material[kept]

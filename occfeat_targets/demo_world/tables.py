@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 
 from occfeat_targets.demo_world import rig
+from occfeat_targets.demo_world.labels import CATEGORIES
 from occfeat_targets.demo_world.scene import MAP_SIZE, Plan, Scene
 
 LOCATION = "boston-seaport"
@@ -38,12 +39,13 @@ _MAP_LAYERS = (
 Tables = dict[str, list[dict]]
 # Fields of the records of every table.
 _COLUMNS = {
-    "category": "token name description",
+    "category": "token name description index",
     "attribute": "token name description",
     "visibility": "token level description",
     "sensor": "token channel modality",
     "log": "token logfile vehicle date_captured location",
     "map": "token category filename log_tokens",
+    "lidarseg": "token sample_data_token filename",
     "scene": "token log_token name description nbr_samples first_sample_token last_sample_token",
     "sample": "token prev next scene_token timestamp",
     "calibrated_sensor": "token sensor_token translation rotation camera_intrinsic",
@@ -89,16 +91,18 @@ def build_tables(
     sample: object_id, num_lidar_pts and visibility of what is seen.
     """
     tables: Tables = {name: [] for name in _COLUMNS}
-    for table, groups in (("category", _CATEGORIES), ("attribute", _ATTRIBUTES)):
-        for name in (group + name for group in groups for name in groups[group].split()):
-            _add(tables, table, token(table, name), name, name)
+    # What was annotated with boxes comes first, as in nuScenes.
+    for name in dict.fromkeys((*_names(_CATEGORIES), *CATEGORIES)):
+        _add(tables, "category", token("category", name), name, name, CATEGORIES.index(name))
+    for name in _names(_ATTRIBUTES):
+        _add(tables, "attribute", token("attribute", name), name, name)
     for number, level in enumerate(_LEVELS, start=1):
         text = f"visibility of whole object is {level[1:]} %"
         _add(tables, "visibility", str(number), level, text)
     for sensor in rig.SENSORS:
         modality = "camera" if sensor.intrinsics else "lidar"
         _add(tables, "sensor", token("sensor", sensor.channel), sensor.channel, modality)
-    for name, scene, measured in zip(names, scenes, results, strict=True):
+    for index, (name, scene, measured) in enumerate(zip(names, scenes, results, strict=True)):
         owner = f"{plan.seed}/{name}"  # makes its tokens differ from other scenes'
         log, key = token("log", owner), token("scene", owner)
         samples = [token("sample", owner, number) for number in range(plan.samples)]
@@ -107,11 +111,23 @@ def build_tables(
         _add(tables, "scene", key, log, name, text, len(samples), samples[0], samples[-1])
         for number, links in enumerate(_chain(samples)):
             _add(tables, "sample", *links, key, scene.timestamp(number))
+            _add(tables, "lidarseg", *lidarseg_row(plan, index, number))
         _sensor_records(tables, owner, scene, samples)
         _annotation_records(tables, owner, scene, samples, measured)
     key, logs = token("map", plan.seed), [log["token"] for log in tables["log"]]
     _add(tables, "map", key, "semantic_prior", f"maps/{key}.png", logs)
     return tables
+
+
+def lidarseg_row(plan: Plan, index: int, sample: int) -> tuple[str, str, str]:
+    """Of keyframe ``sample`` of scene ``index``: both tokens, which are the same, and the file."""
+    owner = f"{plan.seed}/{scene_names(plan.version, plan.scenes)[index]}"
+    key = token("sample_data", owner, rig.LIDAR_SENSOR.channel, sample)
+    return key, key, f"lidarseg/{plan.version}/{key}_lidarseg.bin"
+
+
+def _names(groups: dict[str, str]) -> list[str]:
+    return [group + name for group in groups for name in groups[group].split()]
 
 
 def _add(tables: Tables, table: str, *values: object) -> None:

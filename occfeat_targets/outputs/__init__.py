@@ -12,9 +12,12 @@ OUTPUTS = Registry(
         "points": "occfeat_targets.outputs.points:Points",
         "boxes": "occfeat_targets.outputs.boxes:Boxes",
         "map_devkit": "occfeat_targets.outputs.map_devkit:MapDevkit",
+        "tokens": "occfeat_targets.outputs.tokens:Tokens",
+        "lidarseg": "occfeat_targets.outputs.lidarseg:Lidarseg",
+        "superpixels": "occfeat_targets.outputs.superpixels:Superpixels",
     },
 )
 """In the order in which they are drawn over each other. All but :data:`OPTIONAL` are in every store
 (``map`` if the dataset has one), with the settings of the section of their name."""
-OPTIONAL = ("map_devkit",)
+OPTIONAL = ("map_devkit", "tokens", "lidarseg", "superpixels")
 """In a store if the settings' ``outputs`` names them."""

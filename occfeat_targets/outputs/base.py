@@ -4,7 +4,7 @@ with one class; what several need of a keyframe, :class:`FrameInputs` computes o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,10 @@ class Layout:
     sweeps: int
     feature_dim: int
     """Channels C of the teacher; 0 without one, then no features are stored."""
+    feature_hw: Size = (1, 1)
+    """Cells of the teacher's feature map of an image."""
+    lidarseg_classes: tuple[str, ...] = ()
+    """Empty if lidar returns have no classes."""
 
     @property
     def max_voxels(self) -> int:
@@ -81,6 +85,8 @@ class FrameInputs:
     """(height, width) that the teacher sees."""
     full_size: bool = False
     """Whether the stored images are made of the originals at full size."""
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    """What the outputs before gave of it."""
 
     @cached_property
     def source(self) -> Source:
@@ -88,11 +94,12 @@ class FrameInputs:
         return SOURCES(self.record.source)()
 
     @cached_property
-    def lidar(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lidar returns of all sweeps: float64 (M, 3) metres in ego; float32 (M,) intensity 0..255.
+    def sweeps(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Each sweep's returns, float32 (M, 4), x, y, z in its sensor's frame and intensity, and
+        which of them are not on the ego car, bool (M,).
         Raises ValueError, naming the file, if one is missing, truncated or not finite."""
-        xyz_ego, intensity, record = [], [], self.record
-        for path, ego_T_sensor in zip(record.sweep_paths, record.ego_T_sweep, strict=True):
+        sweeps = []
+        for path in self.record.sweep_paths:
             rows = self.source.read_lidar(Path(path))
             if rows.shape[1:] != (4,):
                 raise ValueError(f"{path}: read_lidar gave shape {rows.shape}, should be (M, 4)")
@@ -100,9 +107,17 @@ class FrameInputs:
                 raise ValueError(f"{path} has {bad} points with NaN or infinite coordinates")
             if bad := np.count_nonzero((rows[:, 3] < 0) | (rows[:, 3] > 255)):
                 raise ValueError(f"{path} has {bad} points with an intensity outside 0..255")
-            rows = rows[~(np.abs(rows[:, :2]) < self.near_m).all(axis=1)]
-            xyz_ego.append(transform(ego_T_sensor, rows[:, :3]))
-            intensity.append(rows[:, 3])
+            sweeps.append((rows, ~(np.abs(rows[:, :2]) < self.near_m).all(axis=1)))
+        return sweeps
+
+    @cached_property
+    def lidar(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lidar returns of all sweeps that are not on the ego car: float64 (M, 3) metres in ego;
+        float32 (M,) intensity 0..255. Raises ValueError: see :attr:`sweeps`."""
+        xyz_ego, intensity = [], []
+        for (rows, far), ego_T_sensor in zip(self.sweeps, self.record.ego_T_sweep, strict=True):
+            xyz_ego.append(transform(ego_T_sensor, rows[far, :3]))
+            intensity.append(rows[far, 3])
         return np.concatenate(xyz_ego), np.concatenate(intensity)
 
     @cached_property

@@ -88,6 +88,10 @@ def pack_points(xyz_ego: np.ndarray, intensity: np.ndarray, grid: VoxelGrid) -> 
     """Points as int16 (P, 4): x, y, z in steps of ``point_step_m(grid)``, and intensity. Returns
     farther than 32767 steps on any axis are left out: they lie outside the grid (not of every
     turned one: the trainer's rotation may miss a few at its corners)."""
-    steps = np.rint(xyz_ego / point_step_m(grid))
-    fits = (np.abs(steps) <= 32767).all(axis=1)
+    steps, fits = np.rint(xyz_ego / point_step_m(grid)), within_reach(xyz_ego, grid)
     return np.column_stack([steps[fits], np.rint(intensity[fits])]).astype(np.int16)
+
+
+def within_reach(xyz_ego: np.ndarray, grid: VoxelGrid) -> np.ndarray:
+    """Which returns (M, 3), metres in ego, :func:`pack_points` keeps: bool (M,)."""
+    return (np.abs(np.rint(xyz_ego / point_step_m(grid))) <= 32767).all(axis=1)

@@ -74,6 +74,8 @@ class FrameRecord:
     boxes: Boxes
     source: str = ""
     """Name of its :class:`Source` in the registry: ``build.read_dataset`` fills it in."""
+    lidarseg_path: str = ""
+    """File for :meth:`Source.read_lidarseg`; empty if the returns have no classes."""
 
     def __str__(self) -> str:
         return f"{self.scene}, sample {self.token}"
@@ -116,6 +118,8 @@ class Dataset:
     """Those of ``box_classes`` that the vehicle masks show."""
     map_classes: tuple[str, ...]
     """Keys of what :meth:`Source.read_map` returns, in this order; empty without a map."""
+    lidarseg_classes: tuple[str, ...] = ()
+    """What the numbers of :meth:`Source.read_lidarseg` mean, at most 255; empty without any."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,11 @@ class Source(Protocol):
     def read_lidar(self, path: Path) -> np.ndarray:
         """Returns of one lidar file: float32 (M, 4), x, y, z in metres in the sensor frame, and
         intensity 0..255. Raises ValueError, naming the file, if it is missing or damaged."""
+        ...
+
+    def read_lidarseg(self, path: Path) -> np.ndarray:
+        """Class of each return of the keyframe's lidar file, uint8 (M,), in its order; never called
+        where no record has a ``lidarseg_path``. Raises ValueError, naming the file."""
         ...
 
     def read_map(self, path: str) -> MapLayers:

@@ -1,14 +1,10 @@
-"""nuScenes: dataroot to plain records, map expansion to plain arrays. The only module that imports
-nuscenes-devkit. The map is read from the JSON itself: the devkit's ``get_map_mask`` crashes on
-lines that leave and re-enter the patch (MultiLineString under shapely 2)."""
+"""nuScenes: dataroot to plain records. The only module that imports nuscenes-devkit."""
 
 from __future__ import annotations
 
 import difflib
-import json
-import threading
 from collections.abc import Iterator
-from functools import cache, lru_cache
+from functools import cache
 from importlib import metadata
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
@@ -33,9 +29,9 @@ from occfeat_targets.sources.base import (
     FramesSettings,
     MapLayers,
     MapMode,
-    Shapes,
     SourceError,
 )
+from occfeat_targets.sources.nuscenes_map import MAP_CLASSES, read_map
 
 if TYPE_CHECKING:
     from nuscenes.nuscenes import NuScenes
@@ -48,16 +44,6 @@ CAMERAS = (
     "CAM_BACK",
     "CAM_BACK_RIGHT",
 )
-AREAS = {
-    "road": "drivable_area",
-    "sidewalk": "walkway",
-    "crosswalk": "ped_crossing",
-    "parking": "carpark_area",
-}
-"""Map class to layer of polygons."""
-LINES = {"divider": "road_divider"}
-"""Map class to layer of lines."""
-MAP_CLASSES = (*AREAS, *LINES)
 LIDAR = "LIDAR_TOP"
 LIDAR_ROW_BYTES = 20  # x, y, z, intensity, ring as float32
 _SPLITS = {
@@ -65,7 +51,6 @@ _SPLITS = {
     "v1.0-trainval": ("train", "val"),
     "v1.0-test": ("test",),
 }
-_reading_map = threading.Lock()
 
 
 def _inside(name: str) -> str:
@@ -98,8 +83,11 @@ _ROWS: dict[str, Any] = {
     "calibrated_sensor": {**_POSE, "camera_intrinsic": list[_Vector]},
     "sample_annotation": {**_POSE, **_BOX},
     "log": {"location": _Name},
+    "lidarseg": {"filename": _Name},
 }
 """What is used of a table's rows, and checked then."""
+_NEVER_BOXED = ("noise", "flat.", "static.", "vehicle.ego")
+"""Categories that nuScenes-lidarseg adds begin so."""
 
 
 class NuScenesSource:
@@ -134,7 +122,8 @@ class NuScenesSource:
         samples = list(islice(chain.from_iterable(chains), frames.limit))
         progress = tqdm(samples, desc="reading tables", unit="frame", disable=None)
         is_demo = (dataroot / "demo_world.json").exists()
-        classes = tuple(dict.fromkeys(str(row.get("name", "")) for row in nusc.category))
+        names = dict.fromkeys(str(row.get("name", "")) for row in nusc.category)
+        classes = tuple(name for name in names if not name.startswith(_NEVER_BOXED))
         return Dataset(
             records=[_record(nusc, split_of, map_path, sample, sweeps) for sample in progress],
             name="occfeat demo world" if is_demo else "nuScenes",
@@ -146,6 +135,7 @@ class NuScenesSource:
             box_classes=classes,
             vehicle_classes=tuple(name for name in classes if name.startswith("vehicle.")),
             map_classes=MAP_CLASSES if any(map_path.values()) else (),
+            lidarseg_classes=_lidarseg_classes(nusc),
         )
 
     def n_returns(self, path: Path) -> int:
@@ -168,10 +158,16 @@ class NuScenesSource:
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} {error}") from error
 
+    def read_lidarseg(self, path: Path) -> np.ndarray:
+        """See ``base.Source``: a file ``lidarseg/<version>/<token>_lidarseg.bin``."""
+        try:
+            return np.fromfile(path, np.uint8)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+
     def read_map(self, path: str) -> MapLayers:
         """See ``base.Source``: a file ``maps/expansion/<location>.json``."""
-        with _reading_map:  # threads of a GPU worker would all parse the same large file
-            return _read_map(path)
+        return read_map(path)
 
 
 def find_version(dataroot: Path, version: str | None) -> str:
@@ -332,7 +328,26 @@ def _record(
         ego_T_sweep=np.stack(ego_T_sweep),
         global_T_ego=global_T_ego,
         boxes=_boxes(nusc, sample.anns, ego_T_global),
+        lidarseg_path=_lidarseg_path(nusc, lidar.token),
     )
+
+
+def _lidarseg_path(nusc: NuScenes, token: str) -> str:
+    """The file of labels of a lidar keyframe, whose row has the keyframe's token, if there is."""
+    try:
+        nusc.get("lidarseg", token)
+    except (AssertionError, KeyError):  # no such table, no such row
+        return ""
+    return str(Path(nusc.dataroot) / _row(nusc, "lidarseg", token).filename)
+
+
+def _lidarseg_classes(nusc: NuScenes) -> tuple[str, ...]:
+    """Names by index, if the dataroot has nuScenes-lidarseg."""
+    names = nusc.lidarseg_idx2name_mapping if "lidarseg" in nusc.table_names else {}
+    if [*map(str, sorted(names))] != [*map(str, range(len(names)))] or len(names) > 255:
+        problem = f"`index` should count its rows from 0, got {sorted(names)!s:.100}"
+        raise SourceError(f"{nusc.version}/category.json: {problem}")
+    return tuple(str(names[i]) for i in range(len(names)))
 
 
 def _boxes(nusc: NuScenes, tokens: list[str], ego_T_global: np.ndarray) -> Boxes:
@@ -347,36 +362,4 @@ def _boxes(nusc: NuScenes, tokens: list[str], ego_T_global: np.ndarray) -> Boxes
         category=tuple(row.category_name for row in rows),
         box=np.column_stack([ego_T_box[:, :3, 3], length, width, height, yaw(ego_T_box)]),
         visibility=np.array([int(row.visibility_token or 0) for row in rows], dtype=np.uint8),
-    )
-
-
-@lru_cache(maxsize=4)  # nuScenes has four locations
-def _read_map(path: str) -> MapLayers:
-    try:
-        tables = json.loads(Path(path).read_text())
-        nodes = {n["token"]: (n["x"], n["y"]) for n in tables["node"]}
-
-        def points(holder: dict, key: str = "node_tokens") -> np.ndarray:
-            found = np.array([nodes[t] for t in holder[key]], dtype=np.float64).reshape(-1, 2)
-            if not np.isfinite(found).all():
-                raise ValueError("a node is not finite")
-            return found
-
-        polygon = {
-            p["token"]: [points(p, "exterior_node_tokens"), *map(points, p["holes"])]
-            for p in tables["polygon"]
-        }
-        line = {t["token"]: [points(t)] for t in tables["line"]}
-        areas = {}
-        for name, layer in AREAS.items():
-            tokens = (r.get("polygon_tokens") or [r["polygon_token"]] for r in tables[layer])
-            areas[name] = [polygon[token] for each in tokens for token in each]
-        lines = {n: [line[r["line_token"]] for r in tables[layer]] for n, layer in LINES.items()}
-    except OSError as error:
-        raise ValueError(f"{path}: cannot read the map expansion: {error}") from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a nuScenes map expansion file ({error!r:.300})") from error
-    return MapLayers(
-        {name: Shapes([s for s in found if len(s[0]) > 2]) for name, found in areas.items()},
-        {name: Shapes([s for s in found if len(s[0]) > 1]) for name, found in lines.items()},
     )

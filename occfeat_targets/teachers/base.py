@@ -32,7 +32,11 @@ class TeacherSettings(Settings):
 
     def size_for(self, teacher: "Teacher") -> tuple[int, int]:
         """Height and width that a teacher sees."""
-        return self.input_size or (18 * teacher.patch_size, 32 * teacher.patch_size)
+        return self.size_of(teacher.patch_size)
+
+    def size_of(self, patch_size: int) -> tuple[int, int]:
+        """Height and width that a teacher of such patches sees."""
+        return self.input_size or (18 * patch_size, 32 * patch_size)
 
     def place(self) -> tuple[torch.device, torch.dtype]:
         """Where a teacher runs, and in which precision."""
