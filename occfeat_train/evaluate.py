@@ -8,12 +8,10 @@ import torch
 from tqdm import tqdm
 
 from occfeat_targets.store.reader import open_store
-from occfeat_train.augment import NO_AUGMENT, draw, network_inputs
-from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.data.order import eval_batches, select_frames, split_names
 from occfeat_train.data.workers import make_loader
-from occfeat_train.distributed import Process, pick_precision
-from occfeat_train.network import Network, trained_network
+from occfeat_train.distributed import Process
+from occfeat_train.network import Network, frames_for, trained_network
 from occfeat_train.objectives.base import Batch
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.run import Run, RunError
@@ -45,6 +43,7 @@ def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
         "splits": sorted({store.split(i) for i in frames}),
         "frames": len(frames),
         **{name: getattr(job, name) for name in ("fraction", "init", "task")},
+        "counted": cast(Task, network.objective).counted,
         **measured,
     }
 
@@ -56,7 +55,7 @@ def measure(
     ``tasks.base.Meter.result`` under each protocol, named ``PROTOCOL, ROW``; and the ``headline``
     of the one that the task learned, which must be among them, with its ``protocol``."""
     task, data = cast(Task, network.objective), job.config.data
-    dataset = FrameDataset(job.store, frames, ("images", *task.eval_arrays))
+    dataset = frames_for(job, network, frames, task.eval_arrays)
     batches = eval_batches(len(frames), _BATCH, process.rank, process.world)
     on_gpu = process.device.type == "cuda"
     loader = make_loader(dataset, batches, data.workers, data.start_method, pin_memory=on_gpu)
@@ -65,7 +64,7 @@ def measure(
     for batch in tqdm(loader, desc="evaluate", **looks):
         batch = {name: values.to(process.device) for name, values in batch.items()}
         bev_frames = [task.bev_frame(batch, protocol) for protocol in protocols]
-        predicted = _predict(network, batch, job, task.predict, bev_frames)
+        predicted = _predict(network, batch, task.predict, bev_frames)
         for meter, theirs in zip(meters.values(), predicted, strict=True):
             meter.add(batch, theirs)
     results = {protocol: meter.result() for protocol, meter in meters.items()}
@@ -75,42 +74,29 @@ def measure(
     return {"rows": rows, "headline": headline | {"name": name, "protocol": task.protocol}}
 
 
-def predict(network: Network, batch: Batch, job: Job, head: Callable[[torch.Tensor], Any]) -> Any:
-    """What ``head`` makes of BEV features (B, C, X, Y) of a batch on the device, not augmented, in
-    the BEV frame of what the network learned."""
-    return _predict(network, batch, job, head, [network.objective.frame(batch)])[0]
+def predict(network: Network, batch: Batch, head: Callable[[torch.Tensor], Any]) -> Any:
+    """What ``head`` makes of the features of a batch on the device, not augmented, in the BEV frame
+    of what the network learned: (B, C, X, Y) of cameras."""
+    return _predict(network, batch, head, [network.objective.frame(batch)])[0]
 
 
 def _predict(
     network: Network,
     batch: Batch,
-    job: Job,
     head: Callable[[torch.Tensor], Any],
     frames: Sequence[torch.Tensor | None],
 ) -> list[Any]:
     """The same in each of some BEV frames, see :meth:`Objective.frame`."""
     network.eval()
-    device = batch["images"].device
-    draws = draw(NO_AUGMENT, 0, 0, batch["frame"], batch["K"].shape[1])
-    dtype, _ = pick_precision(job.config.run.precision, device)
     with torch.inference_mode():
-        # Geometry stays in float32: half a pixel would be lost in bfloat16.
-        inputs = network_inputs(batch, draws, job.config.model.image_size, 0.0)
-        images, K, net, poses = inputs["images"], inputs["K"], network.bev_net, {}
-        for frame in frames:  # several may be ego, whose BEV is then made once
-            pose = inputs["cam_T_bev"] if frame is None else batch["cam_T_ego"] @ frame[:, None]
-            poses[id(frame)] = pose
-        *_, H, W = images.shape
-        with torch.autocast(device.type, dtype, dtype != torch.float32):
-            features = net.encode(images)  # nothing is mirrored
-            found = {k: head(net.see(features, K, pose, (H, W))) for k, pose in poses.items()}
-        return [found[id(frame)] for frame in frames]
+        return network.sensor.predict(network.backbone, batch, head, frames)
 
 
 def table(result: dict[str, Any]) -> str:
     """A result as text for people."""
-    header = f"{where(result)}: {result['task']} IoU in per cent at probability 0.5"
-    return f"{header}\n\n{as_columns(TASKS(result['task']).table(result['rows']))}"
+    task = TASKS(result["task"])
+    header = f"{where(result)}: {result['task']} IoU in per cent{task.counted}"
+    return f"{header}\n\n{as_columns(task.table(result['rows']))}"
 
 
 def where(result: dict[str, Any]) -> str:

@@ -15,11 +15,15 @@ from torch import Tensor, nn
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.registry import only_plugins
+from occfeat_train.config import TrainConfig
 from occfeat_train.model_card import model_card, title_of
-from occfeat_train.models.bev_net import BEVNet, ModelSettings
+from occfeat_train.models.bev_net import BEVNet
 from occfeat_train.models.encoder_weights import published_weights
-from occfeat_train.network import bev_net_state, load_same_tensors
+from occfeat_train.network import backbone_state, load_same_tensors
+from occfeat_train.objectives import OBJECTIVES
 from occfeat_train.runs.run import Run, RunError, replace, write_json
+from occfeat_train.sensors import SENSORS
+from occfeat_train.sensors.base import Sensor
 from occfeat_train.tasks import TASKS
 from occfeat_train.tasks.base import Task
 
@@ -29,33 +33,48 @@ _OF_STORE = ("grid", "cameras", "box_classes", "vehicle_classes", "map_classes",
 
 
 class ExportedNetwork(nn.Module, ModelHubMixin):
-    """A trained BEV network and, if it was finetuned, its task, in evaluation mode.
+    """A trained backbone and, if it was finetuned, its task, in evaluation mode.
 
     ``description`` is what ``model.json`` says. ConfigError, KeyError: that names no network.
     ``push_to_hub``, ``save_pretrained`` and ``from_pretrained`` are those of huggingface_hub.
     """
 
+    bev_net: BEVNet
+    """The backbone, if it looks through cameras."""
+
     def __init__(self, description: dict[str, Any]):
         super().__init__()
         self.description = description
         self._hub_mixin_config = None  # else its config.json would say the same a second time
-        model = ModelSettings.of(description["model"], "model")
-        self.bev_net = BEVNet(model, VoxelGrid.from_dict(description["grid"]))
+        kind = SENSORS(description.get("sensor", "camera"))
+        self.sensor: Sensor = kind(TrainConfig.of({kind.section: description[kind.section]}))
+        backbone = self.sensor.backbone(VoxelGrid.from_dict(description["grid"]))
+        self.add_module(self.sensor.backbone_name, backbone)
         self.objective: Task | None = None
         if name := description.get("task"):
             task = TASKS(name)
             settings = task.Settings.of(description["settings"], f"tasks.{name}")
-            self.objective = task(settings, _store_of(description), model.channels, False)
+            channels = self.sensor.channels
+            self.objective = task(settings, _store_of(description), channels, False)
         self.eval()
 
-    def forward(self, images: Tensor, K: Tensor, cam_T_ego: Tensor) -> dict[str, Any]:
-        """What its task predicts, by name; ``bev`` features (B, C, X, Y) if it has none.
-        Arguments are those of :meth:`BEVNet.forward`."""
-        return self.predict(self.bev_net(images, K, cam_T_ego))
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
+        """What its task predicts; ``bev`` features (B, C, X, Y), or ``rows`` (R, C) of lidar, if it
+        has none. Arguments are those of its backbone's: :meth:`BEVNet.forward`, images, K and
+        cam_T_ego; or ``WaffleIron.forward``."""
+        return self.predict(self.get_submodule(self.sensor.backbone_name)(*inputs, **named))
 
-    def predict(self, bev: Tensor) -> dict[str, Any]:
-        """What its task makes of BEV features; ``bev`` themselves if it has none."""
-        return self.objective.predict(bev) if self.objective else {"bev": bev}
+    def predict(self, features: Tensor) -> Any:
+        """What its task makes of features; themselves if it has none."""
+        if self.objective:
+            return self.objective.predict(features)
+        return {"bev" if self.sensor.section == "model" else "rows": features}
+
+    def require_cameras(self) -> Self:
+        """Itself. RunError: it looks through another sensor."""
+        if self.sensor.section != "model":
+            raise RunError(f"a {self.title} does not look through cameras: this is not for it")
+        return self
 
     @classmethod
     def of_run(cls, run: Run, plugins: Collection[str] = ()) -> Self:
@@ -70,7 +89,8 @@ class ExportedNetwork(nn.Module, ModelHubMixin):
             raise RunError(f"{run.path} is of another version of occfeat: {error!r}") from error
         theirs = state["network"]
         if network.objective is None:
-            theirs = {k: v for k, v in theirs.items() if k.startswith("bev_net.")}
+            prefix = f"{network.sensor.backbone_name}."
+            theirs = {k: v for k, v in theirs.items() if k.startswith(prefix)}
         load_same_tensors(network, theirs, run.path)
         return network
 
@@ -80,9 +100,9 @@ class ExportedNetwork(nn.Module, ModelHubMixin):
         return title_of(self.description)
 
     def write(self, directory: Path) -> None:
-        """``model.safetensors`` and ``model.json``; of a BEV network alone by that one's names."""
-        state = self.state_dict()
-        weights = state if self.objective else bev_net_state(state)
+        """``model.safetensors`` and ``model.json``; of a backbone alone by that one's names."""
+        state, name = self.state_dict(), self.sensor.backbone_name
+        weights = state if self.objective else backbone_state(state, name)
         plain = save({k: v.contiguous() for k, v in weights.items()})
         # Not by save_file: it lets nobody else read the file, whatever the umask.
         replace(directory / WEIGHTS, lambda part: part.write_bytes(plain))
@@ -118,7 +138,8 @@ class ExportedNetwork(nn.Module, ModelHubMixin):
         except (LookupError, TypeError) as error:
             raise RunError(f"{directory}/{DESCRIPTION} is damaged: {error!r}") from error
         if network.objective is None:
-            weights = {f"bev_net.{name}": tensor for name, tensor in weights.items()}
+            prefix = network.sensor.backbone_name
+            weights = {f"{prefix}.{name}": tensor for name, tensor in weights.items()}
         load_same_tensors(network, weights, directory)
         return network
 
@@ -145,7 +166,7 @@ def export_encoder(run: Run, out: Path, plugins: Collection[str] = ()) -> str:
     :meth:`ExportedNetwork.of_run`."""
     if out.exists() or out.suffix != ".safetensors" or not out.parent.is_dir():
         raise RunError(f"cannot write {out}: name a new .safetensors in a directory that exists")
-    encoder = ExportedNetwork.of_run(run, plugins).bev_net.encoder
+    encoder = ExportedNetwork.of_run(run, plugins).require_cameras().bev_net.encoder
     label, weights = published_weights(encoder)
     replace(out, lambda part: part.write_bytes(save(weights)))
     return f"{encoder.name} of {run.path} by the names of {label}"
@@ -164,8 +185,8 @@ def load_bev_net(directory: str | Path, plugins: Collection[str] = ()) -> BEVNet
     directory = Path(directory)
     description, weights = _read(directory)
     with only_plugins(str(directory), plugins):
-        network = ExportedNetwork(description | {"task": None}).bev_net
-    load_same_tensors(network, bev_net_state(weights) or weights, directory)
+        network = ExportedNetwork(description | {"task": None}).require_cameras().bev_net
+    load_same_tensors(network, backbone_state(weights, "bev_net") or weights, directory)
     return network
 
 
@@ -184,10 +205,16 @@ def _describe(run: Run, position: dict[str, Any]) -> dict[str, Any]:
     """For ``model.json``: what the network is, what it learned from, and how well."""
     said = run.description()
     store, config = said["store_identity"], said["config"]
-    description = {"format": FORMAT, "kind": said["kind"], "model": config["model"]}
+    task = said["task"]
+    learns = TASKS(task) if task else OBJECTIVES(config["pretrain"]["objective"])
+    section = SENSORS(learns.sensor).section
+    description = {"format": FORMAT, "kind": said["kind"], section: config[section]}
+    description |= {"sensor": learns.sensor} if learns.sensor != "camera" else {}
     description |= {name: store[name] for name in _OF_STORE}
+    if "lidarseg_classes" in store:
+        description["lidarseg_classes"] = store["lidarseg_classes"]
     description |= {"stored_image_size": store["images"]["size"]}
-    if task := said["task"]:
+    if task:
         description |= {"task": task, "settings": config["tasks"].get(task, {})}
         description |= {"result": _result(run, position)}
         description |= {name: said[name] for name in ("fraction", "fraction_unit")}
@@ -218,11 +245,13 @@ def _result(run: Run, position: dict[str, Any]) -> dict[str, Any] | None:
     with suppress(OSError, ValueError, LookupError, TypeError):
         result = json.loads((run.path / "result.json").read_text())
         if result["step"] == position["step"] and result["headline"]["protocol"]:
-            return {name: result[name] for name in ("splits", "frames", "headline", "rows")}
+            names = ("splits", "frames", "headline", "rows", "counted")
+            return {name: result[name] for name in names if name in result}
     return None
 
 
 def _store_of(description: dict[str, Any]) -> TargetStore:
     """What a task asks of a store to make its head: attributes, and no arrays."""
     attributes: Any = {name: description[name] for name in _OF_STORE} | {"arrays": {}}
+    attributes |= {"lidarseg_classes": description.get("lidarseg_classes", [])}
     return TargetStore("the exported network", zarr.group(store={}, attributes=attributes))

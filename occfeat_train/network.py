@@ -1,4 +1,4 @@
-"""What is trained: a BEV network with an objective on top; and its first or learned weights."""
+"""What is trained: a backbone with an objective on top; and its first or learned weights."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,34 +8,43 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from occfeat_targets.store.reader import TargetStore
-from occfeat_train.augment import draw, network_inputs
-from occfeat_train.models.bev_net import BEVNet, ModelSettings
-from occfeat_train.models.encoder_weights import load_encoder_weights
+from occfeat_targets.store.reader import TargetStore, open_store
+from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.objectives.base import Batch, Loss, Objective, Targets
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.run import Run, RunError, check_same_grid
+from occfeat_train.sensors.base import Sensor
 
 
 class Network(nn.Module):
-    """One module for DDP; its submodules are ``bev_net`` and ``objective``."""
+    """One module for DDP; its submodules are the backbone, by its sensor's name for it (such as
+    ``bev_net``), and ``objective``."""
 
-    def __init__(self, model: ModelSettings, objective: Objective):
+    def __init__(self, sensor: Sensor, objective: Objective, frozen: bool = False):
         super().__init__()
-        self.bev_net = BEVNet(model, objective.grid)
+        self.sensor, self.frozen = sensor, frozen
+        self.add_module(sensor.backbone_name, sensor.backbone(objective.grid))
         self.objective = objective
-        self.freeze_batch_norm = model.freeze_batch_norm
+        self.freeze_batch_norm = sensor.freeze_batch_norm
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.backbone.requires_grad_(not frozen)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """What is pretrained."""
+        return self.get_submodule(self.sensor.backbone_name)
 
     def forward(
         self, inputs: Batch, targets: Targets, counts: Sequence[float], share: float
     ) -> Loss:
         """Loss and terms of a micro-batch, see :meth:`Objective.forward`."""
-        return self.objective(self.bev_net(**inputs), targets, counts, share)
+        return self.objective(self.backbone(**inputs), targets, counts, share)
 
     def train(self, mode: bool = True) -> Self:
-        """As usual, but frozen batch norms stay in evaluation mode."""
+        """As usual, but a frozen backbone, or frozen batch norms, stay in evaluation mode."""
         super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
         if self.freeze_batch_norm:
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -46,23 +55,25 @@ class Network(nn.Module):
 def build_network(job: Job, store: TargetStore, load_weights: bool) -> tuple[Network, str]:
     """The job's network with its starting weights, and a report of where they came from.
 
-    From a run it takes encoder, lifting and decoder; the objective stays fresh. The report then
-    says what was loaded, what is fresh and what was not used, by part. Raises RunError: the run to
-    start from is of another grid or BEV network; StoreError: the store lacks what the task needs;
-    WeightsError: from ``load_encoder_weights``.
+    From a run it takes the backbone; the objective stays fresh. The report then says what was
+    loaded, what is fresh and what was not used, by part. Raises RunError: the run to start from is
+    of another grid or backbone; StoreError: the store lacks what the task needs; WeightsError: from
+    :meth:`Sensor.load_first_weights`.
     """
-    network = Network(job.config.model, job.objective(store))
+    frozen = job.task is not None and job.config.finetune.freeze_backbone
+    network = Network(job.sensor, job.objective(store), frozen)
     if not load_weights:
         return network, ""
     if not job.init:
-        encoder = network.bev_net.encoder
-        report = load_encoder_weights(encoder, job.config.model.encoder_weights)
-        return network, f"encoder: {report}"
+        return network, job.sensor.load_first_weights(network.backbone)
     run = Run(Path(job.init))
     check_same_grid(run, store)
     state = run.load()[0]["network"]
-    theirs = bev_net_state(state)
-    load_same_tensors(network.bev_net, theirs, run.path)
+    name = job.sensor.backbone_name
+    theirs = backbone_state(state, name)
+    if not theirs:
+        raise RunError(f"{run.path} has no {name}, with which a {job.title} begins: name another")
+    load_same_tensors(network.backbone, theirs, run.path)
     fresh = network.objective.state_dict()
     return network, (
         f"loaded from {run.path}: {_by_part(theirs)}; fresh: {_by_part(fresh)}; "
@@ -87,20 +98,22 @@ def prepare(
     batch: Batch, job: Job, network: Network, epoch: int, device: torch.device
 ) -> tuple[Batch, Targets]:
     """A collated batch moved to the device and augmented: network inputs and targets."""
-    config = job.config
-    frames, n_cameras = batch["frame"], batch["K"].shape[1]
-    draws = draw(config.augment, config.run.seed, epoch, frames, n_cameras)
-    batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
-    batch["seed"] = draws.seed
-    size, shift, objective = config.model.image_size, config.augment.shift, network.objective
-    with torch.no_grad():
-        inputs = network_inputs(batch, draws, size, shift, objective.frame(batch))
-        return inputs, objective.targets(batch, draws.angle)
+    return job.sensor.prepare(batch, network.objective, epoch, device)
 
 
-def bev_net_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The BEV network's tensors of a network's, by its own names."""
-    prefix = "bev_net."
+def frames_for(
+    job: Job, network: Network, frames: Sequence[int], arrays: Sequence[str], training: bool = False
+) -> FrameDataset:
+    """Frames of the job's store as its network wants them read, with some ``arrays`` besides."""
+    sensor = job.sensor
+    work = sensor.work(open_store(job.store), network.objective, training)
+    check = job.config.data.check_reads if training else True
+    return FrameDataset(job.store, frames, (*sensor.arrays, *arrays), check, work)
+
+
+def backbone_state(state: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The tensors of the backbone ``name`` of a network's, by its own names."""
+    prefix = f"{name}."
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 

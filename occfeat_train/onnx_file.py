@@ -49,9 +49,10 @@ def require_exporter() -> None:
 
 def write_onnx(network: ExportedNetwork, cameras: Sequence[Camera], directory: Path) -> None:
     """Write ``model.onnx``, ``images`` to the network's outputs for these cameras, and
-    ``calibration.json``, which says what they are. RunError: see :func:`require_exporter`."""
+    ``calibration.json``, which says what they are. RunError: see :func:`require_exporter`; or the
+    network does not look through cameras."""
     require_exporter()
-    fixed = FixedNetwork(network, cameras).eval()
+    fixed = FixedNetwork(network.require_cameras(), cameras).eval()
     # It warns of what neither of us uses.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     names: Any = {"input_names": ["images"], "output_names": list(fixed.names)}

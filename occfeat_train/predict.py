@@ -33,6 +33,7 @@ def open_network(path: Path, plugins: Collection[str] = ()) -> ExportedNetwork:
         raise RunError(f"{path} is neither a run nor an exported network: name one's directory")
     is_run = (path / "run.json").exists()
     network = ExportedNetwork.of_run(Run(path), plugins) if is_run else load_network(path, plugins)
+    network.require_cameras()
     if not isinstance(network.objective, MaskTask):
         raise RunError(f"{path} is a {network.title}, which predicts no masks: name a finetuning's")
     return network

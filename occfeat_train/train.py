@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.reader import open_store
-from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.data.order import ShardSampler, select_frames, split_names
 from occfeat_train.data.workers import make_loader
 from occfeat_train.distributed import (
@@ -32,8 +31,9 @@ from occfeat_train.distributed import (
     pick_precision,
     stop_signals,
 )
-from occfeat_train.network import Network, build_network, prepare
+from occfeat_train.network import Network, build_network, frames_for, prepare
 from occfeat_train.objectives.base import Batch
+from occfeat_train.optimiser import make_optimiser, make_schedule
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.log import RunLog
 from occfeat_train.runs.run import Run, RunError
@@ -128,7 +128,8 @@ class Trainer:
             self.job.config.model.image_size,
             self.store.attrs["config"]["images"]["size"],
         )
-        if any(ours > theirs for ours, theirs in zip(size, stored, strict=True)):
+        larger = any(ours > theirs for ours, theirs in zip(size, stored, strict=True))
+        if larger and network.objective.sensor == "camera":
             note(
                 f"model.image_size {list(size)} is more than the {list(stored)} of the store's "
                 "images, which are enlarged: that costs time and adds no detail"
@@ -168,8 +169,8 @@ class Trainer:
         checkpoint, once ``stop`` of any process says that it was asked to."""
         process, plan = self.process, self.job.plan
         settings, data = self.job.config.run, self.job.config.data
-        arrays = ("images", *self.learner.network.objective.arrays)
-        dataset = FrameDataset(self.job.store, self.frames, arrays, data.check_reads)
+        network = self.learner.network
+        dataset = frames_for(self.job, network, self.frames, network.objective.arrays, True)
         batch, on_gpu = plan.batch, process.device.type == "cuda"
         sampler = ShardSampler(len(dataset), batch, settings.seed, process.rank, process.world)
         loader = make_loader(dataset, sampler, data.workers, data.start_method, pin_memory=on_gpu)
@@ -322,20 +323,11 @@ class Learner:
 
 
 def make_learner(job: Job, network: Network, total_steps: int, device: torch.device) -> Learner:
-    """Optimiser and schedule: Adam at a constant rate for pretraining, AdamW with a linear
-    one-cycle for finetuning (paper §4.1; Simple-BEV's ``pct_start`` and torch's divisors)."""
+    """Optimiser and schedule: by default Adam at a constant rate for pretraining, AdamW with a
+    linear one-cycle for finetuning (paper §4.1; Simple-BEV's ``pct_start``, torch's divisors)."""
     plan, half = job.plan, pick_precision(job.config.run.precision, device)[0] == torch.float16
-    make, scheduler = torch.optim.Adam if job.kind == "pretrain" else torch.optim.AdamW, None
-    optimiser = make(network.parameters(), plan.lr, weight_decay=plan.weight_decay)
-    if job.kind == "finetune":
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser,
-            plan.lr,
-            total_steps + 1,  # it is stepped once more after the last step
-            pct_start=max(0.05, 1.5 / (total_steps + 1)),  # torch wants more than one step up
-            anneal_strategy="linear",
-            cycle_momentum=False,
-        )
+    optimiser = make_optimiser(network, plan.optimiser, plan.lr, plan.weight_decay)
+    scheduler = make_schedule(optimiser, plan.optimiser, plan.lr, total_steps, plan.epochs)
     return Learner(network, optimiser, scheduler, torch.amp.GradScaler(device.type, enabled=half))
 
 

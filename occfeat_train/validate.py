@@ -12,7 +12,6 @@ from typing import cast
 import torch
 
 from occfeat_train.augment import NO_AUGMENT
-from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.data.order import eval_batches
 from occfeat_train.data.workers import make_loader
 from occfeat_train.distributed import (
@@ -23,7 +22,7 @@ from occfeat_train.distributed import (
     pick_precision,
 )
 from occfeat_train.evaluate import measure
-from occfeat_train.network import Network, prepare
+from occfeat_train.network import Network, frames_for, prepare
 from occfeat_train.runs.job import Job
 from occfeat_train.tasks.base import Task
 
@@ -51,7 +50,7 @@ def validate(
 def _loss(job: Job, network: Network, frames: Sequence[int], process: Process) -> dict[str, float]:
     """Means over the frames of each one's own, whoever reads it and beside which others."""
     plain = replace(job, config=job.config.with_(augment=NO_AUGMENT))
-    dataset = FrameDataset(job.store, frames, ("images", *network.objective.arrays))
+    dataset = frames_for(job, network, frames, network.objective.arrays)
     alone, data = eval_batches(len(frames), 1, process.rank, process.world), job.config.data
     dtype, _ = pick_precision(job.config.run.precision, process.device)
     sums: Counter[str] = Counter()

@@ -14,6 +14,7 @@ from occfeat_train.config import RunSettings, TrainConfig
 from occfeat_train.evaluate import predict
 from occfeat_train.geometry import resize_and_crop, rotation_z
 from occfeat_train.models.bev_net import ModelSettings
+from occfeat_train.sensors.camera import Camera
 
 # Below 256 pixels a side, so that one grey level is one pixel and a ramp is exact.
 STORED_WH = (240, 136)
@@ -262,15 +263,15 @@ def test_evaluation_in_bfloat16_sees_the_same_cameras_and_images():
     def see(images, K, cam_T_bev, image_hw):
         seen.append({"images": images, "K": K, "cam_T_bev": cam_T_bev})
 
-    network = SimpleNamespace(
-        eval=lambda: None,
-        bev_net=SimpleNamespace(encode=lambda images: images, see=see),
-        objective=SimpleNamespace(frame=lambda batch: None),
-    )
     for precision in ("float32", "bfloat16"):
         model, run = ModelSettings(image_size=NETWORK_HW), RunSettings(precision=precision)
-        job = SimpleNamespace(config=TrainConfig(model=model, run=run))
-        predict(network, stored, job, lambda bev: bev)
+        network = SimpleNamespace(
+            eval=lambda: None,
+            sensor=Camera(TrainConfig(model=model, run=run)),
+            backbone=SimpleNamespace(encode=lambda images: images, see=see),
+            objective=SimpleNamespace(frame=lambda batch: None),
+        )
+        predict(network, stored, lambda bev: bev)
     single, half = seen
     assert torch.equal(half["K"], single["K"])
     torch.testing.assert_close(half["cam_T_bev"], single["cam_T_bev"])

@@ -436,7 +436,7 @@ def test_a_training_step_reaches_every_parameter(name, tiny_store):
     job = Job("finetune", "", config, task=name) if finetunes else Job("pretrain", "", config)
     store = open_store(tiny_store)
     torch.manual_seed(0)
-    network = Network(model, job.objective(store)).train()
+    network = Network(job.sensor, job.objective(store)).train()
     assert isinstance(network.bev_net.lift, BEVFormerLift)
     dataset = FrameDataset(tiny_store, [0, 1], ("images", *network.objective.arrays))
     batch = dataset.collate([dataset[i] for i in range(2)])

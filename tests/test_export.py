@@ -84,7 +84,7 @@ def test_its_description_says_where_it_comes_from(workplace):
     assert said["result"] == {
         name: value
         for name, value in json.loads((finetuned.path / "result.json").read_text()).items()
-        if name in ("splits", "frames", "headline", "rows")
+        if name in ("splits", "frames", "headline", "rows", "counted")
     }
     assert json.loads((workplace / "untested/model.json").read_text())["result"] is None
     assert said["seed"] == 7 and said["fraction"] == 0.5 and said["pretraining"] == "occfeat"

@@ -11,7 +11,7 @@ import train_reference as reference
 from tiny_store import make_tiny_store
 from train_runs import assert_same_state, log_of, options, run
 
-from occfeat_targets.sources.nuscenes import MAP_CLASSES
+from occfeat_targets.sources.nuscenes_map import MAP_CLASSES
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import SEAL, open_store
 from occfeat_train.data.dataset import FrameDataset
@@ -80,7 +80,7 @@ def test_evaluation_equals_naive_counting(workplace):
     frames = [i for i in range(len(store)) if store.split(i) == "mini_val"]
     data = FrameDataset(job.store, frames, ("images", "map"))
     batch = data.collate([data[i] for i in range(len(frames))])
-    mask = predict(network, batch, job, network.objective.predict)["mask"]
+    mask = predict(network, batch, network.objective.predict)["mask"]
     probability = mask.float().sigmoid().numpy()
     truth = np.stack([store.frame(i)["map"] for i in frames])
     assert probability.shape == truth.shape == (4, 5, 16, 16)

@@ -10,13 +10,15 @@ import torch
 import train_reference as reference
 from torch import nn
 
-from occfeat_targets.sources.nuscenes import MAP_CLASSES
+from occfeat_targets.sources.nuscenes_map import MAP_CLASSES
 from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import open_store
+from occfeat_train.config import TrainConfig
 from occfeat_train.models.bev_net import ModelSettings
 from occfeat_train.network import Network
 from occfeat_train.objectives.occfeat import OccFeat
+from occfeat_train.sensors.camera import Camera
 from occfeat_train.tasks.map import MapSegmentation
 from occfeat_train.tasks.vehicle import VehicleSegmentation
 
@@ -386,7 +388,7 @@ def test_frozen_batch_norms_keep_their_statistics_in_training():
     for moves in (True, False):
         model = ModelSettings(encoder_weights="random", channels=C, freeze_batch_norm=not moves)
         torch.manual_seed(0)
-        network = Network(model, copy.deepcopy(objective)).train()
+        network = Network(Camera(TrainConfig(model=model)), copy.deepcopy(objective)).train()
         before = {n: b.clone() for n, b in network.named_buffers() if "running_mean" in n}
         assert before
         images = torch.rand(2, 1, 3, 64, 64)

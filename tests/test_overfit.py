@@ -10,6 +10,7 @@ from occfeat_train.config import TrainConfig
 from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.network import Network
 from occfeat_train.runs.job import Job
+from occfeat_train.sensors.camera import Camera
 
 SETTINGS = [
     "model.channels=64",
@@ -27,7 +28,7 @@ def overfit(store_path, steps, lr=5e-3):
     config = TrainConfig.load(None, SETTINGS)
     torch.manual_seed(0)
     objective = Job("pretrain", "", config).objective(store)
-    network = Network(config.model, objective).train()
+    network = Network(Camera(config), objective).train()
     data = FrameDataset(str(store_path), [0], ("images", *objective.arrays))
     batch = data.collate([data[0]])
     draws = draw(NO_AUGMENT, 0, 0, batch["frame"], 6)

@@ -59,7 +59,7 @@ def test_images_of_a_frame_give_what_evaluation_sees(net, workplace, monkeypatch
     job = Job.of_run(Run(workplace / "map"))
     store = open_store(job.store)
     network, _ = trained_network(job, Run(workplace / "map"), store)
-    expected = predict(network, _batch(job), job, network.objective.predict)["mask"].sigmoid()[0]
+    expected = predict(network, _batch(job), network.objective.predict)["mask"].sigmoid()[0]
     (workplace / "targets.zarr").rename(workplace / "away.zarr")  # it is not needed
     try:
         said = run(

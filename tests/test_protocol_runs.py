@@ -68,7 +68,7 @@ def test_a_killed_run_resumes_to_the_same_weights(workplace, tiny_store):
 
 def test_both_protocols_are_counted_in_one_pass_each_in_its_frame(workplace, network):
     cwd, _ = workplace
-    net, job, batch = network
+    net, _, batch = network
     result = json.loads((cwd / "runs/fine/result.json").read_text())
     names = [f"{protocol}, {cells}" for protocol in PROTOCOLS for cells in ("visible", "all")]
     assert list(result["rows"]) == names
@@ -81,7 +81,7 @@ def test_both_protocols_are_counted_in_one_pass_each_in_its_frame(workplace, net
     for protocol, frame in zip(PROTOCOLS, (torch.eye(4).expand(4, 4, 4), front), strict=True):
         moved = batch | {"cam_T_ego": batch["cam_T_ego"] @ frame[:, None]}
         net.objective.frame = lambda _: None  # as if that were ego
-        mask = predict(net, moved, job, net.objective.predict)["mask"] > 0
+        mask = predict(net, moved, net.objective.predict)["mask"] > 0
         del net.objective.frame
         target, _ = net.objective.truth(batch, protocol)
         both = (mask & (target[:, 0] > 0)).sum()

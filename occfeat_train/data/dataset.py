@@ -26,7 +26,7 @@ import io
 import os
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -104,23 +104,45 @@ def decode_images(
     return images
 
 
+class Work(Protocol):
+    """What reading processes do beyond reading, such as finding neighbours. Plain data."""
+
+    def sample(self, sample: dict[str, Any], epoch: int) -> dict[str, Any]:
+        """What is made of the arrays of one frame."""
+        ...
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """That of a batch, from samples that have it."""
+        ...
+
+
 class FrameDataset(Dataset):
     """Frames ``frames`` of the store at a path or URL, of which it reads the arrays ``names``
-    besides ``K`` and ``cam_T_ego``, see :class:`FrameReader`. Holds plain data, so that it can be
-    sent to workers."""
+    besides ``K`` and ``cam_T_ego``, see :class:`FrameReader`, and does its ``work``. Holds plain
+    data, so that it can be sent to workers."""
 
-    def __init__(self, url: str, frames: Sequence[int], names: tuple[str, ...], check: bool = True):
+    def __init__(
+        self,
+        url: str,
+        frames: Sequence[int],
+        names: Sequence[str],
+        check: bool = True,
+        work: Work | None = None,
+    ):
         self.frames = np.asarray(frames, dtype=np.int64)
-        self.names = (*names, "K", "cam_T_ego")
-        self.reader = FrameReader(url, check)
+        self.names = tuple(dict.fromkeys((*names, "K", "cam_T_ego")))
+        self.reader, self.work = FrameReader(url, check), work
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """The arrays of one frame, and ``frame``, its number in the store."""
+        """The arrays of one frame, and ``frame``, its number in the store. Positions beyond the
+        last are those of later epochs, see ``order.ShardSampler``."""
+        epoch, position = divmod(position, len(self))
         frame = int(self.frames[position])
-        return {"frame": frame} | self.reader.read(frame, self.names)
+        sample = {"frame": frame} | self.reader.read(frame, self.names)
+        return sample | self.work.sample(sample, epoch) if self.work else sample
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch, as described at the top, of some of this dataset's samples."""
@@ -136,7 +158,7 @@ class FrameDataset(Dataset):
             if name == "voxel_index":
                 name, values = "voxel", number_voxels(values, store.grid.n_voxels)
             batch[name] = torch.from_numpy(np.concatenate(values))
-        return batch
+        return batch | self.work.collate(samples) if self.work else batch
 
 
 def number_voxels(index: list[np.ndarray], grid_voxels: int) -> list[np.ndarray]:

@@ -71,7 +71,8 @@ def frame_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class ShardSampler:
-    """The batches of positions that one rank trains on in an epoch; a batch sampler.
+    """The batches of positions that one rank trains on in an epoch; a batch sampler. Of epoch e,
+    ``e * n`` is added to each, so that a dataset can draw other numbers in each.
 
     All ranks walk through the same shuffled order in global batches of ``batch`` frames, of which
     each takes its own slice: what a global batch holds does not depend on the number of ranks.
@@ -100,6 +101,7 @@ class ShardSampler:
     def __iter__(self) -> Iterator[list[int]]:
         batches = self.n // self.batch
         order = frame_order(self.n, self.seed, self.epoch)[: batches * self.batch]
+        order = order + self.epoch * self.n
         return iter(order.reshape(batches, self.world, -1)[self.done :, self.rank].tolist())
 
 

@@ -136,8 +136,9 @@ def result_table(groups: list[Group]) -> list[list[str]]:
 
 def _protocol(result: dict[str, Any]) -> str:
     unfinished = "" if result["finished"] else f", NOT FINISHED: step {result['step']}"
+    counted = result.get("counted", " at probability 0.5")  # older results have no other
     return (
-        f"{result['task']} IoU at probability 0.5, {result['headline']['name']}, "
+        f"{result['task']} IoU{counted}, {result['headline']['name']}, "
         f"{result['frames']} frames of {', '.join(result['splits'])}{unfinished}"
     )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from occfeat_targets.store.files import absolute
 from occfeat_targets.store.reader import TargetStore
@@ -13,7 +13,11 @@ from occfeat_train.objectives import OBJECTIVES
 from occfeat_train.objectives.base import Objective
 from occfeat_train.runs import run as runs
 from occfeat_train.runs.run import Run, RunError
+from occfeat_train.sensors import SENSORS
 from occfeat_train.tasks import TASKS
+
+if TYPE_CHECKING:  # it knows of runs' settings
+    from occfeat_train.sensors.base import Sensor
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ class Job:
         return (TASKS if self.task else OBJECTIVES)(self.name)
 
     @property
+    def sensor(self) -> "Sensor":
+        """What its network looks through."""
+        return SENSORS(self.learns.sensor)(self.config)
+
+    @property
     def own_settings(self) -> Settings:
         """Those of what it learns."""
         sections = self.config.tasks if self.task else self.config.objectives
@@ -69,7 +78,7 @@ class Job:
     def objective(self, store: TargetStore) -> Objective:
         """What it learns, fresh, for a store, or StoreError: the store lacks what that needs."""
         turned = self.config.augment.rotate_bev_deg != 0
-        return self.learns(self.own_settings, store, self.config.model.channels, turned)
+        return self.learns(self.own_settings, store, self.sensor.channels, turned)
 
     def describe(self, store: TargetStore) -> dict[str, Any]:
         """For ``run.json``."""

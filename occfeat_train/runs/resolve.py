@@ -21,7 +21,7 @@ HOW = (
 )
 """Settings that a resumed run may change: how it runs, not what it computes."""
 LONGER = "pretrain.epochs"
-"""One more of a pretraining: its rate is constant, so that it can be trained for longer."""
+"""One more of a pretraining whose rate is constant, so that it can be trained for longer."""
 Asked = Mapping[str, Any]
 """Options: ``store``, ``config``, ``overrides`` (``section.key=value`` texts), ``run``, ``plugins``
 (of a run); of pretrain ``objective``; of finetune ``task``, ``fraction``, ``fraction_unit`` and
@@ -97,6 +97,12 @@ def resumed(kind: str, asked: Asked, given: Collection[str]) -> tuple[Job, Path]
     job = Job.of_run(found, asked["store"], asked["plugins"])
     if job.kind != kind:
         raise RunError(f"{found.path} is a {job.kind} run: occfeat-train {job.kind}")
+    schedule = job.plan.optimiser.schedule
+    if schedule != "constant" and any(text.startswith(f"{LONGER}=") for text in overrides):
+        raise RunError(
+            f"a resumed run keeps its {LONGER}, over which its rate follows a {schedule}: leave "
+            f"--set {LONGER} out"
+        )
     return changed(job, overrides), found.path
 
 

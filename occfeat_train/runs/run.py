@@ -162,6 +162,8 @@ def identity(store: TargetStore) -> dict:
     )
     said = {k: store.attrs.get(k) for k in keys}
     said |= {k: store.attrs["config"][k] for k in ("images", "lidar", "boxes", "map", "outputs")}
+    if "lidarseg_classes" in store.attrs:
+        said["lidarseg_classes"] = store.attrs["lidarseg_classes"]
     return said | {"failed": sorted(map(int, store.attrs["failed"]))}
 
 
