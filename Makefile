@@ -11,7 +11,7 @@ installed := $(VENV)/.installed
 options := $(if $(VERSION),--version $(VERSION)) $(if $(TEACHER),--teacher $(TEACHER)) \
 	$(if $(WORKERS),--workers $(WORKERS)) $(if $(SCHEDULER),--scheduler $(SCHEDULER))
 
-.PHONY: help install targets miniature test quick fuzz torture lint format
+.PHONY: help install targets miniature lidar test quick fuzz torture lint format
 .DEFAULT_GOAL := targets
 
 # One line each, here and nowhere else.
@@ -20,6 +20,7 @@ make targets     a demo world and its targets, targets.zarr (a small teacher, no
 make targets NUSCENES=/data/sets/nuscenes [VERSION=v1.0-trainval] [STORE=/fast/targets.zarr]
                  [TEACHER=DIR or hub id] [WORKERS=8] [SCHEDULER=tcp://host:8786]
 make miniature   the paper's Table 3 on a demo world, with five seeds: an hour
+make lidar       ScaLR, SLidR and ALSO on a demo world, with three seeds: an hour
 make install     into .venv alone
 make test        all tests
 make quick       the pure parts, a minute
@@ -52,10 +53,17 @@ endif
 	$(bin)/occfeat-targets info '$(STORE)'
 	@echo "Next: source $(bin)/activate, then occfeat-train pretrain --store '$(STORE)'"
 
+world := demo-data miniature-world --version v1.0-trainval --scenes 48 --samples 3
+
 miniature: $(installed)
-	$(bin)/occfeat-targets demo-data miniature-world --version v1.0-trainval --scenes 48 --samples 3
+	$(bin)/occfeat-targets $(world)
 	$(bin)/occfeat-targets build miniature-world miniature.zarr --config miniature
 	$(bin)/python pipelines/reproduce.py --table 3 --preset miniature
+
+lidar: $(installed)
+	$(bin)/occfeat-targets $(world)
+	$(bin)/occfeat-targets build miniature-world lidar-miniature.zarr --config lidar-miniature
+	$(bin)/python pipelines/reproduce.py --table lidar-miniature --preset lidar-miniature
 
 # One thread each: threads of one test would only get in the way of another's.
 pytest := OMP_NUM_THREADS=1 $(bin)/python -m pytest \

@@ -61,8 +61,8 @@ TRAINING_OPTIONS = (
     click.option(
         "--config",
         metavar="FILE.yaml|PRESET",
-        help="Settings: a file, or a preset by name (paper, demo, miniature).  [default: what the "
-        "store or the pretraining run asks for, else paper]",
+        help="Settings: a file, or a preset by name (paper, demo, scalr, slidr, also, lidar-demo, "
+        "miniature).  [default: what the store or the pretraining run asks for, else paper]",
     ),
     set_option,
     click.option(

@@ -12,7 +12,9 @@ from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 from occfeat_targets.store.settings import ConfigError, Settings
 from occfeat_train.augment import AugmentSettings
 from occfeat_train.models.bev_net import ModelSettings
+from occfeat_train.models.lidar_settings import LidarSettings
 from occfeat_train.objectives import OBJECTIVES
+from occfeat_train.optimiser_settings import FinetuneOptimiser, OptimiserSettings
 from occfeat_train.tasks import TASKS
 
 
@@ -38,7 +40,7 @@ as strict. Of one micro-batch they are the same."""
 
 
 class PretrainSettings(Settings):
-    """Pretraining: Adam at a constant rate (PAPER)."""
+    """Pretraining: by default Adam at a constant rate (PAPER)."""
 
     objective: str = "occfeat"
     """A name of ``objectives.OBJECTIVES``, or a plug-in's."""
@@ -50,6 +52,7 @@ class PretrainSettings(Settings):
     clip: Clip = "mean"
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=1e-7, ge=0)
+    optimiser: OptimiserSettings = OptimiserSettings()
 
     @field_validator("objective")
     @classmethod
@@ -59,7 +62,7 @@ class PretrainSettings(Settings):
 
 
 class FinetuneSettings(Settings):
-    """Finetuning on BEV segmentation: AdamW with one-cycle rates (PAPER, Simple-BEV). What is null
+    """Finetuning: by default AdamW with one-cycle rates (PAPER, Simple-BEV). What is null
     takes the paper's value for the label fraction, see :data:`PAPER_SCHEDULES`."""
 
     epochs: int | None = Field(default=None, ge=1)
@@ -68,8 +71,11 @@ class FinetuneSettings(Settings):
     clip: Clip | None = None
     """Null is ``mean`` with an ``accumulate`` of your own: the paper's belongs to the paper's."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak of the one-cycle schedule."""
+    """Highest of the schedule."""
     weight_decay: float = Field(default=1e-7, ge=0)
+    optimiser: FinetuneOptimiser = FinetuneOptimiser()
+    freeze_backbone: bool = False
+    """Let the head alone learn, and batch norms keep their statistics: a linear probe."""
 
 
 PAPER_SCHEDULES = (
@@ -104,6 +110,7 @@ class TrainConfig(Settings):
     """Everything that ``presets/paper.yaml`` lists."""
 
     model: ModelSettings = ModelSettings()
+    lidar: LidarSettings = LidarSettings()
     data: DataSettings = DataSettings()
     augment: AugmentSettings = AugmentSettings()
     pretrain: PretrainSettings = PretrainSettings()

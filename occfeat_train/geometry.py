@@ -30,6 +30,17 @@ def resize_and_crop(K: torch.Tensor, scale: torch.Tensor, crop: torch.Tensor) ->
     return K
 
 
+def project(
+    xyz_ego: torch.Tensor, K: torch.Tensor, cam_T_ego: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where points (P, 3) in ego, metres, are in each of N cameras: pixels (N, P, 2), which mean
+    nothing where the depth (N, P), metres, is not positive."""
+    xyz = xyz_ego @ cam_T_ego[:, :3, :3].mT + cam_T_ego[:, None, :3, 3]
+    depth = xyz[..., 2]
+    pixels = (xyz @ K.mT)[..., :2] / torch.where(depth > 0, depth, 1)[..., None]
+    return pixels, depth
+
+
 def volume_centres(grid: VoxelGrid, device: torch.device) -> torch.Tensor:
     """Centres of all voxels in (X, Y, Z) order, homogeneous: float32 (X·Y·Z, 4), metres."""
     axes = [

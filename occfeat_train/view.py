@@ -13,11 +13,11 @@ from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.pick import pick
 from occfeat_targets.store.reader import open_store
 from occfeat_targets.store.settings import ConfigError
-from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.data.order import select_frames, split_names
 from occfeat_train.evaluate import predict
-from occfeat_train.network import Network, trained_network
-from occfeat_train.objectives.base import Panel, Volume
+from occfeat_train.geometry import project
+from occfeat_train.network import Network, frames_for, trained_network
+from occfeat_train.objectives.base import Dots, Panel, Volume
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.run import Run, RunError
 from occfeat_train.tasks.base import Task
@@ -31,6 +31,11 @@ class Seen(NamedTuple):
     """uint8 (N, H, W, 3), RGB, as stored."""
     panels: list[Panel]
     volume: Volume | None
+    dots: Dots | None = None
+    K: torch.Tensor | None = None
+    """(N, 3, 3), of the images."""
+    cam_T_ego: torch.Tensor | None = None
+    """(N, 4, 4)."""
 
 
 class Viewer:
@@ -99,14 +104,16 @@ def look(network: Network, job: Job, i: int, device: torch.device, paint: Paint)
     objective = network.objective
     objective.paint = paint
     arrays = objective.eval_arrays if isinstance(objective, Task) else objective.arrays
-    dataset = FrameDataset(job.store, [i], ("images", *arrays))
+    dataset = frames_for(job, network, [i], ("images", *arrays))
     batch = dataset.collate([dataset[0]])
     on_device = {name: values.to(device) for name, values in batch.items()}
-    parts = [cast(Callable, part) for part in (objective.panels, objective.volume)]
-    panels, volume = predict(
-        network, on_device, job, lambda bev: [part and part(bev, on_device) for part in parts]
+    hooks = (objective.panels, objective.volume, objective.dots)
+    parts = [cast(Callable, part) for part in hooks]
+    panels, volume, dots = predict(
+        network, on_device, lambda bev: [part and part(bev, on_device) for part in parts]
     )
-    return Seen(batch["images"][0].numpy(), panels, volume)
+    calibration = batch["K"][0], batch["cam_T_ego"][0]
+    return Seen(batch["images"][0].numpy(), panels, volume, dots, *calibration)
 
 
 def _draw(
@@ -119,19 +126,14 @@ def _draw(
 
     columns, panels = -(-len(cameras) // 2), seen.panels
     height, width = seen.images[0].shape[:2]
-    # So wide that two rows of cameras fill the height: no gap between them.
-    widths = [3.1 * columns * width / height, 3.7 * len(panels)]
+    # So wide that two rows of cameras, or four with dots, fill the height: no gap between them.
+    tall = 12.8 if seen.dots else 7.2
+    widths = [3.1 * columns * width / height, 3.7 * tall / 7.2 * len(panels)]
     widths += [5.5] if seen.volume else []
-    figure = Figure(figsize=(sum(widths), 7.2), layout="constrained")
+    figure = Figure(figsize=(sum(widths), tall), layout="constrained")
     FigureCanvasAgg(figure)
     parts: Any = figure.subfigures(1, len(widths), width_ratios=widths)
-    axes = parts[0].subplots(min(2, len(cameras)), columns, squeeze=False).ravel()
-    for axis in axes[len(cameras) :]:  # an odd number of cameras leaves one empty
-        axis.set_visible(False)
-    for axis, name, image in zip(axes, cameras, seen.images, strict=False):
-        axis.imshow(image)
-        axis.set(xticks=[], yticks=[])
-        axis.set_title(name, fontsize=10)
+    _draw_cameras(parts[0], cameras, seen)
     axes = parts[1].subplots(2, len(panels), squeeze=False)
     for column, panel in zip(axes.T, panels, strict=True):
         if panel.target is None:
@@ -139,6 +141,10 @@ def _draw(
         else:
             _draw_bev(column[0], grid, panel.target, f"{panel.title}: target{panel.remark}")
         shown = _draw_bev(column[1], grid, panel.predicted, f"{panel.title}: predicted")
+        for name, colour in panel.key:
+            column[1].scatter([], [], color=colour, marker="s", label=name)
+        if panel.key:
+            column[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, fontsize=8)
         if panel is panels[0] and panel.predicted.ndim == 2:  # colours of features mean nothing
             parts[1].colorbar(shown, ax=axes, shrink=0.6, label="probability")
     if place is not None:
@@ -148,6 +154,35 @@ def _draw(
         _draw_volume(parts[2].subplots(2, 1), grid, seen.volume)
     figure.suptitle(title, fontsize=10, wrap=True)
     return figure
+
+
+def _draw_cameras(part: Any, cameras: list[str], seen: Seen) -> None:
+    """The images in two rows if there are several; twice, with true and predicted dots on them, if
+    there are dots."""
+    layers: dict[str, np.ndarray | None] = {"": None}
+    if seen.dots:
+        layers = {": target": seen.dots.target, ": predicted": seen.dots.predicted}
+    n_rows, columns = min(2, len(cameras)), -(-len(cameras) // 2)
+    axes = part.subplots(n_rows * len(layers), columns, squeeze=False)
+    for block, (what, colours) in zip(np.split(axes, len(layers)), layers.items(), strict=True):
+        for axis in block.ravel()[len(cameras) :]:  # an odd number of cameras leaves one empty
+            axis.set_visible(False)
+        for c, (axis, name) in enumerate(zip(block.ravel(), cameras, strict=False)):
+            axis.imshow(seen.images[c], extent=(0, seen.images.shape[2], seen.images.shape[1], 0))
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(name + what, fontsize=10)
+            if colours is not None:
+                _draw_dots(axis, seen, c, colours)
+
+
+def _draw_dots(axis: Any, seen: Seen, c: int, colours: np.ndarray) -> None:
+    """Lidar points (P, 3) in camera c's image."""
+    xyz = torch.from_numpy(cast(Dots, seen.dots).xyz_ego).float()
+    K, cam_T_ego = cast(torch.Tensor, seen.K), cast(torch.Tensor, seen.cam_T_ego)
+    uv, depth = project(xyz, K[c, None], cam_T_ego[c, None])
+    size = uv.new_tensor(seen.images.shape[2:0:-1])
+    inside = ((depth[0] > 1) & (uv[0] >= 0).all(dim=1) & (uv[0] < size).all(dim=1)).numpy()
+    axis.scatter(*uv[0].numpy()[inside].T, c=colours[inside], s=2, linewidths=0)
 
 
 def _draw_volume(axes: Any, grid: VoxelGrid, volume: Volume) -> None:

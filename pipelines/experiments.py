@@ -65,6 +65,8 @@ class Training:
 
     def faults(self) -> Iterator[str]:
         """What it would stumble over, not before its turn comes, which may be in weeks."""
+        if self.job.learns.sensor != "camera":
+            return
         weights, size = (
             getattr(self.job.config.model, k) for k in ("encoder_weights", "image_size")
         )
@@ -193,7 +195,8 @@ class Planner:
             trainings.append(self._training("pretrain", recipe.pretrain_store, settings))
         used = self.preset.fractions.get(fraction, fraction)
         init = str(trainings[0].path) if trainings else None
-        settings, what = (*common, *recipe.finetune), {"task": task, "fraction": used, "init": init}
+        settings = (*common, *recipe.finetune, *recipe.finetune_by_fraction.get(fraction, ()))
+        what = {"task": task, "fraction": used, "init": init}
         finetuning = self._training("finetune", recipe.finetune_store, settings, **what)
         trusted = tuple(word for t in trainings for word in t.job.plugin_options)
         trainings.append(replace(finetuning, trusted=trusted))
@@ -256,11 +259,12 @@ def teacher_of(store: TargetStore) -> str:
 def _name(job: Job, usual: Job, store_name: str, store: TargetStore | None) -> str:
     """Of a run: what it learns, what its row sets that a ``usual`` job does not, where it starts
     if that is not said yet, and a digest of all that decides its result (without a store, x)."""
-    words = [job.kind, job.config.model.lift, job.name]
+    seen_by = job.config.model.lift if job.learns.sensor == "camera" else job.config.lidar.size
+    words = [job.kind, seen_by, job.name]
     words += [f"{100 * job.fraction:g}pct"] if job.task else []
     for line in differences(_decides(usual), _decides(job)):
         key, _, change = line.partition(": ")
-        if key not in ("model.lift", "model.encoder_weights"):
+        if key not in ("model.lift", "model.encoder_weights", "lidar.size"):
             value = re.sub(r"[^\w.]+", "-", change.partition(" -> ")[2]).strip("-")
             words.append(f"{key.rpartition('.')[2]}-{value}")
     words += [store_name] if store_name else []
@@ -279,8 +283,15 @@ def _decides(job: Job) -> dict[str, Any]:
     plain = job.config.plain() | {"own": job.own_settings.plain()}
     for section, _, key in (name.partition(".") for name in HOW):
         del plain[section][key]
-    for section in ("finetune" if job.kind == "pretrain" else "pretrain", "objectives", "tasks"):
+    other = "finetune" if job.kind == "pretrain" else "pretrain"
+    unseen = ("lidar",) if job.learns.sensor == "camera" else ("model", "augment")
+    for section in (other, "objectives", "tasks", *unseen):
         del plain[section]
+    # What came later is left out where it is as before: names of older runs stay.
+    later, plan = ("optimiser", "freeze_backbone"), type(job.plan)().plain()
+    for key in later:
+        if key in plan and plain[job.kind][key] == plan[key]:
+            del plain[job.kind][key]
     return plain
 
 

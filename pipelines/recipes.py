@@ -30,6 +30,8 @@ class Recipe(Settings):
     """More settings of the pretraining; None: there is none."""
     finetune: tuple[str, ...] = ()
     """More settings of the finetuning."""
+    finetune_by_fraction: dict[float, tuple[str, ...]] = Field(default_factory=dict)
+    """Still more, by label fraction."""
     pretrain_store: str = ""
     """A store of ``stores.yaml`` to pretrain on; empty: the main one."""
     finetune_store: str = ""

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from train_runs import SMALL
 
 from occfeat_pipelines import bench_baselines as baselines
+from occfeat_pipelines import bench_lidar
 from occfeat_pipelines import bench_parts as benchmark
 from occfeat_targets.build import read_dataset
 from occfeat_targets.config import TargetsConfig
@@ -155,3 +156,15 @@ def test_the_whole_build():
 def test_none_reaches_into_private_names():
     for path in Path(benchmark.__file__).parent.glob("b*.py"):
         assert not re.findall(r"\w\._(?!_)\w", path.read_text()), path
+
+
+def test_steps_of_lidar_networks(tiny_lidar_store):
+    options = ["--store", tiny_lidar_store, "--size", "2-8", "--steps", 1]
+    done = CliRunner().invoke(bench_lidar.main, [str(option) for option in options])
+    assert done.exit_code == 0, done.output
+    machine, title, *rows = done.output.splitlines()
+    assert "torch" in machine and title.split()[:2] == ["size", "method"]
+    assert [row.split()[1] for row in rows] == [*bench_lidar.METHODS]
+    for row in rows:
+        _, _, n_rows, seconds, memory = row.split()
+        assert 50 < int(n_rows) <= 300 and float(seconds) >= 0 and 0.1 < float(memory) < 8

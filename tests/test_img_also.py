@@ -25,15 +25,9 @@ from occfeat_train.cli import main
 from occfeat_train.config import TrainConfig
 from occfeat_train.data.dataset import FrameDataset
 from occfeat_train.models.bev_net import ModelSettings
-from occfeat_train.objectives.img_also import (
-    ImgAlso,
-    QueryHead,
-    draw_queries,
-    frame_queries,
-    near_cells,
-    query_targets,
-)
+from occfeat_train.objectives.img_also import ImgAlso, near_cells, query_targets
 from occfeat_train.objectives.occfeat import OccFeat
+from occfeat_train.objectives.queries import QueryHead, draw_queries, frame_queries
 from occfeat_train.runs.job import Job
 from occfeat_train.train import prepare
 
@@ -306,11 +300,11 @@ def test_the_decoder_is_as_large_as_the_published_one():
 def test_the_decoder_stays_precise_under_autocast():
     """Two centimetres at 20 m above the ground make a difference, and the right one."""
     head, cell = an_objective().head.float(), torch.tensor([3, 3])
-    bev = torch.randn(1, C, *GRID.bev_shape)
+    cells = torch.randn(9, C)
     relative = torch.tensor([[0.1, 0.2, 20.0], [0.1, 0.2, 20.02]])
     with torch.autocast("cpu", torch.bfloat16):
-        half = head(bev, cell, relative)
-    torch.testing.assert_close(half, head(bev, cell, relative), rtol=0, atol=0)
+        half = head(cells, cell, relative)
+    torch.testing.assert_close(half, head(cells, cell, relative), rtol=0, atol=0)
     assert (half[0] != half[1]).all()
 
 
@@ -410,8 +404,8 @@ def test_what_does_not_fit_is_refused():
     coarse = VoxelGrid((-9.0, 9.0, 9), (-9.0, 9.0, 18), (-1.0, 2.0, 3))
     with pytest.raises(StoreError, match="BEV cells of 2 x 1 m, but img-also needs .* finer grid"):
         ImgAlso(settings, a_store(coarse), C, True)
-    with pytest.raises(ConfigError, match="no objective 'also' .did you mean img-also"):
-        TrainConfig.load(None, ["pretrain.objective=also"])
+    with pytest.raises(ConfigError, match="no objective 'img-alsa' .did you mean img-also"):
+        TrainConfig.load(None, ["pretrain.objective=img-alsa"])
     with pytest.raises(ConfigError, match="objectives.img-also.queries must be greater .* 3"):
         TrainConfig.load(None, ["objectives.img-also.queries=2"])
 

@@ -82,7 +82,25 @@ def test_every_row_is_there_and_its_settings_are_possible(stores, table, rows, n
 
 
 def test_every_table_is_tested():
-    assert TABLES == ("1", "2", "3", "4", "c", "variants")
+    assert TABLES == ("1", "2", "3", "4", "c", "lidar", "lidar-miniature", "variants")
+
+
+@pytest.mark.parametrize(
+    ("table", "preset", "numbers"), [("lidar", "lidar", 16), ("lidar-miniature",) * 2 + (8,)]
+)
+def test_rows_of_lidar_networks_are_possible(table, preset, numbers, tmp_path):
+    found = _experiments(str(tmp_path / "none.zarr"), table, preset=preset, tasks=("lidarseg",))
+    assert len(found) == numbers
+    for experiment in found:
+        *pretrainings, finetuning = (t.job for t in experiment.trainings)
+        assert finetuning.learns.sensor == "lidar" and finetuning.task == "lidarseg"
+        probe = finetuning.config.finetune.freeze_backbone
+        assert probe == ("probe" in experiment.recipe)
+        assert [p.config.lidar.width for p in pretrainings] == [
+            finetuning.config.lidar.width for _ in pretrainings
+        ]
+        assert not any(p.config.lidar.drop_path for p in pretrainings)
+        assert experiment.protocol == "stored"
 
 
 def test_rows_by_number_name_and_pattern():

@@ -237,7 +237,7 @@ def test_other_mistakes_are_one_sentence_too(tiny_store, workplace, tmp_path):
         ),
         "did you mean pretrain.epochs?": ("pretrain", *store, "--set", "pretrain.epoch=3"),
         "12 frames are less than one step": ("pretrain", *store, "--set", "pretrain.batch=13"),
-        "there is no preset 'x'; there are demo, miniature, p": (
+        "there is no preset 'x'; there are also, demo, lidar-demo, lidar-miniature": (
             "pretrain",
             *store,
             "--config",

@@ -7,5 +7,8 @@ OBJECTIVES = Registry(
     {
         "occfeat": "occfeat_train.objectives.occfeat:OccFeat",
         "img-also": "occfeat_train.objectives.img_also:ImgAlso",
+        "scalr": "occfeat_train.objectives.scalr:ScaLR",
+        "slidr": "occfeat_train.objectives.slidr:SLidR",
+        "also": "occfeat_train.objectives.also:Also",
     },
 )

@@ -38,6 +38,8 @@ class Panel(NamedTuple):
     predicted: np.ndarray
     remark: str = ""
     """On the target, after its title."""
+    key: tuple[tuple[str, tuple[float, float, float]], ...] = ()
+    """What colours mean, if that can be said: names and RGB."""
 
 
 class Volume(NamedTuple):
@@ -46,6 +48,25 @@ class Volume(NamedTuple):
 
     target: tuple[np.ndarray, np.ndarray | None]
     predicted: tuple[np.ndarray, np.ndarray | None]
+
+
+class Dots(NamedTuple):
+    """P lidar points of a frame and what is true and predicted of each, as RGB (P, 3) in 0..1."""
+
+    xyz_ego: np.ndarray
+    """(P, 3), metres."""
+    target: np.ndarray
+    predicted: np.ndarray
+
+    def panel(self, title: str, grid: VoxelGrid) -> Panel:
+        """The highest of each BEV cell; black where there is none."""
+        index, inside = grid.flat_index(self.xyz_ego)
+        upwards = np.argsort(self.xyz_ego[inside, 2], kind="stable")  # the last of a cell stays
+        _, x, y = np.unravel_index(index[upwards], grid.shape)
+        pictures = np.zeros((2, *grid.bev_shape, 3))
+        for picture, colours in zip(pictures, (self.target, self.predicted), strict=True):
+            picture[x, y] = colours[inside][upwards]
+        return Panel(title, *pictures)
 
 
 class Objective(nn.Module):
@@ -58,8 +79,12 @@ class Objective(nn.Module):
     """
 
     Settings: ClassVar[type[Settings]] = Settings
+    sensor: ClassVar[str] = "camera"
+    """What its network looks through: a name of ``sensors.SENSORS``."""
+    one_camera: ClassVar[bool] = False
+    """Of lidar: whether it wants the rows in one random camera alone."""
     arrays: tuple[str, ...]
-    """The store's arrays that it needs besides images and calibration."""
+    """The store's arrays that it needs besides its sensor's and calibration."""
     head: nn.Module
     paint: Paint
     """How features are coloured: there once something is to be drawn."""
@@ -97,6 +122,8 @@ class Objective(nn.Module):
     (1, C, X, Y) are the features. None: it has no picture, for the reason below."""
     no_picture: ClassVar[str] = "has no picture of its own"
     """The end of a sentence that begins with the run's title."""
+    dots: Callable[[Tensor, Batch], Dots] | None = None
+    """``dots(rows, batch)``: likewise of lidar points, to be drawn into the images too."""
     volume: Callable[[Tensor, Batch], Volume] | None = None
     """``volume(bev, batch)``: likewise in 3-D, if it predicts voxels."""
 

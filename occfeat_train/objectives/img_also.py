@@ -9,11 +9,6 @@ OccFeat §4.2 gives three distances (below) and leaves the rest to ALSO: kinds o
 number, decoder, both losses with weight 1. Ours: rays start at the lidar's place in ego, since the
 lidar is not the BEV's origin; cells are at their centres, height 0; only the BEV map's x and y
 bound queries. Returns that the store leaves out (the ego car's, those beyond its reach) have none.
-
-Latents are a 1x1 convolution of the BEV map. The decoder is Linear, twice (ReLU, Linear), Linear:
-it is linear in the latent at one end and has no activation before its last layer at the other, so
-both pairs of matrices are multiplied first. What depends on the cell alone is computed once, and
-only for cells that are asked. Same parameters and function as layer by layer for each pair.
 """
 
 import math
@@ -21,26 +16,18 @@ from collections.abc import Sequence
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.settings import Settings
 from occfeat_train.geometry import rotation_z
-from occfeat_train.objectives.base import Batch, Loss, Objective, Targets, divisors
+from occfeat_train.objectives.base import Batch, Loss, Objective, Targets
+from occfeat_train.objectives.queries import QueryHead, frame_queries, query_counts, query_loss
 
-DECIMATION_MM = 100
-"""One return is kept per cube of this size (paper §4.2)."""
-BAND_M = 0.1
-"""How far in front of and behind a return queries go (paper §4.2)."""
 RADIUS_M = 1.0
 """How far from a query, on the ground plane, the cells lie that answer it (paper §4.2)."""
-FREE_NEAR, FREE_FAR, OCCUPIED = range(3)
-"""Kinds of query: just in front of a return, anywhere between sensor and return, just behind."""
-WIDTH = 128
-"""Channels of latents and hidden layers (ALSO)."""
 
 
 class ImgAlsoSettings(Settings):
@@ -56,6 +43,7 @@ class ImgAlso(Objective):
 
     Settings = ImgAlsoSettings
     settings: ImgAlsoSettings
+    head: QueryHead
     arrays = ("points", "ego_T_lidar")
     no_picture = "learns points along lidar rays, of which there is no picture"
 
@@ -74,8 +62,8 @@ class ImgAlso(Objective):
                 f"{store.url} has BEV cells of {dx:g} x {dy:g} m, but img-also needs every point "
                 f"within {RADIUS_M:g} m of a cell's centre: rebuild it with a finer grid"
             )
-        self.point_step_m: float = store.attrs["point_step_m"]
         self.head = QueryHead(channels)
+        self.point_step_m: float = store.attrs["point_step_m"]
 
     def targets(self, batch: Batch, angle: Tensor) -> Targets:
         """See :func:`query_targets`."""
@@ -83,18 +71,12 @@ class ImgAlso(Objective):
 
     def counts(self, targets: Targets) -> Tensor:
         """Pairs of a query and a cell, and those whose intensity is known."""
-        n_known = targets["has_intensity"].sum().item()
-        return torch.tensor([len(targets["cell"]), n_known], dtype=torch.float64)
+        return query_counts(targets)
 
     def forward(self, bev: Tensor, targets: Targets, counts: Sequence[float], share: float) -> Loss:
         """Terms ``occupancy``, a binary cross-entropy, and ``intensity``, an absolute error."""
-        predicted = self.head(bev, targets["cell"], targets["relative"])
-        logits, intensity = predicted.float().unbind(dim=1)
-        entropy = F.binary_cross_entropy_with_logits(logits, targets["occupied"], reduction="sum")
-        error = ((intensity - targets["intensity"]).abs() * targets["has_intensity"]).sum()
-        n_pairs, n_known = divisors(counts)
-        terms = {"occupancy": entropy / n_pairs, "intensity": error / n_known}
-        return terms["occupancy"] + terms["intensity"], terms
+        cells = bev.permute(0, 2, 3, 1).flatten(0, 2)
+        return query_loss(self.head, cells, targets["cell"], targets, counts)
 
 
 def query_targets(
@@ -131,69 +113,6 @@ def query_targets(
     return {"cell": cell, "relative": relative} | of_pairs
 
 
-def frame_queries(
-    points: Tensor, sensor_ego: Tensor, point_step_m: float, n_queries: int, seed: int
-) -> dict[str, Tensor]:
-    """Queries of one frame, in the ego frame, from ``points`` int16 (P, 4) as stored.
-
-    Rays start at ``sensor_ego`` float32 (3,), the lidar, in metres, not at ego's origin. A query's
-    ``u`` is the share of the way: from the sensor to the return if far, else of :data:`BAND_M` from
-    the return. The same seed draws the same queries, on the same kind of device.
-
-    Returns ``xyz_ego`` float32 (Q, 3), metres; ``occupied``, ``intensity``, ``has_intensity`` (Q,),
-    as in :func:`query_targets`.
-    """
-    points = points[_decimated(points, point_step_m)]
-    generator = torch.Generator(points.device).manual_seed(seed)
-    source, kind, u = draw_queries(len(points), n_queries, generator)
-    xyz, intensity = points[source].float().split([3, 1], dim=1)
-    xyz, is_occupied, is_far = xyz * point_step_m, kind == OCCUPIED, kind == FREE_FAR
-    ray = xyz - sensor_ego
-    length = ray.norm(dim=1)
-    beyond = torch.where(is_occupied, BAND_M * u, -BAND_M * u)  # the return, in metres
-    beyond = torch.where(is_far, (u - 1) * length, beyond)
-    # A return at the sensor itself has no direction: its queries stay there.
-    return {
-        "xyz_ego": xyz + beyond[:, None] * ray / length.clamp(min=1e-6)[:, None],
-        "occupied": is_occupied.float(),
-        "intensity": intensity[:, 0] / 255 * ~is_far,
-        "has_intensity": ~is_far,
-    }
-
-
-def _decimated(points: Tensor, point_step_m: float) -> Tensor:
-    """Index of the first return in each occupied cube of the ego frame, cubes in order.
-
-    Cubes are half-open, as all of the project's; ALSO truncates towards zero, which makes those at
-    the origin twice as wide. In whole millimetres, lest rounding move a return to another cube.
-    """
-    xyz_mm = points[:, :3].long() * round(point_step_m * 1000)
-    x, y, z = xyz_mm.div(DECIMATION_MM, rounding_mode="floor").unbind(dim=1)
-    cube, order = ((x << 32) + (y << 16) + z).sort(stable=True)  # each below 2^15 in size
-    is_first = torch.ones_like(cube, dtype=torch.bool)
-    is_first[1:] = cube[1:] != cube[:-1]
-    return order[is_first]
-
-
-def draw_queries(
-    n_points: int, n_queries: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What is random in a frame's queries.
-
-    A third of them is near and free, a third far and free, the rest occupied. A kind takes no
-    return twice, so of less than it wants it takes each once and the frame has fewer queries.
-    Returns ``(source, kind, u)``: int64 (Q,) returns that queries are drawn from; int64 (Q,) kinds;
-    float32 (Q,), uniform in [0, 1).
-    """
-    device, third = generator.device, n_queries // 3
-    sources = [
-        torch.randperm(n_points, generator=generator, device=device)[:wanted]
-        for wanted in (third, third, n_queries - 2 * third)
-    ]
-    kind = torch.cat([torch.full_like(source, kind) for kind, source in enumerate(sources)])
-    return torch.cat(sources), kind, torch.rand(len(kind), generator=generator, device=device)
-
-
 def near_cells(xyz_bev: Tensor, grid: VoxelGrid) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs of a point and a BEV cell whose centre is within :data:`RADIUS_M` on the ground plane.
 
@@ -215,33 +134,3 @@ def near_cells(xyz_bev: Tensor, grid: VoxelGrid) -> tuple[Tensor, Tensor, Tensor
     ix, iy = cell[query, step].unbind(dim=1)
     relative = torch.cat([to_query[query, step], xyz_bev[query, 2:]], dim=1)
     return query, ix * grid.bev_shape[1] + iy, relative
-
-
-class QueryHead(nn.Module):
-    """Occupancy logit and intensity at given places relative to given cells (ALSO)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.latent = nn.Linear(channels, WIDTH)
-        self.enter = nn.Linear(WIDTH + 3, WIDTH)
-        self.hidden = nn.Linear(WIDTH, WIDTH)
-        self.leave = nn.Linear(WIDTH, WIDTH)
-        self.output = nn.Linear(WIDTH, 2)
-
-    def forward(self, bev: Tensor, cell: Tensor, relative: Tensor) -> Tensor:
-        """Predict for M pairs from ``bev`` (B, N_B, X, Y); cells and places as query_targets's.
-
-        Returns (M, 2): logit of being occupied, and intensity in 0..1 (not bounded); in the
-        parameters' precision, also under autocast.
-        """
-        asked, which = cell.unique(return_inverse=True)
-        of_latent, of_place = self.enter.weight.split([WIDTH, 3], dim=1)
-        rows = bev.permute(0, 2, 3, 1).flatten(0, 2)[asked].to(of_latent.dtype)
-        # Free and occupied are centimetres apart, which bfloat16 can't tell at some metres' height.
-        with torch.autocast(bev.device.type, enabled=False):
-            bias = of_latent @ self.latent.bias + self.enter.bias
-            entered = F.linear(rows, of_latent @ self.latent.weight, bias)
-            hidden = F.relu(entered[which] + F.linear(relative, of_place))
-            hidden = F.relu(self.hidden(hidden))
-            bias = self.output.weight @ self.leave.bias + self.output.bias
-            return F.linear(hidden, self.output.weight @ self.leave.weight, bias)

@@ -1,6 +1,6 @@
 """What a downstream task is: an objective that can be evaluated."""
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class Task(Objective):
 
     eval_arrays: tuple[str, ...]
     """The store's arrays that its meters compare with."""
+    counted: ClassVar[str] = " at probability 0.5"
+    """Where a class begins to be predicted, as the end of a sentence."""
     protocols: tuple[str, ...] = ("ego",)
     """By name, the rules of what is where and what counts: it is evaluated under each."""
 
