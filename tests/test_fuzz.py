@@ -166,8 +166,8 @@ def fuzz(file, contents, parse, errors, names=None):
 
 
 TABLES = (
-    *("attribute", "calibrated_sensor", "category", "ego_pose", "instance", "log", "map"),
-    *("sample", "sample_annotation", "sample_data", "scene", "sensor", "visibility"),
+    *("attribute", "calibrated_sensor", "category", "ego_pose", "instance", "lidarseg", "log"),
+    *("map", "sample", "sample_annotation", "sample_data", "scene", "sensor", "visibility"),
 )
 
 

@@ -1,5 +1,7 @@
 """Each lidar objective learns one real keyframe by heart: rows, targets and loss fit together."""
 
+import os
+
 import pytest
 import torch
 from conftest import build_store
@@ -20,6 +22,9 @@ SETTINGS = [
     "data.train_split=mini_train",
 ]
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(
+    "OCCFEAT_OVERFIT" not in os.environ, reason="takes minutes: OCCFEAT_OVERFIT=1 runs it"
+)
 
 
 @pytest.fixture(scope="module")
