@@ -15,12 +15,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.settings import Settings
 from occfeat_train.objectives.base import Batch, Loss, Objective, Targets
 from occfeat_train.objectives.pairs import rows_in_ego
-from occfeat_train.objectives.queries import QueryHead, frame_queries, query_counts, query_loss
+from occfeat_train.objectives.queries import (
+    QueryHead,
+    frame_queries,
+    query_counts,
+    query_loss,
+    require_one_sweep,
+)
 
 RADIUS_M = 1.0
 """How far from a query, in space, the rows lie that answer it."""
@@ -48,12 +53,7 @@ class Also(Objective):
     def __init__(self, settings: AlsoSettings, store: TargetStore, channels: int, turned: bool):
         """Raises StoreError if the store has several sweeps."""
         super().__init__(settings, store, channels, turned)
-        sweeps = store.attrs["config"]["lidar"]["sweeps"]
-        if sweeps > 1:
-            raise StoreError(
-                f"{store.url} accumulates {sweeps} lidar sweeps and says of no point from where it "
-                "was seen, which also must know: rebuild it with lidar.sweeps=1"
-            )
+        require_one_sweep(store, "also")
         self.head = QueryHead(channels)
         self.point_step_m: float = store.attrs["point_step_m"]
 

@@ -24,7 +24,13 @@ from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.settings import Settings
 from occfeat_train.geometry import rotation_z
 from occfeat_train.objectives.base import Batch, Loss, Objective, Targets
-from occfeat_train.objectives.queries import QueryHead, frame_queries, query_counts, query_loss
+from occfeat_train.objectives.queries import (
+    QueryHead,
+    frame_queries,
+    query_counts,
+    query_loss,
+    require_one_sweep,
+)
 
 RADIUS_M = 1.0
 """How far from a query, on the ground plane, the cells lie that answer it (paper §4.2)."""
@@ -50,12 +56,7 @@ class ImgAlso(Objective):
     def __init__(self, settings: ImgAlsoSettings, store: TargetStore, channels: int, turned: bool):
         """Raises StoreError if the store has several sweeps, or cells too large for the radius."""
         super().__init__(settings, store, channels, turned)
-        sweeps = store.attrs["config"]["lidar"]["sweeps"]
-        if sweeps > 1:
-            raise StoreError(
-                f"{store.url} accumulates {sweeps} lidar sweeps and says of no point from where it "
-                "was seen, which img-also must know: rebuild it with lidar.sweeps=1"
-            )
+        require_one_sweep(store, "img-also")
         dx, dy, _ = store.grid.cell_size
         if math.hypot(dx, dy) > 2 * RADIUS_M:
             raise StoreError(

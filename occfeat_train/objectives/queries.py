@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from occfeat_targets.store.files import StoreError
+from occfeat_targets.store.reader import TargetStore
 from occfeat_train.objectives.base import Loss, Targets, divisors
 
 DECIMATION_MM = 100
@@ -23,6 +25,15 @@ FREE_NEAR, FREE_FAR, OCCUPIED = range(3)
 """Kinds of query: just in front of a return, anywhere between sensor and return, just behind."""
 WIDTH = 128
 """Channels of latents and hidden layers (ALSO)."""
+
+
+def require_one_sweep(store: TargetStore, objective: str) -> None:
+    """StoreError: the store has several sweeps, and so rays of unknown origin."""
+    if (sweeps := store.attrs["config"]["lidar"]["sweeps"]) > 1:
+        raise StoreError(
+            f"{store.url} accumulates {sweeps} lidar sweeps and says of no point from where it was "
+            f"seen, which {objective} must know: rebuild it with lidar.sweeps=1"
+        )
 
 
 def frame_queries(
