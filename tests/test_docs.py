@@ -180,8 +180,8 @@ def _small_stores(folder):
         "model": {"encoder_weights": "random", "image_size": [64, 96], "channels": 32},
         "data": {"workers": 0},
         "augment": {"rotate_bev_deg": 0},
-        "pretrain": {"epochs": 2, "batch": 2},
-        "finetune": {"epochs": 2, "batch": 2, "accumulate": 1, "lr": 0.001},
+        "pretrain": {"epochs": 1, "batch": 2},
+        "finetune": {"epochs": 1, "batch": 2, "accumulate": 1, "lr": 0.001},
         "run": {"save_minutes": 0},
     }
     (folder / "quick.yaml").write_text(yaml.safe_dump(preset))

@@ -196,13 +196,13 @@ def test_a_bucket_out_of_reach_is_one_sentence(monkeypatch, tmp_path, demo_root,
             monkeypatch.setenv(name, "anything")
     said = {"endpoint": "Could not connect to the endpoint", "credentials": "Unable to locate cred"}
     fsspec.filesystem("s3").clear_instance_cache()
-    for use in (open_store, summarise, verify.verify_store, lambda u: build_store(demo_root, u)):
+    for use in (open_store, lambda url: build_store(demo_root, url)):  # seconds each
         with pytest.raises(StoreError, match=f"^s3://b/t.zarr is out of reach: {said[lacking]}"):
             use("s3://b/t.zarr")
     fsspec.filesystem("s3").clear_instance_cache()
 
 
 def test_a_short_torture(bucket, demo_root, tmp_path):
-    wrong, tried = torture(2, 0, demo_root, tmp_path)
+    wrong, tried = torture(1, 0, demo_root, tmp_path)
     assert wrong == []
-    assert tried.total() == 12
+    assert tried.total() == 6

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 from tiny_store import make_tiny_store
-from train_runs import assert_same_state, curve, flip, full_disk, options, run, start
+from train_runs import TORCHRUN, assert_same_state, curve, flip, full_disk, options, run, start
 
 FAULTS = {}
 RESUME = ("pretrain", "--resume", "--run-dir", "run")
@@ -47,9 +47,9 @@ class Rig:
             run(*arguments, cwd=self.home, processes=processes)
         return path
 
-    def start(self, processes=1):
+    def start(self, **how):
         """The training, or what is left of it, in processes of its own."""
-        return start(*self.command(), cwd=self.cwd, processes=processes)
+        return start(*self.command(), cwd=self.cwd, **how)
 
     def command(self):
         return RESUME if (self.run / "run.json").exists() else self.new
@@ -147,7 +147,7 @@ def full_disk_while_saving(rig):
 
 @fault
 def torchrun_loses_a_process(rig):
-    process = rig.start(processes=2)
+    process = rig.start(launcher=TORCHRUN)
     try:
         rig.wait(process)
         family = psutil.Process(process.pid).children(recursive=True)

@@ -47,14 +47,14 @@ def options(*settings):
     return [text for setting in (*SMALL, *settings) for text in ("--set", setting)]
 
 
-def start(*arguments, cwd, processes=1):
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+FORKED = (str(Path(__file__).parent / "forked.py"), "2")
+
+
+def start(*arguments, cwd, launcher=("-m",)):
     """Start ``occfeat-train``; two threads would only get in each other's way here."""
-    launcher = ["-m", "occfeat_train"]
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        launcher += ["--standalone", "-m", "occfeat_train"]
     return subprocess.Popen(
-        [sys.executable, *launcher, *map(str, arguments)],
+        [sys.executable, *launcher, "occfeat_train", *map(str, arguments)],
         cwd=cwd,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -73,7 +73,7 @@ def run(*arguments, cwd, processes=1, code=0):
         unexpected = result.exception and not isinstance(result.exception, SystemExit)
         assert result.exit_code == code and not unexpected, result.output
         return result.output
-    process = start(*arguments, cwd=cwd, processes=processes)
+    process = start(*arguments, cwd=cwd, launcher=FORKED)
     try:
         output, _ = process.communicate(timeout=240)
     finally:
