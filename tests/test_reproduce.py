@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from click.testing import CliRunner
+from conftest import LONG
 from tiny_store import change_attributes, make_tiny_store
 from train_runs import SMALL
 
@@ -683,6 +684,7 @@ def test_reporting_alone_runs_nothing(reproduction):
     assert "lambda = 0.0001" in output and "22.9" in output
 
 
+@LONG
 def test_real_processes_two_at_a_time_under_slurm(store_for, tmp_path):
     """The Slurm script's row of the table, with commands as they are."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

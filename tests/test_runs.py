@@ -12,6 +12,7 @@ from contextlib import chdir
 import psutil
 import pytest
 import torch
+from conftest import LONG
 from torture_train import torture
 from train_runs import (
     TORCHRUN,
@@ -176,6 +177,7 @@ def test_held_out_numbers_change_nothing(lift, tiny_store, tmp_path):
     assert held_out(tmp_path / "on") == [first, last]
 
 
+@LONG
 def test_held_out_numbers_of_two_processes(tiny_store, tmp_path):
     fine = ("finetune", "--store", tiny_store, "--init", "none", *options("finetune.epochs=2"))
     for name, every in (("off", 0), ("on", 2)):

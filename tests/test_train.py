@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from conftest import LONG
 from train_runs import (
     COMPARABLE,
     TORCHRUN,
@@ -148,6 +149,7 @@ def test_two_processes_and_accumulation_follow_the_curve_of_one_large_batch(tiny
         torch.testing.assert_close(other, one, rtol=1e-4, atol=2e-6)
 
 
+@LONG
 def test_two_processes_stop_together_and_resume_in_float16(tiny_store, tmp_path):
     """The loss's scale is part of a checkpoint."""
     small = ("pretrain.batch=2", "pretrain.accumulate=2", "pretrain.epochs=2")
