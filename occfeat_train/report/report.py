@@ -116,8 +116,8 @@ def _curve(name: str, groups: list[Group], logs: dict[Path, list[dict[str, Any]]
                 )
             )
     figure.update_layout(
-        xaxis={"title": {"text": "step"}},
-        legend={"orientation": "h", "y": -0.25, "font": {"size": 11}},
+        xaxis={"title": {"text": "step", "standoff": 4}},
+        legend={"orientation": "h", "y": -0.25, "yanchor": "top", "font": {"size": 11}},
     )
     return figure
 
