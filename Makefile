@@ -19,8 +19,8 @@ define help
 make targets     a demo world and its targets, targets.zarr (a small teacher, no download)
 make targets NUSCENES=/data/sets/nuscenes [VERSION=v1.0-trainval] [STORE=/fast/targets.zarr]
                  [TEACHER=DIR or hub id] [WORKERS=8] [SCHEDULER=tcp://host:8786]
-make miniature   the paper's Table 3 on a demo world, with five seeds: an hour
-make lidar       ScaLR, SLidR and ALSO on a demo world, with three seeds: an hour
+make miniature   the paper's Table 3 on a demo world, with five seeds: an hour or more
+make lidar       ScaLR, SLidR and ALSO on a demo world, with three seeds
 make install     into .venv alone
 make test        all tests but those of make long
 make long        all tests, also those that take half a minute or more each

@@ -343,7 +343,7 @@ def load(demo_store, tmp_path_factory):
     def run(workers, method="fork"):
         command = [sys.executable, script, demo_store, " ".join(NAMES), str(workers), method]
         output = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=60
+            command, capture_output=True, text=True, check=True, timeout=240
         ).stdout
         assert len(output.split()) == 8
         return output
@@ -383,7 +383,7 @@ def test_workers_do_not_outlive_the_main_process(demo_store, tmp_path, method, e
     (tmp_path / "dying.py").write_text(DYING)
     with open(tmp_path / "pids", "w") as output:
         command = [sys.executable, tmp_path / "dying.py", demo_store, method, end]
-        subprocess.run(command, stdout=output, timeout=60)
+        subprocess.run(command, stdout=output, timeout=240)
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert len(pids) == 2
     workers = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]

@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from pyquaternion import Quaternion
@@ -519,6 +522,32 @@ def test_resume_makes_only_what_is_missing(demo_root, tmp_path):
     make_demo_world(root, scenes=2, samples=2, seed=0, workers=0)
     assert contents(root) == contents(demo_root)
     assert untouched.stat().st_mtime == 1
+
+
+@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGTERM"])
+def test_its_processes_do_not_outlive_it(tmp_path, signal_name):
+    code = """if True:
+        import sys
+        from occfeat_targets.demo_world import make_demo_world
+        if __name__ == "__main__":
+            make_demo_world(sys.argv[1], scenes=4, samples=9, workers=1)
+    """
+    script = tmp_path / "make.py"
+    script.write_text(code)
+    client = subprocess.Popen([sys.executable, script, tmp_path / "world"])
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("world/samples/*/*.jpg")):
+            assert client.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        family = psutil.Process(client.pid).children(recursive=True)
+    finally:
+        client.send_signal(getattr(signal, signal_name))
+        client.wait()
+    alive = psutil.wait_procs(family, timeout=20)[1]
+    for process in alive:
+        process.kill()
+    assert family and not alive
 
 
 def test_frame_without_its_result_is_not_complete(demo_root, tmp_path):

@@ -13,7 +13,16 @@ import pytest
 import torch
 from conftest import LONG
 from PIL import Image
-from train_runs import FORKED, assert_same_state, curve, final_state, run, start, stop_at_step
+from train_runs import (
+    FORKED,
+    SCHEDULE,
+    assert_same_state,
+    curve,
+    final_state,
+    run,
+    start,
+    stop_at_step,
+)
 
 from occfeat_train.export import export, export_encoder, load_network
 from occfeat_train.network import build_network, frames_for
@@ -30,16 +39,8 @@ SETTINGS = [
     "lidar.neighbours=4",
     "lidar.max_rows=150",
     "objectives.also.queries=60",
-    "data.workers=0",
-    "pretrain.batch=4",
-    "pretrain.epochs=3",
-    "finetune.batch=4",
-    "finetune.accumulate=1",
-    "finetune.epochs=3",
+    *SCHEDULE,
     "finetune.lr=0.01",
-    "run.log_every=1",
-    "run.save_minutes=0",
-    "run.validate_every=0",
 ]
 ROOT = Path(__file__).parent.parent
 OBJECTIVES = ("scalr", "slidr", "also")

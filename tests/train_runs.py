@@ -15,23 +15,27 @@ from click.testing import CliRunner
 
 from occfeat_train.cli import main
 
-SMALL = [
-    "model.encoder=efficientnet-b0",
-    "model.encoder_weights=random",
-    "model.channels=8",
-    "model.image_size=[32,64]",
+SCHEDULE = [
     "data.workers=0",
     "pretrain.batch=4",
     "pretrain.epochs=3",
     "finetune.batch=4",
     "finetune.accumulate=1",
     "finetune.epochs=3",
-    "finetune.lr=0.001",
     "run.log_every=1",
     "run.save_minutes=0",
     "run.validate_every=0",
 ]
-"""A network and schedule for the tiny store: 3 steps an epoch."""
+"""For the tiny store: 3 steps an epoch."""
+SMALL = [
+    "model.encoder=efficientnet-b0",
+    "model.encoder_weights=random",
+    "model.channels=8",
+    "model.image_size=[32,64]",
+    *SCHEDULE,
+    "finetune.lr=0.001",
+]
+"""A network for it, and :data:`SCHEDULE`."""
 COMPARABLE = [
     "model.freeze_batch_norm=true",
     "model.drop_path=0",

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 from PIL import Image
@@ -134,9 +135,21 @@ def _make_frames(
         return
     # spawn: a forked child could inherit locks of threads that the caller runs.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=context) as pool:
+    with ProcessPoolExecutor(count, context, _end_with_parent) as pool:
         # When a frame fails or the user stops, map cancels those that have not begun.
         yield from pool.map(make, missing)
+
+
+def _end_with_parent() -> None:
+    """Of a pool's process: else it waits for work for ever after a SIGKILL of its parent."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def _make_frame(out: Path, plan: Plan, keyframe: tuple[int, int]) -> None:
