@@ -84,7 +84,7 @@ quick: $(installed)
 fuzz: $(installed)
 	OCCFEAT_FUZZ=10000 $(pytest) --verbose --timeout 7200 tests/test_fuzz.py
 
-# Builds that are killed, stopped, starved and doubled, on a disk and on S3: half an hour.
+# Builds, then trainings, that are killed, stopped, starved and doubled.
 torture: $(installed)
 	$(bin)/python tests/torture_store.py --rounds 100 --seed 1
 	OMP_NUM_THREADS=1 $(bin)/python tests/torture_train.py --rounds 100 --seed 1
