@@ -23,7 +23,7 @@ make miniature   the paper's Table 3 on a demo world, with five seeds: an hour o
 make lidar       ScaLR, SLidR and ALSO on a demo world, with three seeds
 make install     into .venv alone
 make test        all tests but those of make long
-make long        all tests, also those that take half a minute or more each
+make long        all tests, the long ones too
 make quick       the pure parts, a minute
 make fuzz        all that is parsed, 10,000 damaged cases each: hours
 make torture     builds and trainings killed, starved and damaged, 100 rounds each: hours

@@ -43,7 +43,8 @@ SLOW = (
 )
 """Tests that start processes, train or build: all but these are ``make quick``."""
 LONG = pytest.mark.skipif(
-    "OCCFEAT_LONG" not in os.environ, reason="half a minute or more: make long runs it"
+    "OCCFEAT_LONG" not in os.environ,
+    reason="long, and others come near it: make long runs it",
 )
 FAST = ["teacher.name=teachers:PatchMeans", "block_frames=2", "map.mode=required"]
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import LONG
 from train_runs import SMALL
 
 from occfeat_pipelines import bench_baselines as baselines
@@ -158,6 +159,7 @@ def test_none_reaches_into_private_names():
         assert not re.findall(r"\w\._(?!_)\w", path.read_text()), path
 
 
+@LONG
 def test_steps_of_lidar_networks(tiny_lidar_store):
     options = ["--store", tiny_lidar_store, "--size", "2-8", "--steps", 1]
     options += ["--method", "scalr", "--method", "also"]

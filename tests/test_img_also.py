@@ -12,7 +12,7 @@ import pytest
 import torch
 import train_reference as reference
 from click.testing import CliRunner
-from conftest import build_store
+from conftest import LONG, build_store
 from tiny_store import make_tiny_store
 from torch import nn
 from train_runs import COMPARABLE, assert_same_state, final_state, log_of, options, run
@@ -474,6 +474,7 @@ def test_finetuning_and_evaluation_go_on_from_it(workplace):
     assert " on 4 frames of mini_val" in command("evaluate", "--run-dir", "fine", cwd=cwd)
 
 
+@LONG
 def test_accumulation_and_two_processes_are_one_large_batch(workplace):
     cwd, _ = workplace
     arguments = ("pretrain", "--store", "targets.zarr", "--objective", "img-also", "--run-dir")

@@ -158,7 +158,8 @@ def test_without_pretraining_it_starts_at_random(tiny_lidar_store, tmp_path):
     assert "lidar_net: random weights" in output
 
 
-@pytest.mark.parametrize("objective", ["scalr", pytest.param("lidarseg", marks=LONG)])
+@LONG
+@pytest.mark.parametrize("objective", ["scalr", "lidarseg"])
 def test_two_processes_equal_one(objective, tiny_lidar_store, tmp_path, monkeypatch):
     """Losses and gradients, where batch norms, which see the processes' clouds apart, keep their
     statistics: of a frozen backbone, or here, of none. Lovász is left out: it is no mean."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import train_reference as reference
+from conftest import LONG
 from tiny_store import make_tiny_store
 from train_runs import assert_same_state, log_of, options, run
 
@@ -107,6 +108,7 @@ def test_evaluation_equals_naive_counting(workplace):
     }
 
 
+@LONG
 def test_two_processes_count_the_same(workplace):
     cwd, _ = workplace
     before = (cwd / "runs/map/result.json").read_text()

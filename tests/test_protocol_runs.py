@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from conftest import LONG
 from train_runs import assert_same_state, curve, options, run, start, stop_at_step
 
 from occfeat_train import view
@@ -54,6 +55,7 @@ def network(workplace):
     return network, job, data.collate([data[i] for i in range(4)])
 
 
+@LONG
 def test_a_killed_run_resumes_to_the_same_weights(workplace, tiny_store):
     """By SIGKILL in its second epoch."""
     cwd, _ = workplace

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import LONG
 from nuscenes import NuScenes
 from pyquaternion import Quaternion
 
@@ -245,7 +246,12 @@ def test_a_training_frame_s_camera_follows_from_its_seed_alone():
 # What the protocol is worth
 
 
-@pytest.mark.parametrize("error_m", [0.25, 0.5, 1.0])
+ERRORS_M = pytest.mark.parametrize(
+    "error_m", [pytest.param(0.25, marks=LONG), 0.5, pytest.param(1.0, marks=LONG)]
+)
+
+
+@ERRORS_M
 def test_the_same_position_error_scores_higher_under_simple_bev(error_m):
     """Cars where they are against the same cars moved: IoU in per cent under both protocols."""
     rng = np.random.default_rng(0)
@@ -257,7 +263,7 @@ def test_the_same_position_error_scores_higher_under_simple_bev(error_m):
     assert 1 < _gain([np.column_stack(cars) for cars in drawn], error_m, rng) < 10
 
 
-@pytest.mark.parametrize("error_m", [0.25, 0.5, 1.0])
+@ERRORS_M
 def test_and_on_the_real_keyframe_by_2_to_9_points(error_m, nuscenes_one):
     ((_, boxes),) = records_of(nuscenes_one)
     assert 2 < _gain([boxes.numpy()] * 30, error_m, np.random.default_rng(0)) < 9

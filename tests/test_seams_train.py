@@ -7,6 +7,7 @@ from contextlib import chdir
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import LONG
 from PIL import Image
 from tiny_store import make_tiny_store
 from train_runs import SMALL, log_of
@@ -196,6 +197,7 @@ def test_toys_of_each_kind_train_and_are_evaluated_and_drawn(plugins, tiny_store
     assert Image.open(plugins / "prediction.png").size[0] > 500
 
 
+@LONG
 def test_a_toy_is_evaluated_on_corrupted_images_too(plugins):
     splits = {"mini_train": 1, "mini_val": 1}
     make_tiny_store(plugins / "targets.zarr", splits=splits)

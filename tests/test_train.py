@@ -38,7 +38,7 @@ def undisturbed(tiny_store, tmp_path_factory):
     return cwd / "a"
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=LONG), 2])
 def test_a_run_killed_in_mid_epoch_and_resumed_ends_bit_equal(
     workers, undisturbed, tiny_store, tmp_path
 ):
@@ -55,7 +55,7 @@ def test_a_run_killed_in_mid_epoch_and_resumed_ends_bit_equal(
     assert [[x[k] for k in ("step", "epoch", *CURVE)] for x in log_of(tmp_path / "b")] == wanted
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=LONG), "forkserver"])
 def test_reading_processes_change_nothing_and_never_hang(
     start_method, undisturbed, tiny_store, tmp_path
 ):
@@ -80,6 +80,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(undisturbed, tiny_stor
     assert_same_state(undisturbed, found[0].parent)
 
 
+@LONG
 def test_sigterm_to_all_processes_saves_too(undisturbed, tiny_store, tmp_path):
     """As torchrun and Slurm send it: reading processes get it as well."""
     settings = options("data.workers=2")
@@ -240,6 +241,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_store, tmp_path):
     assert len(log_of(tmp_path / "a")) == 1
 
 
+@LONG
 def test_finetuning_in_two_processes_and_counts_of_evaluation(tiny_store, tmp_path):
     """Curve as in one process; evaluation counts exactly equal."""
     settings = options(*COMPARABLE)
