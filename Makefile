@@ -39,8 +39,8 @@ install: $(installed)
 
 $(installed): setup.cfg pyproject.toml constraints.txt
 	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
-	$(bin)/python -m pip install --quiet --no-compile --constraint constraints.txt \
-		--editable '.[targets,lite0,dev]' # Python compiles what is used: a third of the time
+	$(bin)/python -m pip install --quiet --constraint constraints.txt \
+		--editable '.[targets,lite0,dev]'
 	touch $@
 
 ifdef NUSCENES
@@ -68,8 +68,9 @@ lidar: $(installed)
 	$(bin)/python pipelines/reproduce.py --table lidar-miniature --preset lidar-miniature
 
 # One thread each: threads of one test would only get in the way of another's. Many tests wait, so
-# that three fill two cores.
-pytest := OMP_NUM_THREADS=1 $(bin)/python -m pytest --numprocesses 3 --dist worksteal
+# that three fill two cores; and many start processes, which shall not compile each for itself.
+pytest := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= \
+	$(bin)/python -m pytest --numprocesses 3 --dist worksteal
 
 test: $(installed)
 	$(pytest)

@@ -55,6 +55,21 @@ def _write_lease(url, **changes):
     fs.pipe_file(f"{path}/{LEASE}", json.dumps(this_process() | changes).encode())
 
 
+def test_a_store_that_begins_while_it_is_looked_for_is_none_yet(bucket, monkeypatch):
+    """s3fs lists, finds nothing, and asks again whether there is a folder: by now there is."""
+    url, listing = f"{bucket}/t.zarr", type(fsspec.filesystem("s3"))._lsdir
+
+    async def slow(self, path, *args, **options):
+        found = await listing(self, path, *args, **options)
+        if not found:
+            await self._pipe_file(f"{path}/{LEASE}", b"{}")
+        return found
+
+    monkeypatch.setattr(type(fsspec.filesystem("s3")), "_lsdir", slow)
+    assert find(url) == {}
+    assert fsspec.filesystem("s3").exists(f"{url}/{LEASE}")
+
+
 def test_the_second_is_told_who_the_first_is_and_takes_over_after_a_kill(bucket, hold):
     url = f"{bucket}/t.zarr"
     first = hold(url, 600)

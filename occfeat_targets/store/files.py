@@ -47,7 +47,9 @@ def find(url: str, below: str = "") -> dict[str, int]:
     fs.invalidate_cache()
     with _reaching(url):
         found = fs.find(f"{path}/{below}" if below else path, detail=True)
-    sizes = {name.removeprefix(f"{path}/"): info["size"] for name, info in found.items()}
+    # s3fs names the folder itself if it comes into being between two of its requests.
+    there = {name: info["size"] for name, info in found.items() if info["type"] != "directory"}
+    sizes = {name.removeprefix(f"{path}/"): size for name, size in there.items()}
     return {key: size for key, size in sizes.items() if key != LEASE}
 
 
