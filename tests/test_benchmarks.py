@@ -138,6 +138,7 @@ def test_stages_of_the_build(demo_root):
         assert whole >= own >= 0
 
 
+@LONG
 def test_the_teacher_alone(demo_root):
     config = TargetsConfig.load(None, ["teacher.name=teachers:PatchMeans"])
     records = read_dataset(demo_root, None, config).records[:2]

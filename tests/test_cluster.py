@@ -13,7 +13,7 @@ import dask.config
 import psutil
 import pytest
 import teachers
-from conftest import FAST, TESTS, tree_bytes
+from conftest import FAST, LONG, TESTS, tree_bytes
 
 from occfeat_targets import cluster as cluster_module
 from occfeat_targets.build import BuildStopped, build, prepare
@@ -233,11 +233,13 @@ def test_a_task_that_always_kills_its_worker_is_named(demo_root, tmp_path, one):
         _build(one, demo_root, tmp_path / "targets.zarr", "teacher.name=teachers:Suicidal")
 
 
+@LONG
 def test_workers_that_die_while_loading_the_teacher_end_the_build(demo_root, tmp_path, two):
     with pytest.raises(ClusterError, match="worker died"):
         _build(two[0], demo_root, tmp_path / "targets.zarr", "teacher.name=teachers:DiesLoading")
 
 
+@LONG
 def test_a_cluster_whose_workers_are_all_starting_again_is_waited_for(one):
     (victim,) = one.everywhere(_pid, None)
     os.kill(victim, signal.SIGKILL)

@@ -5,6 +5,7 @@ import json
 import huggingface_hub
 import pytest
 import torch
+from conftest import LONG
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_store import make_tiny_store
@@ -124,6 +125,7 @@ def test_a_damaged_description_is_one_sentence(changes, sentence, workplace, tmp
 # ONNX
 
 
+@LONG
 def test_onnx_is_for_the_cameras_of_a_frame_or_file(workplace):
     said = run("export", "--run-dir", "runs/pre", "--out", "net", "--onnx", cwd=workplace)
     assert said.splitlines()[1].startswith("net/model.onnx: for CAM_FRONT_LEFT, CAM_FRONT, ")

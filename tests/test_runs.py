@@ -229,6 +229,7 @@ def test_images_that_are_enlarged_are_told_of(size, warned, tiny_store, capsys):
     assert capsys.readouterr().err.count("is more than the [64, 96] of the store's") == warned
 
 
+@LONG
 def test_a_killed_second_trainer_leaves_the_first_alone(undisturbed, tmp_path):
     """A lock goes with its holder, by whatever end."""
     copy = Run(shutil.copytree(undisturbed, tmp_path / "copy"))

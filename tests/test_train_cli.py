@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from conftest import LONG
 from safetensors.torch import load_file
 from tiny_store import change_attributes, make_tiny_store
 from train_runs import SMALL, assert_same_state, final_state, options, run, start, stop_at_step
@@ -123,6 +124,7 @@ def test_export_loads_as_the_readme_says_and_has_no_head(workplace):
         load_bev_net(cwd / "bev-net")
 
 
+@LONG
 def test_bevformer_pretrains_resumes_and_finetunes(tiny_store, tmp_path):
     settings = options("model.lift=bevformer", "pretrain.epochs=2", "run.save_minutes=60")
     whole = ("pretrain", "--store", tiny_store, "--run-dir", "whole", *settings)
@@ -324,6 +326,7 @@ def test_finetuning_follows_the_paper_for_its_fraction(fraction, epochs, lr, bat
     assert own.clip == "mean"
 
 
+@LONG
 def test_the_trainer_loads_nothing_of_the_offline_stage(tiny_store, tmp_path):
     """Importing and running every command, in one process."""
     code = f"""
