@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import LONG
 from train_runs import SMALL
 
 from occfeat_pipelines import bench_baselines as baselines
@@ -138,7 +137,6 @@ def test_stages_of_the_build(demo_root):
         assert whole >= own >= 0
 
 
-@LONG
 def test_the_teacher_alone(demo_root):
     config = TargetsConfig.load(None, ["teacher.name=teachers:PatchMeans"])
     records = read_dataset(demo_root, None, config).records[:2]
@@ -160,7 +158,6 @@ def test_none_reaches_into_private_names():
         assert not re.findall(r"\w\._(?!_)\w", path.read_text()), path
 
 
-@LONG
 def test_steps_of_lidar_networks(tiny_lidar_store):
     options = ["--store", tiny_lidar_store, "--size", "2-8", "--steps", 1]
     options += ["--method", "scalr", "--method", "also"]

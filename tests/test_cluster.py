@@ -233,7 +233,6 @@ def test_a_task_that_always_kills_its_worker_is_named(demo_root, tmp_path, one):
         _build(one, demo_root, tmp_path / "targets.zarr", "teacher.name=teachers:Suicidal")
 
 
-@LONG
 def test_workers_that_die_while_loading_the_teacher_end_the_build(demo_root, tmp_path, two):
     with pytest.raises(ClusterError, match="worker died"):
         _build(two[0], demo_root, tmp_path / "targets.zarr", "teacher.name=teachers:DiesLoading")

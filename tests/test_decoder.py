@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from conftest import LONG
 from torch import nn
 from torch.nn import functional as F
 
@@ -324,7 +323,6 @@ def test_the_real_network_has_the_documented_shape_and_takes_any_number_of_camer
         assert net(images[:, :1], K[:, :1], cam_T_ego[:, :1]).shape == (2, 8, 16, 17)
 
 
-@LONG
 def test_few_channels_do_not_corrupt_the_heap():
     """oneDNN's gradient of a 1x1 convolution of stride 2 does, on the paper's grid: 7 of 7 runs of
     8, 16 and 24 channels died."""

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import LONG
 from PIL import Image
 from pyquaternion import Quaternion
 
@@ -496,7 +495,6 @@ def contents(root: Path) -> dict[str, bytes]:
     }
 
 
-@LONG
 def test_same_bytes_with_any_number_of_workers(demo_root, tmp_path):
     """The fixture's world was made by other processes; this one is made in this process."""
     make_demo_world(tmp_path / "again", scenes=2, samples=2, seed=0, workers=0)

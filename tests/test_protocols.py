@@ -251,7 +251,6 @@ ERRORS_M = pytest.mark.parametrize(
 )
 
 
-@LONG
 @ERRORS_M
 def test_the_same_position_error_scores_higher_under_simple_bev(error_m):
     """Cars where they are against the same cars moved: IoU in per cent under both protocols."""

@@ -634,7 +634,6 @@ def test_the_result_of_half_a_training_is_not_taken(later):
     assert later(*NONE)[1] == ["evaluate"]
 
 
-@LONG
 def test_corrupted_images_that_come_later_are_evaluated_too(reproduction, tmp_path):
     folder = tmp_path / "corrupted"
     options = ("--table", "c", "--rows", "none", "--corrupted", str(folder))

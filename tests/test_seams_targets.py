@@ -17,7 +17,7 @@ import reference
 import torch
 import two_camera_drive
 from click.testing import CliRunner
-from conftest import LONG, TESTS, build_store, reseal, tree_bytes
+from conftest import TESTS, build_store, reseal, tree_bytes
 from PIL import Image
 from teachers import PatchMeans
 
@@ -79,7 +79,6 @@ def test_commands_work_on_it(two_camera_store, drive, toys, tmp_path):
     assert len(open_store(tmp_path / "fog-mid.zarr")) == 4
 
 
-@LONG
 def test_processes_find_it_too(two_camera_store, drive, toys, tmp_path):
     """Workers import a plug-in by its name, from PYTHONPATH."""
     store = tmp_path / "targets.zarr"

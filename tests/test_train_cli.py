@@ -326,7 +326,6 @@ def test_finetuning_follows_the_paper_for_its_fraction(fraction, epochs, lr, bat
     assert own.clip == "mean"
 
 
-@LONG
 def test_the_trainer_loads_nothing_of_the_offline_stage(tiny_store, tmp_path):
     """Importing and running every command, in one process."""
     code = f"""
