@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -61,6 +62,22 @@ def _wait(client, moment, store):
         time.sleep(0.002)
 
 
+def _stop(family):
+    """SIGSTOP to all, and wait: a thread stops only when its call into the kernel returns."""
+    for process in family:
+        process.suspend()
+    for thread in [t for process in family for t in Path(f"/proc/{process.pid}/task").iterdir()]:
+        while _state(thread) not in "TZX":
+            time.sleep(0.001)
+
+
+def _state(thread):
+    try:
+        return (thread / "stat").read_text().rpartition(") ")[2][0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+
+
 def test_kill_and_run_again(demo_root, uninterrupted, run_here, tmp_path):
     """At each moment all of the build's processes are stopped dead and what is on the disk is
     copied: what a SIGKILL there and then would leave. At the last one the client is killed."""
@@ -71,9 +88,7 @@ def test_kill_and_run_again(demo_root, uninterrupted, run_here, tmp_path):
         _wait(client, moment, store)
         parent = psutil.Process(client.pid)
         family = parent.children(recursive=True)
-        for process in (parent, *family):
-            process.suspend()
-        time.sleep(0.5)  # they stop once a call into the kernel returns
+        _stop([parent, *family])
         left[moment] = shutil.copytree(store, tmp_path / moment)
         if moment != [*MOMENTS][-1]:
             for process in (*family, parent):
