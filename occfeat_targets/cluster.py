@@ -1,6 +1,7 @@
 """Where tasks run: in this process or on Dask, local or not. Only this module imports dask."""
 
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -190,6 +191,7 @@ def executor(
             _local_cluster(workers, threads, loop) as cluster,
             Client(cluster) as client,
         ):
+            client.register_worker_callbacks(_name_no_locks)
             yield DaskExecutor(client)
         return
     try:
@@ -220,6 +222,12 @@ def _deaf_loop() -> Iterator[Any]:
         yield runner.loop
     finally:
         runner.stop()
+
+
+def _name_no_locks() -> None:
+    """In a worker: locks, of which numcodecs has one, get no names under this method. A worker that
+    is busy at a Ctrl-C is killed, and a named one it leaves behind is complained of."""
+    multiprocessing.set_start_method("fork", force=True)
 
 
 def _local_cluster(workers: int | None, threads: int | None, loop: Any) -> Any:

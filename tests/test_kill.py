@@ -109,6 +109,8 @@ def test_interrupting_says_how_to_go_on(demo_root, uninterrupted, run_here, tmp_
     # A shell starts its background jobs, and so perhaps these tests, with Ctrl-C ignored.
     ignores_nothing = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     ignores_nothing["start_new_session"] = True
+    # Its worker is then busy for longer than Dask waits before it kills it.
+    ignores_nothing["env"] = os.environ | {"SLOW_SECONDS": "4"}
     client = _start(demo_root, store, **ignores_nothing)
     _wait(client, "one block is done", store)
     os.killpg(client.pid, signal.SIGINT)  # as a terminal does
