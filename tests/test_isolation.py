@@ -14,10 +14,15 @@ HOMES = {
     "nuscenes": {"sources/nuscenes.py"},
     "distributed": {"cluster.py"},
     "dask": {"cluster.py"},
-    "transformers": {"teachers/vit.py", "models/encoders.py", "models/decoder.py"},
+    "transformers": {
+        *("teachers/vit.py", "teachers/hub.py", "store/pretrained.py"),
+        *("models/encoders.py", "models/decoder.py"),
+    },
     "yaml": {"store/settings.py"},
     "fsspec": {"store/files.py"},
-    "matplotlib": {"view.py", "voxel_picture.py", "outputs/masks.py", "report/pictures.py"},
+    "matplotlib": {
+        *("view.py", "query.py", "voxel_picture.py", "outputs/masks.py", "report/pictures.py"),
+    },
     "plotly": {"report/page.py", "report/pictures.py", "report/report.py"},
 }
 

@@ -1,5 +1,5 @@
-"""DINOv3, SigLIP and C-RADIO with random weights against their equations in float64: normalisation,
-position, which tokens, and which layer."""
+"""DINOv3, SigLIP, C-RADIO and CLIP with random weights against their equations in float64:
+normalisation, position, which tokens, and which layer."""
 
 import json
 
@@ -41,6 +41,12 @@ def radio():
         **shape, max_img_size=128, mlp_ratio=1.5, summary_idxs=[0], norm_mean=MEAN, norm_std=STD
     )
     return transformers.RadioModel(config)
+
+
+def clip():
+    text, to = {"num_hidden_layers": 1, "hidden_size": 32}, {"projection_dim": 24}
+    parts = {"vision_config": SHAPE | to, "text_config": text | to}
+    return transformers.CLIPModel(transformers.CLIPConfig(**parts, **to))
 
 
 def filled(model):
@@ -145,6 +151,26 @@ def radio_by_hand(model, pixels):
     return x[:, len(first) :], x[:, len(first) :]
 
 
+def clip_by_hand(model, pixels):
+    """MaskCLIP: no patch looks at another in the last block, whose value and MLP it keeps."""
+    m = ByHand(model, model.config.vision_config.layer_norm_eps)
+    at = "vision_model.embeddings"
+    x = m.patches(pixels) @ m.w[f"{at}.patch_embedding.weight"].flatten(1).T
+    table = m.w[f"{at}.position_embedding.weight"]
+    square = table[1:].view(1, 4, 4, 32).permute(0, 3, 1, 2)
+    x = x + F.interpolate(square, (3, 5), mode="bicubic").flatten(2).transpose(1, 2)
+    first = (m.w[f"{at}.class_embedding"] + table[0]).expand(len(x), 1, -1)
+    x = m.norm(torch.cat([first, x], dim=1), "vision_model.pre_layrnorm")
+    for i in range(2):
+        at = f"vision_model.encoder.layers.{i}"
+        q, k, v, out = (f"{at}.self_attn.{n}_proj" for n in ("q", "k", "v", "out"))
+        y = m.norm(x, f"{at}.layer_norm1")
+        x = x + (m.attention(y, (q, k, v, out)) if i == 0 else m.linear(m.linear(y, v), out))
+        y = m.linear(m.norm(x, f"{at}.layer_norm2"), f"{at}.mlp.fc1")
+        x = x + m.linear(y * torch.sigmoid(1.702 * y), f"{at}.mlp.fc2")
+    return m.linear(m.norm(x, "vision_model.post_layernorm"), "visual_projection")[:, 1:]
+
+
 def saved(tmp_path, make):
     model = filled(make())
     model.save_pretrained(tmp_path)
@@ -175,6 +201,24 @@ def test_tokens_are_those_computed_by_hand(tmp_path, make, by_hand, layer):
     described = describe(teacher, settings)
     assert (described["patch_size"], described["input_size"]) == (PATCH, [288, 512])
     assert (layer == "last") != ("before" in described["layer"])
+
+
+def test_clip_gives_patches_in_the_space_of_texts(tmp_path):
+    model, settings = saved(tmp_path, clip)
+    pixels = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    teacher = load_teacher(settings)
+    with torch.no_grad():
+        wanted = clip_by_hand(model, pixels)
+        own = model.vision_model(pixel_values=pixels, interpolate_pos_encoding=True)[0]
+        mixed = model.visual_projection(model.vision_model.post_layernorm(own))[:, 1:]
+    tokens = teacher(pixels).flatten(2).transpose(1, 2).double()
+    torch.testing.assert_close(tokens, wanted, atol=1e-4, rtol=1e-4)
+    assert (tokens - mixed).abs().mean() > 0.1 * tokens.std()  # CLIP's own patches are others
+    described = describe(teacher, settings)
+    assert (described["dim"], described["patch_size"]) == (24, PATCH)
+    assert "MaskCLIP" in described["layer"]
+    with pytest.raises(ConfigError, match="before_norm"):
+        load_teacher(settings.with_(layer="before_norm"))
 
 
 @pytest.mark.parametrize("content", [None, "{}", '{"image_mean": [1, 2, 3], "image_std": 1}'])

@@ -17,7 +17,7 @@ TEACHERS = Registry(
     {
         "none": "occfeat_targets.teachers.base:NoTeacher",
         "random": "occfeat_targets.teachers.vit:random_teacher",
-        "hub": "occfeat_targets.teachers.vit:pretrained",
+        "hub": "occfeat_targets.teachers.hub:pretrained",
         "efficientnet-lite0": "occfeat_targets.teachers.efficientnet:EfficientNetTeacher",
     },
 )

@@ -18,10 +18,10 @@ class TeacherSettings(Settings):
     """The frozen image model whose features are the targets."""
 
     name: str = "facebook/dinov2-small"
-    """Hub id or local directory of a DINOv2, DINOv3, SigLIP or C-RADIO; ``efficientnet-lite0``
-    (needs no download); ``random:SEED`` (ViT-S/14 with random weights, for tests); a plug-in,
-    ``package.module:factory``; or ``none`` for a store without features: enough to finetune and
-    evaluate on, and built much faster."""
+    """Hub id or local directory of a DINOv2, DINOv3, SigLIP, C-RADIO or CLIP;
+    ``efficientnet-lite0`` (needs no download); ``random:SEED`` (ViT-S/14 with random weights, for
+    tests); a plug-in, ``package.module:factory``; or ``none`` for a store without features: enough
+    to finetune and evaluate on, and built much faster."""
     input_size: Size | None = None
     """Image height and width the teacher sees; multiples of its patch size. None: 18 x 32 patches,
     the paper's 252 x 448 for DINOv2."""
