@@ -7,77 +7,32 @@ imported where it is used: ``--help`` stays quick.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from occfeat_targets import __version__
+from occfeat_targets.options import (
+    EXIT_SKIPPED,
+    PATH,
+    cluster_options,
+    dataroot_argument,
+    on_error_option,
+    plugin_option,
+    settings_options,
+    store_argument,
+)
 
 if TYPE_CHECKING:
     from occfeat_targets.config import TargetsConfig
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
-EXIT_SKIPPED = 3
-"""The store is finished, but some frames were left out (``--on-error skip``)."""
-
 CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 100}
-path_type = click.Path(path_type=Path)
-dataroot_argument = click.argument("dataroot", type=path_type)
-store_argument = click.argument("store")
-
-
-def _together(*options: Callable) -> Callable:
-    return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
-
-
-settings_options = _together(
-    click.option(
-        "--version",
-        help="Dataset version, such as v1.0-mini. Needed only if the dataroot holds several.",
-    ),
-    click.option(
-        "--config",
-        default="nuscenes",
-        metavar="FILE.yaml|PRESET",
-        help="Settings: a file, or a preset by name (nuscenes, demo, miniature). nuscenes lists "
-        "all of them: occfeat-targets settings.",
-    ),
-    click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="One setting, such as lidar.sweeps=3 or frames.splits=[mini_train]. May be repeated.",
-    ),
-)
-cluster_options = _together(
-    click.option(
-        "--workers",
-        type=click.IntRange(min=0),
-        help="Worker processes. Default: one per GPU, else one per core. 0: in this process.",
-    ),
-    click.option("--threads", type=click.IntRange(min=1), help="Tasks at a time in each worker."),
-    click.option("--scheduler", metavar="tcp://HOST:PORT", help="Use a running Dask scheduler."),
-)
-plugin_option = click.option(
-    "--plugin",
-    "plugins",
-    multiple=True,
-    metavar="MODULE:NAME",
-    help="A plug-in that STORE was made with: run its code. May be repeated.",
-)
-on_error_option = click.option(
-    "--on-error",
-    type=click.Choice(["stop", "skip"]),
-    default="stop",
-    help=f"A frame fails: stop after the running blocks, or leave it out (exit {EXIT_SKIPPED}).",
-)
 
 
 @contextlib.contextmanager
@@ -111,7 +66,7 @@ def main() -> None:
 
 
 @main.command("demo-data")
-@click.argument("out", type=path_type)
+@click.argument("out", type=PATH)
 @click.option("--scenes", default=4, help="Number of scenes, 2 or more.")
 @click.option("--samples", default=10, help="Keyframes per scene.")
 @click.option("--seed", default=0, help="Same seed, same bytes.")
@@ -271,6 +226,41 @@ def settings(config: str) -> None:
 
 
 @main.command()
+@click.argument("out", type=PATH)
+@click.option("--clip", type=PATH, help="Directory of a CLIP, with its tokenizer's files.")
+@click.option(
+    "--vocabulary",
+    type=PATH,
+    help="JSON file of templates and prompts by class. Default: POP-3D's, of nuScenes' 16 classes.",
+)
+@click.option(
+    "--stand-in",
+    metavar="STORE",
+    help="Instead of texts: what STORE's training frames look like by class.",
+)
+def text(out: Path, clip: Path | None, vocabulary: Path | None, stand_in: str | None) -> None:
+    """Write to OUT a vocabulary's prompts as vectors of a CLIP, to ask voxels by.
+
+    \b
+    occfeat-targets text texts.safetensors --clip clip-vit-base-patch16
+    """
+    from occfeat_targets import texts
+
+    if (clip is None) == (stand_in is None) or (stand_in and vocabulary):
+        raise click.UsageError(
+            "name --clip DIR, with a --vocabulary or without, or --stand-in STORE"
+        )
+    with _one_message():
+        if clip:
+            made = texts.embed(texts.read_vocabulary(vocabulary or texts.VOCABULARY), clip)
+        else:
+            made = texts.stand_in(str(stand_in))
+        made.save(out)
+    classes = len(made.class_names)
+    click.echo(f"{out}: {len(made.prompts)} prompts, {classes} classes; {made.source}")
+
+
+@main.command()
 @dataroot_argument
 @settings_options
 def check(dataroot: Path, **options: Any) -> None:
@@ -311,7 +301,7 @@ def info(store: str, as_json: bool) -> None:
     "Does not find changed bytes in them, or frames that contradict themselves.",
 )
 @click.option("--recompute", default=0, metavar="K", help="Also recompute K random frames.")
-@click.option("--dataroot", type=path_type, help="Where from; needed for --recompute.")
+@click.option("--dataroot", type=PATH, help="Where from; needed for --recompute.")
 @click.option("--seed", default=0, help="Which random frames.")
 @plugin_option
 def verify(store: str, quick: bool, recompute: int, plugins: tuple[str, ...], **how: Any) -> None:
@@ -338,10 +328,10 @@ def verify(store: str, quick: bool, recompute: int, plugins: tuple[str, ...], **
 @main.command()
 @store_argument
 @click.option("--frame", default=0, help="Index of the frame.")
-@click.option("--out", type=path_type, help="Default: view-FRAME.png.")
+@click.option("--out", type=PATH, help="Default: view-FRAME.png.")
 @click.option(
     "--colours",
-    type=path_type,
+    type=PATH,
     metavar="FILE.json",
     help="What colour a feature has: made for STORE if it is not there, else as it says. For other "
     "stores of the same teacher. Default: those of STORE.",

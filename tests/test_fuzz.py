@@ -17,6 +17,7 @@ from contextlib import contextmanager, redirect_stderr, suppress
 import google_crc32c
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import yaml
 from conftest import FAST
@@ -33,6 +34,8 @@ from occfeat_targets.store.checksums import write_checksums
 from occfeat_targets.store.files import StoreError, open_group
 from occfeat_targets.store.reader import SEAL, open_store, seal
 from occfeat_targets.store.settings import ConfigError
+from occfeat_targets.store.texts import Texts
+from occfeat_targets.texts import read_vocabulary
 from occfeat_targets.verify import verify_store
 from occfeat_train.config import TrainConfig
 from occfeat_train.runs.job import Job
@@ -361,6 +364,26 @@ def test_verify_of_any_metadata(name, sealed):
 
     whole, errors = (store / name).read_bytes(), (StoreError, ConfigError)
     fuzz(store / name, bent_json(whole), parse, errors, (str(store), *TargetsConfig.model_fields))
+
+
+def test_texts(tmp_path):
+    vectors = np.eye(3, 8, dtype=np.float32)
+    said = {"prompts": ["a", "b", "c"], "class_names": ["car", "bus"], "classes": [0, 0, 1]}
+    said |= {"source": "by hand", "teacher": ""}
+
+    def written(said):
+        return safetensors.numpy.save({"embeddings": vectors}, {"texts": json.dumps(said)})
+
+    file = tmp_path / "texts.safetensors"
+    contents = st.one_of(damaged(written(said)), bent(said).map(written))
+    fuzz(file, contents, lambda: Texts.load(file), StoreError)
+
+
+def test_vocabularies(tmp_path):
+    said = {"templates": ["a {}.", "the {}"], "classes": {"car": ["van", "jeep"], "x": ["y"]}}
+    file = tmp_path / "words.json"
+    whole = json.dumps(said).encode()
+    fuzz(file, bent_json(whole), lambda: read_vocabulary(file), ConfigError)
 
 
 def test_run_json(tmp_path):

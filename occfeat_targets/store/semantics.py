@@ -47,6 +47,17 @@ def class_numbers(lidarseg_classes: Sequence[str]) -> np.ndarray:
     return np.array([numbers.get(name, IGNORED) for name in lidarseg_classes], dtype=np.uint8)
 
 
+def majority(group: np.ndarray, classes: np.ndarray, n_groups: int) -> np.ndarray:
+    """The class that most points of each group have: uint8 (n_groups,), of M points' group int
+    (M,) and class number or :data:`IGNORED` (M,). The ignored ones vote too, and win a tie; then
+    the lowest number does; a group without points has :data:`IGNORED` (POP-3D's
+    ``dataset_wrapper.py``, where the ignored class is number 0)."""
+    n = len(CLASSES) + 1
+    votes = (classes.astype(np.int64) + 1) % (IGNORED + 1)  # ignored first
+    counts = np.bincount(group.astype(np.int64) * n + votes, minlength=n_groups * n)
+    return (counts.reshape(n_groups, n).argmax(axis=1) - 1).astype(np.uint8)
+
+
 def colours_of(classes: np.ndarray) -> np.ndarray:
     """RGB float (M, 3) in 0..1 of class numbers (M,), :data:`IGNORED` among them."""
     return COLOURS[np.minimum(classes, len(CLASSES))]

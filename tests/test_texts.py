@@ -1,0 +1,212 @@
+"""Texts: CLIP's ensembling by hand, their file, vocabularies, stand-ins, majorities."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from safetensors.numpy import save_file
+from tiny_store import make_tiny_store
+
+from occfeat_targets.cli import main
+from occfeat_targets.store.files import StoreError
+from occfeat_targets.store.reader import open_store
+from occfeat_targets.store.semantics import CLASSES, IGNORED, class_numbers, majority
+from occfeat_targets.store.settings import ConfigError
+from occfeat_targets.store.texts import Texts
+from occfeat_targets.texts import VOCABULARY, embed, read_vocabulary, stand_in
+from occfeat_train.query import vector_of
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz.{}"
+ENDS = ["<|startoftext|>", "<|endoftext|>"]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A CLIP with random weights and a tokenizer of letters."""
+    folder = tmp_path_factory.mktemp("clip")
+    words = [*LETTERS, *(letter + "</w>" for letter in LETTERS), *ENDS]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    said = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    first, last = (words.index(end) for end in ENDS)
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    shape |= {"hidden_size": 32, "projection_dim": 8}
+    text = {"vocab_size": len(words), "bos_token_id": first, "eos_token_id": last}
+    text |= {"pad_token_id": last}
+    parts = {"vision_config": shape | {"image_size": 32}, "text_config": shape | text}
+    model = transformers.CLIPModel(transformers.CLIPConfig(**parts, projection_dim=8))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3, generator=generator)
+    model.eval().save_pretrained(folder)
+    return folder, model, words
+
+
+def by_hand(clip, sentences):
+    """Each sentence alone, letter by letter; the token of its end is what stands for it."""
+    _, model, words = clip
+    found = []
+    for sentence in sentences:
+        ids = [words.index(ENDS[0])]
+        for word in sentence.split():
+            parts = [part for piece in word.partition(".") for part in [piece] if part]
+            for part in parts:  # the tokenizer takes a full stop for a word of its own
+                ids += [words.index(letter) for letter in part[:-1]]
+                ids.append(words.index(part[-1] + "</w>"))
+        ids = torch.tensor([[*ids, words.index(ENDS[1])]])
+        with torch.no_grad():
+            hidden = model.text_model(input_ids=ids).last_hidden_state[0, -1]
+            vector = (model.text_projection.weight @ hidden).double().numpy()
+        found.append(vector / np.sqrt((vector**2).sum()))
+    mean = sum(found) / len(found)
+    return mean / np.sqrt((mean**2).sum())
+
+
+def vocabulary(tmp_path, **changes):
+    said = {"templates": ["a {}.", "the {} there"], "classes": {"car": ["car", "van"], "x": ["y"]}}
+    path = tmp_path / "words.json"
+    path.write_text(json.dumps(said | changes))
+    return path
+
+
+def test_prompts_are_the_mean_of_their_sentences(clip, tmp_path):
+    texts = embed(read_vocabulary(vocabulary(tmp_path)), clip[0])
+    assert (texts.prompts, texts.classes) == (["car", "van", "y"], [0, 0, 1])
+    assert texts.class_names == ["car", "x"]
+    for prompt, vector in zip(texts.prompts, texts.embeddings, strict=True):
+        wanted = by_hand(clip, [f"a {prompt}.", f"the {prompt} there"])
+        np.testing.assert_allclose(vector, wanted, atol=1e-5)
+    assert (texts.embeddings @ texts.embeddings.T)[~np.eye(3, dtype=bool)].max() < 0.9999
+
+
+def test_the_file_of_texts_comes_back(clip, tmp_path):
+    path, words = tmp_path / "texts.safetensors", vocabulary(tmp_path)
+    asked = ["text", str(path), "--clip", str(clip[0]), "--vocabulary", str(words)]
+    result = CliRunner().invoke(main, asked)
+    assert result.exit_code == 0, result.output
+    texts = Texts.load(path)
+    np.testing.assert_array_equal(
+        texts.embeddings, embed(read_vocabulary(words), clip[0]).embeddings
+    )
+    mean = texts.embeddings[:2].mean(axis=0)
+    np.testing.assert_allclose(texts.find("x"), texts.embeddings[2], rtol=1e-6)
+    np.testing.assert_allclose(texts.find("van"), texts.embeddings[1])
+    whole = Texts(texts.embeddings, ["a", "b", "c"], [0, 0, 1], ["car", "x"], "")
+    np.testing.assert_allclose(whole.find("car"), mean / np.linalg.norm(mean), rtol=1e-6)
+    with pytest.raises(ConfigError, match="did you mean van"):
+        texts.find("vam")
+
+
+def test_any_text_is_asked_by_the_clip_whose_features_the_store_has(clip, tmp_path, tiny_store):
+    found = vector_of(open_store(str(tiny_store)), "a red car", None, clip[0])
+    np.testing.assert_allclose(found, by_hand(clip, ["a red car"]), atol=1e-5)
+    without = open_store(str(make_tiny_store(tmp_path / "targets.zarr", dim=0)))
+    with pytest.raises(StoreError, match="two spaces"):
+        vector_of(without, "a red car", None, clip[0])
+
+
+def test_the_package_has_the_words_of_pop3d():
+    words = read_vocabulary(VOCABULARY)
+    assert list(words.classes) == list(CLASSES)
+    numbers = [4, 1, 2, 10, 2, 3, 4, 1, 4, 5, 2, 6, 3, 5, 15, 7]  # relatives of the paper's table
+    assert [len(prompts) for prompts in words.classes.values()] == numbers
+    assert len(set(words.templates)) == 85
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": {}}, "classes"),
+        ({"classes": {"car": []}}, "no prompt"),
+        ({"classes": {"car": ["a"], "bus": ["a"]}}, "twice"),
+        ({"templates": ["no place"]}, "template"),
+        ({"words": 1}, "words"),
+    ],
+)
+def test_odd_vocabularies_are_refused(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        read_vocabulary(vocabulary(tmp_path, **changes))
+
+
+def test_odd_files_are_refused(tmp_path):
+    path, sound = (
+        tmp_path / "a.safetensors",
+        Texts(np.eye(2, 3, dtype="f4"), ["a", "b"], [0, 0], ["c"], ""),
+    )
+    sound.save(path)
+    assert Texts.load(path).prompts == ["a", "b"]
+    with pytest.raises(StoreError, match="occfeat-targets text"):
+        Texts.load(tmp_path / "none.safetensors")
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(StoreError, match="is not of"):
+        Texts.load(path)
+    for changes in ({"classes": [0, 1]}, {"prompts": ["a"]}, {"embeddings": sound.embeddings * 2}):
+        Texts(**(vars(sound) | changes)).save(path)
+        with pytest.raises(StoreError, match="fit together"):
+            Texts.load(path)
+    save_file({"embeddings": sound.embeddings}, path, {"texts": "[" * 9999})
+    with pytest.raises(StoreError, match="is not of"):
+        Texts.load(path)
+
+
+def test_what_is_no_clip_is_refused(tmp_path):
+    words = read_vocabulary(VOCABULARY)
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(ConfigError, match="tokenizer's files of a CLIP"):
+            embed(words, folder)
+
+
+def test_the_majority_of_a_voxel_is_counted():
+    rng = np.random.default_rng(0)
+    group = rng.integers(0, 40, 150)
+    group[group == 7] = 8  # one without points
+    classes = rng.choice([0, 1, 15, IGNORED], 150).astype(np.uint8)
+    found = majority(group, classes, 40)
+    ties = 0
+    for g in range(40):
+        votes = Counter(classes[group == g].tolist())
+        most = max(votes.values(), default=0)
+        best = [c for c, n in votes.items() if n == most]
+        ties += len(best) > 1
+        wanted = IGNORED if IGNORED in best or not best else min(best)
+        assert found[g] == wanted
+    assert ties > 3 and found[7] == IGNORED
+
+
+def test_stand_ins_are_mean_directions_of_classes(tiny_lidar_store):
+    store = open_store(str(tiny_lidar_store))
+    texts = stand_in(str(tiny_lidar_store))
+    assert texts.source.startswith("STAND-INS, no text")
+    numbers, step = class_numbers(store.attrs["lidarseg_classes"]), store.attrs["point_step_m"]
+    sums = {}
+    for i in range(len(store)):
+        if not store.split(i).endswith("train"):
+            continue
+        frame = store.frame(i)
+        votes = {}
+        for point, label in zip(frame["points"], frame["lidarseg"], strict=True):
+            index, inside = store.grid.flat_index(point[None, :3] * step)
+            if inside[0]:
+                votes.setdefault(int(index[0]), []).append(int(numbers[label]))
+        for voxel, cameras, q, scale in zip(
+            *(frame[n] for n in ("voxel_index", "feature_cameras", "features", "feature_scale")),
+            strict=True,
+        ):
+            counted = Counter(votes.get(int(voxel), [IGNORED]))
+            most = max(counted.values())
+            best = [c for c, n in counted.items() if n == most]
+            if cameras and IGNORED not in best:
+                feature = q.astype(float) * float(scale)
+                length = np.sqrt((feature**2).sum())
+                sums[min(best)] = sums.get(min(best), 0) + feature / max(length, 1e-12)
+    assert texts.class_names == [[*CLASSES][c] for c in sorted(sums)]
+    for c, vector in zip(sorted(sums), texts.embeddings, strict=True):
+        wanted = sums[c] / np.sqrt((sums[c] ** 2).sum())
+        np.testing.assert_allclose(vector, wanted, atol=1e-5)
