@@ -230,7 +230,7 @@ def test_offsets_of_self_attention_run_along_y_first_then_x():
 
 def test_without_offsets_cross_attention_is_the_mean_of_what_cameras_see_of_the_column(cameras):
     K, cam_T_ego, hw = cameras
-    module = randomised(CrossAttention(C, 5))
+    module = randomised(CrossAttention(C, DeformableAttention(C, 4, 5)))
     zero_offsets(module.attention)
     nn.init.zeros_(module.attention.attention_weights.weight)
     nn.init.zeros_(module.attention.attention_weights.bias)
@@ -259,7 +259,7 @@ def test_a_query_that_no_camera_sees_keeps_its_value(cameras):
     K, cam_T_ego, hw = cameras
     views = views_of(UNEVEN, K, cam_T_ego, hw)
     queries = random((2, 11, 7, C), 2)
-    module = randomised(CrossAttention(C, 5))
+    module = randomised(CrossAttention(C, DeformableAttention(C, 4, 5)))
     got = module(queries, torch.zeros_like(queries), random((12, *FEATURE_HW, C), 1), views)
     unchanged = (got == queries).all(dim=-1).flatten()
     assert torch.equal(unchanged, ~views.seen)
@@ -279,7 +279,7 @@ def test_what_lies_behind_a_camera_is_neither_seen_nor_sampled():
     views = views_of(both, K, cam_T_ego, (4, 4))
     assert views.seen.all()
     assert (views.centres[:, :2] == -torch.inf).all() and views.centres[:, 2:].isfinite().all()
-    module = randomised(CrossAttention(C, 4), std=0.05)
+    module = randomised(CrossAttention(C, DeformableAttention(C, 4, 4)), std=0.05)
     images, queries = random((1, *FEATURE_HW, C), 1), random((1, 2, 2, C), 2)
     got = module(queries, torch.zeros_like(queries), images, views)
     far = views._replace(centres=views.centres.clamp(min=-1e6))

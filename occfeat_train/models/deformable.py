@@ -1,4 +1,4 @@
-"""Deformable attention (Zhu et al. 2021) at a single scale, in plain PyTorch.
+"""Deformable attention (Zhu et al. 2021) at one scale or at several, in plain PyTorch.
 
 The usual CUDA kernel, and its PyTorch fallback by ``grid_sample``, read a padded batch of queries
 per map. Here each query names the map it samples, so any list of (query, map) pairs goes through in
@@ -84,6 +84,50 @@ class DeformableAttention(nn.Module):
         offsets = self.sampling_offsets(query).unflatten(-1, (self.heads, self.points, 2))
         weights = self.attention_weights(query).unflatten(-1, (self.heads, self.points))
         return offsets, weights.softmax(dim=-1)
+
+
+class LevelAttention(nn.Module):
+    """The same over maps of several sizes, ``levels``, of the same images: a query's weights are a
+    softmax over the points of all of them together. Offsets are in cells of each level's own map.
+
+    Several points may share a position: of A positions, point p is at position p mod A.
+    """
+
+    def __init__(self, channels: int, heads: int, points: int, levels: int):
+        super().__init__()
+        self.heads, self.points, self.levels = heads, points, levels
+        self.value_proj = nn.Linear(channels, channels)
+        self.sampling_offsets = nn.Linear(channels, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(channels, heads * levels * points)
+        nn.init.xavier_uniform_(self.value_proj.weight)
+        for module in (self.sampling_offsets, self.attention_weights):
+            nn.init.zeros_(module.weight)
+        for module in (self.value_proj, self.attention_weights):
+            nn.init.zeros_(module.bias)
+        star = _star(heads, points)[:, None].expand(-1, levels, -1, -1)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(star.flatten())
+
+    def forward(
+        self, query: Tensor, values: list[Tensor], centres: Tensor, maps: Tensor, rows: Tensor
+    ) -> Tensor:
+        """As :meth:`DeformableAttention.forward`: ``values`` (M, h, w, C) of each level, and
+        ``centres`` (S, A, 2) in cells of the first; ``points`` is a multiple of A."""
+        shape = (self.heads, self.levels, self.points)
+        projected = [self.value_proj(v).unflatten(-1, (self.heads, -1)) for v in values]
+        with torch.autocast(query.device.type, enabled=False):
+            query = query.to(self.sampling_offsets.weight.dtype)
+            offsets = self.sampling_offsets(query).unflatten(-1, (*shape, 2)).index_select(0, rows)
+            weights = self.attention_weights(query).unflatten(-1, (self.heads, -1)).softmax(dim=-1)
+            weights = weights.unflatten(-1, shape[1:]).index_select(0, rows)
+            centres = centres.repeat(1, self.points // centres.shape[1], 1)
+            first = centres.new_tensor(projected[0].shape[2:0:-1])
+            sums = []
+            for level, value in enumerate(projected):
+                there = (centres + 0.5) * (centres.new_tensor(value.shape[2:0:-1]) / first) - 0.5
+                positions = there[:, None] + offsets[:, :, level]
+                sums.append(deformable_sums(value, maps, positions, weights[:, :, level]))
+            return torch.stack(sums).sum(dim=0).flatten(1)
 
 
 def deformable_sums(values: Tensor, maps: Tensor, positions: Tensor, weights: Tensor) -> Tensor:

@@ -7,5 +7,6 @@ LIFTS = Registry(
     {
         "simplebev": "occfeat_train.models.lifts.simplebev:SimpleBEVLift",
         "bevformer": "occfeat_train.models.lifts.bevformer:BEVFormerLift",
+        "tpv": "occfeat_train.models.lifts.tpv:TpvLift",
     },
 )

@@ -18,7 +18,7 @@ nothing: the published code projects it far outside the image. That it reads the
 time in place of their position embedding was mended upstream (a08998f), as it is here.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,9 @@ class BEVFormerLayer(nn.Module):
         super().__init__()
         self.self_attention = SelfAttention(channels)
         self.norm1 = nn.LayerNorm(channels)
-        self.cross_attention = CrossAttention(channels, heights)
+        self.cross_attention = CrossAttention(
+            channels, DeformableAttention(channels, HEADS, heights)
+        )
         self.norm2 = nn.LayerNorm(channels)
         widen, narrow = nn.Linear(channels, 8 * channels), nn.Linear(8 * channels, channels)
         self.ffn = nn.Sequential(widen, nn.ReLU(inplace=True), narrow)
@@ -117,9 +119,9 @@ class BEVFormerLayer(nn.Module):
 class SelfAttention(nn.Module):
     """Each query samples the BEV map of queries around its own cell."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, heads: int = HEADS, points: int = POINTS):
         super().__init__()
-        self.attention = DeformableAttention(channels, HEADS, POINTS)
+        self.attention = DeformableAttention(channels, heads, points)
         # Two linear maps in a row, as published: the attention's own and that of the block.
         self.attention_proj = nn.Linear(channels, channels)
         self.output_proj = nn.Linear(channels, channels)
@@ -147,14 +149,14 @@ class CrossAttention(nn.Module):
     zero, so the weights of a query are not renormalised at the image's border.
     """
 
-    def __init__(self, channels: int, heights: int):
+    def __init__(self, channels: int, attention: nn.Module):
         super().__init__()
-        self.attention = DeformableAttention(channels, HEADS, heights)
+        self.attention = attention
         self.output_proj = nn.Linear(channels, channels)
         self.dropout = nn.Dropout(DROPOUT)
 
-    def forward(self, queries: Tensor, position: Tensor, images: Tensor, views: Views) -> Tensor:
-        """(B, X, Y, C) to the same; images (B·N, h, w, C)."""
+    def forward(self, queries: Tensor, position: Tensor, images: Any, views: Views) -> Tensor:
+        """(B, X, Y, C) to the same; images (B·N, h, w, C), or what else the attention reads."""
         embedded = (queries + position).flatten(0, 2)
         sampled = self.attention(embedded, images, views.centres, views.camera, views.query)
         pairs = torch.arange(len(sampled), device=sampled.device)
@@ -219,7 +221,8 @@ class FixedBEVFormer(nn.Module):
     ) -> Tensor:
         embedded = (queries + position).flatten(0, 1)
         listed = embedded.index_select(0, self.listed.flatten()).unflatten(0, self.listed.shape)
-        sampled = part.attention.by_map(listed, images, self.centres).flatten(0, 1)
+        attention = cast(DeformableAttention, part.attention)
+        sampled = attention.by_map(listed, images, self.centres).flatten(0, 1)
         sampled = F.pad(sampled, (0, 0, 0, 1))
         mean = sum(sampled.index_select(0, row) for row in self.rows) * self.share
         return queries + (part.output_proj(mean) * self.seen).view_as(queries)
