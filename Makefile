@@ -11,7 +11,7 @@ installed := $(VENV)/.installed
 options := $(if $(VERSION),--version $(VERSION)) $(if $(TEACHER),--teacher $(TEACHER)) \
 	$(if $(WORKERS),--workers $(WORKERS)) $(if $(SCHEDULER),--scheduler $(SCHEDULER))
 
-.PHONY: help install targets miniature lidar test long quick fuzz torture lint format
+.PHONY: help install targets miniature lidar pop3d test long quick fuzz torture lint format
 .DEFAULT_GOAL := targets
 
 # One line each, here and nowhere else.
@@ -21,6 +21,7 @@ make targets NUSCENES=/data/sets/nuscenes [VERSION=v1.0-trainval] [STORE=/fast/t
                  [TEACHER=DIR or hub id] [WORKERS=8] [SCHEDULER=tcp://host:8786]
 make miniature   the paper's Table 3 on a demo world, with five seeds: an hour or more
 make lidar       ScaLR, SLidR and ALSO on a demo world, with three seeds
+make pop3d       POP-3D on a demo world, with three seeds
 make install     into .venv alone
 make test        all tests but those of make long
 make long        all tests, the long ones too
@@ -66,6 +67,12 @@ lidar: $(installed)
 	$(bin)/occfeat-targets $(world)
 	$(bin)/occfeat-targets build miniature-world lidar-miniature.zarr --config lidar-miniature
 	$(bin)/python pipelines/reproduce.py --table lidar-miniature --preset lidar-miniature
+
+pop3d: $(installed)
+	$(bin)/occfeat-targets $(world)
+	$(bin)/occfeat-targets build miniature-world pop3d-miniature.zarr --config pop3d-miniature
+	$(bin)/occfeat-targets text stand-ins.safetensors --stand-in pop3d-miniature.zarr
+	$(bin)/python pipelines/reproduce.py --table pop3d-miniature --preset pop3d-miniature
 
 # One thread each: threads of one test would only get in the way of another's. Many tests wait, so
 # that three fill two cores; and many start processes, which shall not compile each for itself.

@@ -1,17 +1,23 @@
 """The ``occfeat-train`` command: thin shells over ``train``, ``evaluate``, ``export``, ``view``."""
 
-import functools
 import json
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from occfeat_targets.store.registry import Registry
 from occfeat_train import __version__
 from occfeat_train.objectives import OBJECTIVES
+from occfeat_train.options import (
+    PATH,
+    names_of,
+    plugin_option,
+    run_option,
+    set_option,
+    store_option,
+    training_options,
+)
 from occfeat_train.session import Say, session
 from occfeat_train.tasks import TASKS
 
@@ -19,64 +25,6 @@ if TYPE_CHECKING:
     from occfeat_targets.store.reader import TargetStore
     from occfeat_train.rig import Camera
     from occfeat_train.runs.run import Run
-
-PATH = click.Path(path_type=Path)
-
-
-def _names(registry: Registry) -> str:
-    return f"What to learn: {', '.join(registry.names)}, or a plug-in, package.module:Class."
-
-
-def _run_option(help: str) -> Callable:
-    """And what the run needs to be followed."""
-    run = click.option("--run-dir", "run", type=PATH, help=help)
-    return lambda command: run(plugin_option(command))
-
-
-def _training_options(command: Callable) -> Callable:
-    return functools.reduce(lambda f, option: option(f), reversed(TRAINING_OPTIONS), command)
-
-
-store_option = click.option(
-    "--store",
-    metavar="PATH|URL",
-    help="Targets store (occfeat-targets build).  [default: targets.zarr, or the run's own]",
-)
-plugin_option = click.option(
-    "--plugin",
-    "plugins",
-    multiple=True,
-    metavar="MODULE:NAME",
-    help="A plug-in that the run was made with: run its code. May be repeated.",
-)
-set_option = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="SECTION.KEY=VALUE",
-    help="One setting, over --config; repeatable. occfeat-train settings lists all.",
-)
-TRAINING_OPTIONS = (
-    store_option,
-    click.option(
-        "--config",
-        metavar="FILE.yaml|PRESET",
-        help="Settings: a file, or a preset by name (paper, demo, scalr, slidr, also, lidar-demo, "
-        "miniature).  [default: what the store or the pretraining run asks for, else paper]",
-    ),
-    set_option,
-    click.option(
-        "--tracker",
-        type=click.Choice(["tensorboard", "trackio", "wandb"]),
-        help="Where the log goes too. Short for --set run.tracker=...",
-    ),
-    _run_option("Run directory.  [default: a new one in runs/, named by the time]"),
-    click.option(
-        "--resume",
-        is_flag=True,
-        help="Go on with --run-dir, or with the newest unfinished run of this kind in runs/.",
-    ),
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -105,11 +53,11 @@ def settings(config: str) -> None:
 
 
 @main.command()
-@_training_options
+@training_options
 @click.option(
     "--objective",
     metavar="NAME",
-    help=_names(OBJECTIVES) + " Short for --set pretrain.objective=...  [default: what the "
+    help=names_of(OBJECTIVES) + " Short for --set pretrain.objective=...  [default: what the "
     "settings say]",
 )
 def pretrain(**asked: Any) -> None:
@@ -121,9 +69,9 @@ def pretrain(**asked: Any) -> None:
 
 
 @main.command()
-@_training_options
+@training_options
 @click.option(
-    "--task", metavar="NAME", default=TASKS.names[0], show_default=True, help=_names(TASKS)
+    "--task", metavar="NAME", default=TASKS.names[0], show_default=True, help=names_of(TASKS)
 )
 @click.option(
     "--fraction",
@@ -156,14 +104,21 @@ def finetune(**asked: Any) -> None:
 @main.command()
 @store_option
 @set_option
-@_run_option("Finetuning run.  [default: the newest finished one in runs/]")
+@run_option("Finetuning run.  [default: the newest finished one in runs/]")
 @click.option(
     "--corrupted",
     metavar="FOLDER|URL",
     help="Also on the stores of corrupted images in there (occfeat-targets corrupt).",
 )
+@click.option(
+    "--texts",
+    type=PATH,
+    help="Of a pretraining that answers to words (pop3d): by these (occfeat-targets text).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def evaluate(run: Path | None, store: str | None, corrupted: str | None, **asked: Any) -> None:
+def evaluate(
+    run: Path | None, store: str | None, corrupted: str | None, texts: Path | None, **asked: Any
+) -> None:
     """IoU of a finetuned network on the validation split.
 
     At probability 0.5, by distance, and at the best of seven thresholds. Written to result.json
@@ -171,7 +126,12 @@ def evaluate(run: Path | None, store: str | None, corrupted: str | None, **asked
 
     With --corrupted, IoU by corruption and severity of nuScenes-C, and the share of the clean IoU
     that remains: RR, and mRR over the corruptions. Written to corrupted.json in the run.
+
+    With --texts, of a pretraining, without labels: mIoU of voxels, each the class whose words are
+    nearest to its feature; and what the teacher's own features would reach.
     """
+    if texts and corrupted:
+        raise click.UsageError("--texts is of a pretraining, --corrupted of a finetuning")
     with session() as (process, say):
         from occfeat_targets.store.reader import open_store
         from occfeat_train import evaluate, robustness
@@ -179,25 +139,26 @@ def evaluate(run: Path | None, store: str | None, corrupted: str | None, **asked
         from occfeat_train.runs.job import Job
         from occfeat_train.runs.run import write_json
 
-        finetuned = resolve.finished(run, "finetune")
-        job = resolve.changed(Job.of_run(finetuned, store, asked["plugins"]), asked["overrides"])
+        trained = resolve.finished(run, "pretrain" if texts else "finetune")
+        job = resolve.changed(Job.of_run(trained, store, asked["plugins"]), asked["overrides"])
+        job = resolve.zero_shot(job, texts) if texts else job
         tell = (lambda _: None) if asked["as_json"] else say
         if corrupted:
-            result = robustness.evaluate_corrupted(job, finetuned, process, corrupted, tell)
+            result = robustness.evaluate_corrupted(job, trained, process, corrupted, tell)
             text, name = robustness.table(result), "corrupted.json"
         else:
             tell(f"Store: {job.store}")
-            result = evaluate.evaluate(job, finetuned, process)
+            result = evaluate.evaluate(job, trained, process)
             text, name = evaluate.table(result), "result.json"
         result["set"] = list(asked["overrides"])
         say(json.dumps(result, indent=1) if asked["as_json"] else text)
         _say_worth(open_store(job.store), tell)
         if process.is_main:
-            write_json(finetuned.path / name, result)
+            write_json(trained.path / name, result)
 
 
 @main.command()
-@_run_option("Run to export.  [default: the newest finished pretraining in runs/]")
+@run_option("Run to export.  [default: the newest finished pretraining in runs/]")
 @click.option("--out", type=PATH, help="Directory to make: model.safetensors and model.json.")
 @click.option("--onnx", is_flag=True, help="Also model.onnx, for one rig of cameras.")
 @click.option(
@@ -249,7 +210,7 @@ def _rig(run: "Run", asked: dict[str, Any]) -> "list[Camera]":
 
 @main.command()
 @store_option
-@_run_option("A run of either kind.  [default: the newest finished one in runs/]")
+@run_option("A run of either kind.  [default: the newest finished one in runs/]")
 @click.option(
     "--frame", type=int, help="Frame number in the store.  [default: the first of validation]"
 )
@@ -294,6 +255,39 @@ def view(store: str | None, run: Path | None, **asked: Any) -> None:
             out = asked["out"] or Path("prediction.png")
             i = view.save_frame(viewer, asked["frame"], out, asked["picked"])
             say(f"{out}: frame {i} of {job.store} as {chosen.path} ({job.title}) sees it")
+            _say_worth(viewer.store, say)
+
+
+@main.command()
+@store_option
+@run_option("A pretraining that answers to words.  [default: the newest finished one in runs/]")
+@click.option("--text", required=True, help='What to look for, such as "a red car".')
+@click.option("--texts", type=PATH, help="File of occfeat-targets text that has it ...")
+@click.option(
+    "--clip", type=PATH, help="... or the CLIP whose features the store has: a directory."
+)
+@click.option(
+    "--frame", type=int, help="Frame number in the store.  [default: the first of validation]"
+)
+@click.option("--out", type=PATH, default="query.png", show_default=True, help="PNG to write.")
+def query(run: Path | None, store: str | None, text: str, out: Path, **asked: Any) -> None:
+    """Where in a frame is what a text says? Draws it in the images and from above.
+
+    Of all voxels that a network takes for occupied, how near their features are to the text.
+    """
+    if (asked["texts"] is None) == (asked["clip"] is None):
+        raise click.UsageError("name --texts FILE or --clip DIR")
+    with session() as (process, say):
+        from occfeat_train import query
+        from occfeat_train.runs import resolve
+        from occfeat_train.runs.job import Job
+
+        chosen = resolve.finished(run, "pretrain")
+        job = Job.of_run(chosen, store, asked["plugins"])
+        if process.is_main:
+            viewer = query.open_viewer(job, chosen, process.device)
+            vector = query.vector_of(viewer.store, text, asked["texts"], asked["clip"])
+            say(query.save_answer(viewer, asked["frame"], text, vector, out))
             _say_worth(viewer.store, say)
 
 

@@ -95,7 +95,8 @@ def _predict(
 def table(result: dict[str, Any]) -> str:
     """A result as text for people."""
     task = TASKS(result["task"])
-    header = f"{where(result)}: {result['task']} IoU in per cent{task.counted}"
+    counted = result.get("counted", task.counted)  # older results have none
+    header = f"{where(result)}: {result['task']} IoU in per cent{counted}"
     return f"{header}\n\n{as_columns(task.table(result['rows']))}"
 
 

@@ -60,3 +60,11 @@ def flat_index(xyz: torch.Tensor, grid: VoxelGrid) -> tuple[torch.Tensor, torch.
     inside = ((cell >= 0) & (cell < cells)).all(dim=1)
     ix, iy, iz = cell.long().unbind(dim=1)
     return (iz * grid.x[2] + ix) * grid.y[2] + iy, inside
+
+
+def neighbours(place: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The two cells around a place on an axis of ``size`` cells, int64, and the second's share; 0
+    is the centre of the first cell, and beyond the outermost centres all is theirs."""
+    at = place.clamp(0, size - 1)
+    lower = at.floor().long()
+    return lower, (lower + 1).clamp(max=size - 1), at - lower

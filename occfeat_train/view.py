@@ -139,8 +139,8 @@ def _draw(
         if panel.target is None:
             column[0].set_visible(False)
         else:
-            _draw_bev(column[0], grid, panel.target, f"{panel.title}: target{panel.remark}")
-        shown = _draw_bev(column[1], grid, panel.predicted, f"{panel.title}: predicted")
+            draw_bev(column[0], grid, panel.target, f"{panel.title}: target{panel.remark}")
+        shown = draw_bev(column[1], grid, panel.predicted, f"{panel.title}: predicted")
         for name, colour in panel.key:
             column[1].scatter([], [], color=colour, marker="s", label=name)
         if panel.key:
@@ -204,8 +204,8 @@ def describe_predicted(volume: Volume) -> str:
     )
 
 
-def _draw_bev(axis: Any, grid: VoxelGrid, picture: np.ndarray, title: str) -> Any:
-    """One picture, x up and y to the left, as a driver sees a map."""
+def draw_bev(axis: Any, grid: VoxelGrid, picture: np.ndarray, title: str) -> Any:
+    """One picture, (X, Y) in 0..1 or RGB, x up and y to the left, as a driver sees a map."""
     (x_lo, x_hi, _), (y_lo, y_hi, _) = grid.x, grid.y
     extent = (y_lo, y_hi, x_lo, x_hi)
     shown = axis.imshow(picture, "magma", origin="lower", extent=extent, vmin=0, vmax=1)
@@ -240,7 +240,7 @@ def draw_masks(
         axis.set(xticks=[], yticks=[])
         axis.set_title(name, fontsize=10)
     for axis, (name, mask) in zip(bev, masks.items(), strict=False):
-        shown = _draw_bev(axis, grid, mask, name)
+        shown = draw_bev(axis, grid, mask, name)
     parts[1].colorbar(shown, ax=bev, shrink=0.6, label="probability")
     for axis in (*cameras[len(images) :], *bev[len(masks) :]):  # odd numbers leave one empty
         axis.set_visible(False)

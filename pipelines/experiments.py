@@ -19,6 +19,7 @@ from occfeat_train.robustness import headline
 from occfeat_train.runs.job import Job
 from occfeat_train.runs.resolve import HOW
 from occfeat_train.runs.run import Run, identity
+from occfeat_train.tasks import TASKS
 from occfeat_train.tasks.base import Task
 
 
@@ -37,6 +38,8 @@ class Training:
     missing: str = ""
     trusted: tuple[str, ...] = ()
     """Options that name the plug-ins of the run that it starts from."""
+    texts: str = ""
+    """File by which a pretraining is evaluated; empty: it is not."""
 
     def command(self) -> list[str]:
         """Arguments of ``occfeat-train`` to start it, or to go on with it."""
@@ -51,7 +54,8 @@ class Training:
 
     def evaluation(self, corrupted: str | None) -> list[str]:
         """Arguments to evaluate it, also on corrupted images if they are named."""
-        return ["evaluate", *self._here(), *(["--corrupted", corrupted] if corrupted else [])]
+        options = ["--texts", self.texts] if self.texts else []
+        return ["evaluate", *self._here(), *options, *_corrupted(corrupted)]
 
     def _here(self) -> list[str]:
         """Where things are now, and of the settings those that a resumed run may change."""
@@ -65,6 +69,8 @@ class Training:
 
     def faults(self) -> Iterator[str]:
         """What it would stumble over, not before its turn comes, which may be in weeks."""
+        if self.texts and not Path(self.texts).is_file():
+            yield f"there is no file {self.texts}: occfeat-targets text makes one"
         if self.job.learns.sensor != "camera":
             return
         weights, size = (
@@ -80,6 +86,10 @@ class Training:
             )
 
 
+def _corrupted(folder: str | None) -> list[str]:
+    return ["--corrupted", folder] if folder else []
+
+
 def _set(settings: Iterable[str]) -> list[str]:
     return [word for text in settings for word in ("--set", text)]
 
@@ -93,8 +103,10 @@ class Experiment:
     """Its row of the table."""
     column: str
     paper: float | None
+    task: str
     trainings: tuple[Training, ...]
-    """A pretraining, if there is one, and the finetuning, which is evaluated."""
+    """A pretraining, if there is one, and the finetuning, if the task has one; the last is
+    evaluated."""
 
     @property
     def missing(self) -> list[str]:
@@ -110,8 +122,8 @@ class Experiment:
     @property
     def protocol(self) -> str:
         """Under which its IoU is measured."""
-        job = self.trainings[-1].job
-        return cast(type[Task], job.learns).protocol_of(job.own_settings)
+        job, task = self.trainings[-1].job, cast(type[Task], TASKS(self.task))
+        return task.protocol_of(job.own_settings if job.task else task.Settings())
 
     def require_possible(self) -> None:
         """Raise ConfigError if a training that is not done has faults."""
@@ -136,7 +148,9 @@ class Experiment:
         """Column -> IoU; None, or on corrupted images no column, before it has been evaluated."""
         result = self.result(corrupted)
         if not corrupted:
-            return {self.column: headline(result) if result else None}
+            rows = {f"{self.column}, {name}": row for name, row in TASKS(self.task).beside.items()}
+            beside = {name: result["rows"][row]["iou"] for name, row in rows.items() if result}
+            return {self.column: headline(result) if result else None, **beside}
         if not result:
             return {}
         return {"clean": headline(result["clean"]), **result["mean"], "mRR": result["mRR"]}
@@ -193,6 +207,11 @@ class Planner:
         if recipe.pretrain is not None:
             settings = (*common, *recipe.pretrain)
             trainings.append(self._training("pretrain", recipe.pretrain_store, settings))
+        paper = recipe.paper[task][fraction]
+        if not TASKS(task).finetuned:
+            texts = str(Path(self.preset.texts).resolve())
+            asked = tuple(replace(training, texts=texts) for training in trainings)
+            return Experiment(name, recipe.label, task, paper, task, asked)
         used = self.preset.fractions.get(fraction, fraction)
         init = str(trainings[0].path) if trainings else None
         settings = (*common, *recipe.finetune, *recipe.finetune_by_fraction.get(fraction, ()))
@@ -201,8 +220,8 @@ class Planner:
         trusted = tuple(word for t in trainings for word in t.job.plugin_options)
         trainings.append(replace(finetuning, trusted=trusted))
         here = f" (here {100 * used:g} %)" if used != fraction else ""
-        column, paper = f"{task}, {100 * fraction:g} %{here}", recipe.paper[task][fraction]
-        return Experiment(name, recipe.label, column, paper, tuple(trainings))
+        column = f"{task}, {100 * fraction:g} %{here}"
+        return Experiment(name, recipe.label, column, paper, task, tuple(trainings))
 
     def _training(
         self, kind: str, store_name: str, settings: tuple[str, ...], **what: Any

@@ -16,7 +16,7 @@ from occfeat_train.tasks import TASKS
 HERE = Path(__file__).parent
 TABLES = tuple(sorted(path.name for path in (HERE / "recipes").iterdir()))
 """``1`` to ``4`` are the paper's, ``c`` is nuScenes-C (its Figure 4), and
-``variants`` what it leaves for later."""
+``variants`` what it leaves for later; the others are of the methods around it."""
 PRESETS = sorted(path.stem.removeprefix("reproduce_") for path in HERE.glob("reproduce_*.yaml"))
 
 
@@ -36,7 +36,8 @@ class Recipe(Settings):
     """A store of ``stores.yaml`` to pretrain on; empty: the main one."""
     finetune_store: str = ""
     paper: dict[str, dict[float, float | None]] = Field(default_factory=dict)
-    """Task -> label fraction -> the paper's IoU, None if it is unknown."""
+    """Task -> label fraction -> the paper's IoU, None if it is unknown. Of a task that nothing is
+    finetuned for, the pretraining is evaluated, and the fraction is 1."""
 
     @field_validator("paper")
     @classmethod
@@ -54,6 +55,8 @@ class Preset(Settings):
     train: str = "paper"
     """The preset of ``occfeat_train`` that rows start from."""
     store: str = "targets.zarr"
+    texts: str = ""
+    """File of ``occfeat-targets text``, for what is evaluated by words."""
     seeds: int = 1
     jobs: int = 1
     """Runs at the same time."""

@@ -164,7 +164,7 @@ def plan(experiments: list[Experiment], corrupted: str | None) -> Iterator[str]:
             for fault in () if done else filter(None, (training.missing, *training.faults())):
                 yield f"# MISSING: {fault}"
             yield shlex.join(["occfeat-train", *training.command()])
-            if job.task:
+            if job.task or training.texts:
                 yield shlex.join(["occfeat-train", *training.evaluation(corrupted)])
     yield f"\n# {len(seen)} trainings for {len(experiments)} numbers; nothing was run"
 

@@ -12,7 +12,8 @@ def test_nuscenes_preset_shows_every_setting_at_its_default():
 
 
 def test_presets_are_found_by_name_and_are_possible():
-    for name in ("nuscenes", "demo", "miniature", "lidar", "lidar-miniature"):
+    names = ("nuscenes", "demo", "miniature", "lidar", "lidar-miniature")
+    for name in (*names, "pop3d", "pop3d-miniature"):
         assert TargetsConfig.load(settings_file(name, "occfeat_targets"))
     with pytest.raises(
         ConfigError, match="no preset 'paper'; there are demo, lidar-miniature, lidar, miniature"

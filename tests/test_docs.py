@@ -43,6 +43,8 @@ ELSEWHERE = {
         "test_cluster"
     ),
     "occfeat-targets build /data/sets/nuscenes lidar.zarr --config lidar": "test_lidar_outputs",
+    "occfeat-targets build /data/sets/nuscenes pop3d.zarr --config pop3d": "test_lidar_outputs",
+    "occfeat-targets text texts.safetensors --clip clip-vit-base-patch16": "test_texts",
     "sbatch --array=1-10 pipelines/slurm.sh --table 1 --store /fast/targets.zarr": "test_reproduce",
 }
 
@@ -72,13 +74,16 @@ TRAINING = [
     if line not in ELSEWHERE
 ]
 LIDAR = [line for line in _commands("lidar", starts="occfeat-train ") if line not in ELSEWHERE]
+WORDS = [line for line in _commands("pop3d", starts="occfeat-") if line not in ELSEWHERE]
 EXTENDING = _commands("extending")
 MAKE = _commands(*PAGES, starts="make ")
-SCRIPTS = _commands("README", "reproduce", "benchmarks", "lidar", starts="python pipelines/")
+SCRIPTS = _commands(
+    *("README", "reproduce", "benchmarks", "lidar", "pop3d"), starts="python pipelines/"
+)
 
 
 def test_every_command_is_run():
-    here = {*TARGETS, *TRAINING, *LIDAR, *EXTENDING, *MAKE, *SCRIPTS}
+    here = {*TARGETS, *TRAINING, *LIDAR, *WORDS, *EXTENDING, *MAKE, *SCRIPTS}
     assert here.isdisjoint(ELSEWHERE)
     assert {*_commands(*PAGES)} == here | ELSEWHERE.keys()
     programs = {line.split()[0] for line in EXTENDING}
@@ -163,6 +168,21 @@ def test_lidar_commands_run_in_order(tmp_path):
         printed = [run(line + small * ("--config" in line)) for line in LIDAR]
     assert len(printed) == 4
     assert "stored, mean" in printed[2]
+
+
+def test_commands_of_words_run_in_order(tmp_path):
+    make_tiny_store(tmp_path / "targets.zarr", lidar=True)
+    small = " --set model.encoder_weights=random --set model.image_size=[64,96]"
+    small += " --set augment.rotate_bev_deg=0 --set pretrain.epochs=15 --set pretrain.lr=0.01"
+    printed = []
+    with chdir(tmp_path):
+        for line in WORDS:
+            newest = next(iter(Path("runs").glob("pretrain-*")), Path("RUN"))
+            line = line.replace("runs/RUN", str(newest))
+            printed.append(run(line + small * (" pretrain " in line)))
+        assert Path("query.png").exists()
+    assert len(printed) == 4
+    assert "STAND-INS" in printed[0] and "pop3d, mean with empty" in printed[2]
 
 
 def _an_exported_network_sees_a_frame():
@@ -268,11 +288,13 @@ def test_scripts_are_understood(line, tmp_path, capsys):
     if "reproduce" in line:
         make_tiny_store(tmp_path / "targets.zarr", preset="paper")
         make_tiny_store(tmp_path / "lidar.zarr", preset="scalr", lidar=True)
+        make_tiny_store(tmp_path / "pop3d.zarr", preset="pop3d", lidar=True)
     with chdir(tmp_path):
         run(line + (" --report-only" if "reproduce" in line else " --help"))
     if "reproduce" in line:
         printed = capsys.readouterr().out
-        assert printed.count("SimpleBEV") == 8 or printed.count("WaffleIron") == 11
+        rows = ("SimpleBEV", "WaffleIron", "POP-3D's objective")
+        assert [printed.count(row) for row in rows] in ([8, 0, 0], [0, 11, 0], [1, 0, 3])
 
 
 # Examples

@@ -15,12 +15,12 @@ from occfeat_targets.store.semantics import CLASSES, COLOURS, IGNORED, class_num
 from occfeat_targets.store.settings import ConfigError
 from occfeat_train.config import TrainConfig
 from occfeat_train.network import Network, build_network, frames_for, prepare
+from occfeat_train.objectives.lovasz import lovasz_softmax
 from occfeat_train.optimiser import cosine, make_optimiser, make_schedule, parameter_groups
 from occfeat_train.optimiser_settings import OptimiserSettings
 from occfeat_train.runs.job import Job
 from occfeat_train.sensors.camera import Camera
 from occfeat_train.tasks.lidarseg import ConfusionMeter, LidarSegmentation
-from occfeat_train.tasks.lovasz import lovasz_softmax
 
 CPU = torch.device("cpu")
 # Index of nuScenes-lidarseg -> class, by hand from the devkit's eval/lidarseg/utils.py.

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -83,7 +84,25 @@ def test_every_row_is_there_and_its_settings_are_possible(stores, table, rows, n
 
 
 def test_every_table_is_tested():
-    assert TABLES == ("1", "2", "3", "4", "c", "lidar", "lidar-miniature", "variants")
+    methods = ("lidar", "lidar-miniature", "pop3d", "pop3d-miniature")
+    assert ("1", "2", "3", "4", "c", *methods, "variants") == TABLES
+
+
+@pytest.mark.parametrize("table", ["pop3d", "pop3d-miniature"])
+def test_rows_that_answer_to_words_are_evaluated_without_finetuning(table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    what = {"preset": table, "tasks": ("open-vocabulary",)}
+    found = _experiments(str(tmp_path / "none.zarr"), table, **what)
+    lifts = []
+    for experiment in found:
+        (pretraining,) = experiment.trainings
+        assert pretraining.job.kind == "pretrain" and pretraining.job.name == "pop3d"
+        lifts.append(pretraining.job.config.model.lift)
+        said = shlex.join(pretraining.evaluation(None))
+        assert f"--texts {tmp_path}/" in said
+        assert any("occfeat-targets text" in fault for fault in pretraining.faults())
+        assert (experiment.column, experiment.protocol) == ("open-vocabulary", "pop3d")
+    assert lifts == ["simplebev", "bevformer", "tpv"]
 
 
 @pytest.mark.parametrize(

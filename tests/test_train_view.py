@@ -160,7 +160,7 @@ def test_forward_is_up_and_left_is_left(store):
         figure = Figure(figsize=(4, 4), dpi=100)
         canvas = FigureCanvasAgg(figure)
         axis = figure.subplots()
-        view._draw_bev(axis, store.grid, picture, "")
+        view.draw_bev(axis, store.grid, picture, "")
         axis.lines[0].remove()  # ego
         canvas.draw()
     (left, bottom), (right, top) = axis.get_window_extent().get_points().round().astype(int)

@@ -7,6 +7,7 @@ OBJECTIVES = Registry(
     {
         "occfeat": "occfeat_train.objectives.occfeat:OccFeat",
         "img-also": "occfeat_train.objectives.img_also:ImgAlso",
+        "pop3d": "occfeat_train.objectives.pop3d:Pop3d",
         "scalr": "occfeat_train.objectives.scalr:ScaLR",
         "slidr": "occfeat_train.objectives.slidr:SLidR",
         "also": "occfeat_train.objectives.also:Also",

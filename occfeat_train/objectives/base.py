@@ -83,6 +83,8 @@ class Objective(nn.Module):
     """What its network looks through: a name of ``sensors.SENSORS``."""
     one_camera: ClassVar[bool] = False
     """Of lidar: whether it wants the rows in one random camera alone."""
+    zero_shot: ClassVar[str] = ""
+    """The task, a name of ``tasks.TASKS``, as which it is evaluated without any finetuning."""
     arrays: tuple[str, ...]
     """The store's arrays that it needs besides its sensor's and calibration."""
     head: nn.Module

@@ -8,9 +8,9 @@ voxels alone (1.4 % of the grid). Same parameters and same function as the dense
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Self
+from typing import NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.settings import Settings
-from occfeat_train.geometry import flat_index, rotation_z
+from occfeat_train.geometry import flat_index, neighbours, rotation_z
 from occfeat_train.models.instance_norm import InstanceNorm
 from occfeat_train.objectives.base import Batch, Loss, Objective, Panel, Targets, Volume, divisors
 
@@ -56,6 +56,7 @@ class OccFeat(Objective):
 
     Settings = OccFeatSettings
     settings: OccFeatSettings
+    zero_shot = "open-vocabulary"
 
     def __init__(self, settings: OccFeatSettings, store: TargetStore, channels: int, turned: bool):
         """Raises StoreError if features are wanted of a store built without."""
@@ -214,31 +215,78 @@ class OccFeatHead(nn.Module):
     def forward(self, bev: Tensor, voxel: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Logits (B, Z, X, Y) and features (V, N_y), None for what is off; ``bev`` (B, N_B, X, Y).
         ``voxel`` int64 (V,) says whose features are wanted: b·Z·X·Y + the store's index."""
-        B, C, X, Y = bev.shape
+        opened = self.open(bev)
+        logits = self.logits(opened) if self.occupancy else None
+        return logits, self.features_of(opened, voxel) if self.features else None
+
+    def open(self, bev: Tensor) -> "Opened":
+        """What all that is predicted from BEV features (B, N_B, X, Y) begins with."""
+        C = bev.shape[1]
         rows = self.mix(bev).permute(0, 2, 3, 1).reshape(-1, C)  # (B·X·Y, C)
         # From such a row to the hidden units of each height: (Z, 2C, C) and (Z, 2C).
         weight = self.expand.weight @ self.unsplat.weight.view(self.heights, C, C)
         bias = self.unsplat.bias.view(self.heights, C) @ self.expand.weight.T + self.expand.bias
-        logits = features = None
-        if self.occupancy:
-            out_weight = self.occupancy.weight @ self.reduce.weight  # (1, 2C)
-            out_bias = self.occupancy.weight @ self.reduce.bias + self.occupancy.bias
-            # Hidden units are computed again in the backward pass: all at once they would be the
-            # largest tensor of the whole network.
-            again = partial(checkpoint, _block, use_reentrant=False, preserve_rng_state=False)
-            blocks = [again(block, weight, bias, out_weight) for block in rows.split(_ROWS)]
-            logits = (torch.cat(blocks) + out_bias).view(B, X, Y, -1).permute(0, 3, 1, 2)
-        if self.features:
-            # Hidden units of the chosen voxels: one matrix product per height.
-            sample = voxel.div(X * Y * self.heights, rounding_mode="floor")
-            height = voxel.div(X * Y, rounding_mode="floor") % self.heights
-            order = height.argsort(stable=True)
-            chosen = rows[(sample * (X * Y) + voxel % (X * Y))[order]]
-            counts = torch.bincount(height, minlength=self.heights).tolist()
-            parts = zip(chosen.split(counts), weight, bias, strict=True)
-            hidden = F.softplus(torch.cat([F.linear(*part) for part in parts]))
-            features = self.features(self.reduce(hidden[order.argsort()]))
-        return logits, features
+        return Opened(rows, weight, bias, (bev.shape[-2], bev.shape[-1]))
+
+    def logits(self, opened: "Opened") -> Tensor:
+        """Of being occupied, of all voxels: (B, Z, X, Y)."""
+        rows, weight, bias, (X, Y) = opened
+        out = cast(nn.Linear, self.occupancy)
+        out_weight = out.weight @ self.reduce.weight  # (1, 2C)
+        out_bias = out.weight @ self.reduce.bias + out.bias
+        # Hidden units are computed again in the backward pass: all at once they would be the
+        # largest tensor of the whole network.
+        again = partial(checkpoint, _block, use_reentrant=False, preserve_rng_state=False)
+        blocks = [again(block, weight, bias, out_weight) for block in rows.split(_ROWS)]
+        return (torch.cat(blocks) + out_bias).view(-1, X, Y, self.heights).permute(0, 3, 1, 2)
+
+    def features_of(self, opened: "Opened", voxel: Tensor) -> Tensor:
+        """Features (V, N_y) of voxels, as of :meth:`forward`."""
+        (X, Y), last = opened.bev_shape, cast(nn.Module, self.features)
+        sample = voxel.div(X * Y * self.heights, rounding_mode="floor")
+        height = voxel.div(X * Y, rounding_mode="floor") % self.heights
+        cell = sample * (X * Y) + voxel % (X * Y)
+        entered, back = opened.enter(height, lambda order: opened.rows[cell[order]])
+        return last(self.reduce(F.softplus(entered)[back]))
+
+    def features_at(self, opened: "Opened", sample: Tensor, place: Tensor) -> Tensor:
+        """Features (M, N_y) between voxels, of the samples int64 (M,): the volume is interpolated
+        linearly between their centres, and constant beyond the outermost. ``place`` float (M, 3)
+        is in voxels along (Z, X, Y), 0 at the centre of the first."""
+        rows, _, _, (X, Y) = opened
+        (z, z_next, up), (x, x_next, ahead), (y, y_next, left) = (
+            neighbours(place[:, axis], size) for axis, size in enumerate((self.heights, X, Y))
+        )
+        found = rows.new_zeros(len(place), rows.shape[1])
+        for ix, share_x in ((x, 1 - ahead), (x_next, ahead)):
+            for iy, share_y in ((y, 1 - left), (y_next, left)):
+                found = found + rows[(sample * X + ix) * Y + iy] * (share_x * share_y)[:, None]
+        low, high = (
+            entered[back]
+            for entered, back in (opened.enter(h, found.__getitem__) for h in (z, z_next))
+        )
+        hidden = F.softplus(low * (1 - up)[:, None] + high * up[:, None])
+        return cast(nn.Module, self.features)(self.reduce(hidden))
+
+
+class Opened(NamedTuple):
+    """BEV features, and what makes hidden units of each height of them."""
+
+    rows: Tensor
+    """(B·X·Y, C)."""
+    weight: Tensor
+    """(Z, 2C, C)."""
+    bias: Tensor
+    """(Z, 2C)."""
+    bev_shape: tuple[int, int]
+
+    def enter(self, height: Tensor, rows_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Hidden units (M, 2C), before their activation, of M items: one matrix product per height,
+        so they are sorted by it; and int64 (M,), where each is. ``rows_of`` gives rows by order."""
+        order = height.argsort(stable=True)
+        counts = torch.bincount(height, minlength=len(self.weight)).tolist()
+        parts = zip(rows_of(order).split(counts), self.weight, self.bias, strict=True)
+        return torch.cat([F.linear(*part) for part in parts]), order.argsort()
 
 
 def _block(rows: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor) -> Tensor:

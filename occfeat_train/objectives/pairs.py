@@ -1,18 +1,19 @@
-"""Which rows of a lidar network fall where in which image: what ScaLR and SLidR learn from."""
+"""Which points fall where in which image: what ScaLR, SLidR and POP-3D learn from."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from occfeat_train.geometry import neighbours
 from occfeat_train.objectives.base import Batch
 
 
 class Pairs(NamedTuple):
-    """M pairs of a row and a camera that sees it."""
+    """M pairs of a point and a camera that sees it."""
 
     row: Tensor
-    """int64 (M,), a row of the batch."""
+    """int64 (M,), which point; a row of the batch of a lidar network."""
     image: Tensor
     """int64 (M,), flat (B, N) number of the image."""
     place: Tensor
@@ -27,10 +28,20 @@ def rows_in_ego(batch: Batch, point_step_m: float) -> tuple[Tensor, Tensor]:
 
 
 def camera_pairs(batch: Batch, point_step_m: float, image_hw: tuple[int, int]) -> Pairs:
-    """All pairs: farther than 1 m in front of the camera and inside of its image, of size
-    ``image_hw`` as stored; what stands between is ignored (SCALR ``nuscenes_for_scalr.py``). Of a
-    sample with one ``camera``, those of it alone."""
+    """All pairs of a batch's rows, in images of size ``image_hw`` as stored; of a sample with one
+    ``camera``, those of it alone."""
     xyz, sample = rows_in_ego(batch, point_step_m)
+    only = batch["camera"][sample, None]
+    everywhere = torch.arange(batch["K"].shape[1], device=only.device)
+    return seen_from(xyz, sample, batch, image_hw, (only < 0) | (only == everywhere))
+
+
+def seen_from(
+    xyz: Tensor, sample: Tensor, batch: Batch, image_hw: tuple[int, int], asked: Tensor
+) -> Pairs:
+    """Pairs of places float32 (R, 3) in ego, metres, of the samples int64 (R,), and the cameras
+    ``asked`` bool (R, N or 1): farther than 1 m in front of the camera and inside of its image;
+    what stands between is ignored (SCALR ``nuscenes_for_scalr.py``)."""
     pose, K = batch["cam_T_ego"], batch["K"]  # (B, N, ...)
     n_cameras = pose.shape[1]
     with torch.autocast(xyz.device.type, enabled=False):  # half precision would be pixels off
@@ -40,9 +51,7 @@ def camera_pairs(batch: Batch, point_step_m: float, image_hw: tuple[int, int]) -
     depth = in_camera[..., 2]
     size = xyz.new_tensor(image_hw[::-1])
     place = pixels / torch.where(depth > 1, depth, 1)[..., None] / size
-    seen = (depth > 1) & ((place >= 0) & (place < 1)).all(dim=-1)
-    only = batch["camera"][sample, None]
-    seen &= (only < 0) | (only == torch.arange(n_cameras, device=seen.device))
+    seen = (depth > 1) & ((place >= 0) & (place < 1)).all(dim=-1) & asked
     row, camera = seen.nonzero(as_tuple=True)
     return Pairs(row, sample[row] * n_cameras + camera, place[row, camera])
 
@@ -56,7 +65,7 @@ def sample_tokens(tokens: Tensor, scale: Tensor, image: Tensor, place: Tensor) -
     """
     *_, h, w, channels = tokens.shape
     (x, x_next, x_part), (y, y_next, y_part) = (
-        _taps(place[:, axis], cells) for axis, cells in ((0, w), (1, h))
+        neighbours(place[:, axis] * cells - 0.5, cells) for axis, cells in ((0, w), (1, h))
     )
     flat, steps = tokens.reshape(-1, channels), scale.reshape(-1).float()
     found = place.new_zeros(len(place), channels)
@@ -65,10 +74,3 @@ def sample_tokens(tokens: Tensor, scale: Tensor, image: Tensor, place: Tensor) -
             cell = (image * h + row) * w + column
             found += flat[cell].float() * (steps[cell] * row_part * column_part)[:, None]
     return found
-
-
-def _taps(place: Tensor, cells: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Lower cell, upper cell and the upper one's weight."""
-    at = (place * cells - 0.5).clamp(0, cells - 1)
-    lower = at.floor().long()
-    return lower, (lower + 1).clamp(max=cells - 1), at - lower

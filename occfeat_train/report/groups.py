@@ -112,12 +112,14 @@ def log_of(run: Run) -> list[dict[str, Any]]:
 
 
 def result_table(groups: list[Group]) -> list[list[str]]:
-    """A line for each finetuning group, the first the heading: what it was, and its IoU over seeds
-    with the protocol as ``occfeat-train evaluate`` says it."""
+    """A line for each group of finetunings, or of what was evaluated without one, the first the
+    heading: what it was, and its IoU over seeds with the protocol as ``evaluate`` says it."""
     heading = ["runs", "starts from", "share of labels", "IoU, %", "by seed", "protocol"]
     lines = []
-    for group in (group for group in groups if group.kind == "finetune"):
+    for group in groups:
         asked, results = group.asked, group.results()
+        if group.kind == "pretrain" and not results:
+            continue
         values = {seed_of(run): result["headline"]["iou"] for run, result in results.items()}
         known = [value for value in values.values() if value is not None]
         mean = as_text(statistics.fmean(known) if known else None)
@@ -126,6 +128,7 @@ def result_table(groups: list[Group]) -> list[list[str]]:
         by_seed = ", ".join(f"{as_text(value)} (seed {seed})" for seed, value in values.items())
         protocols = dict.fromkeys(map(_protocol, results.values()))
         share = f"{100 * asked['fraction']:g} % of {asked['fraction_unit']}s"
+        share = share if group.kind == "finetune" else "none: zero-shot"
         said = (
             "; ".join(protocols)
             or f"not evaluated: occfeat-train evaluate --run-dir {group.runs[0].path}"

@@ -69,7 +69,7 @@ def _summary(page: Page, groups: list[Group], plugins: Collection[str]) -> None:
                 texts.append(table(result))
         page.pre(texts, "By range and threshold, each run")
     else:
-        page.text("There is no finetuning among the runs, so there is no IoU.")
+        page.text("None of the runs is a finetuning or was evaluated, so there is no IoU.")
     page.heading("Runs")
     lines = [["runs", "learns", "starts from", "seeds", "directories"]]
     for group in groups:

@@ -43,7 +43,10 @@ def new_job(kind: str, asked: Asked, say: Callable[[str], None]) -> tuple[Job, P
     run, overrides = None, asked["overrides"]
     if kind == "finetune":
         run = _pretraining(asked["init"], asked["plugins"], say)
-        TASKS(asked["task"])
+        if not TASKS(asked["task"]).finetuned:
+            raise ConfigError(
+                f"nothing is finetuned for {asked['task']}: occfeat-train evaluate --texts FILE"
+            )
     elif asked["objective"]:
         overrides = (*overrides, f"pretrain.objective={asked['objective']}")
     store = asked["store"] or (run and run.description()["store"]) or "targets.zarr"
@@ -116,6 +119,17 @@ def all_runs() -> list[Path]:
 def changed(job: Job, overrides: tuple[str, ...]) -> Job:
     """A job with other settings; ConfigError: one is unknown or impossible."""
     return replace(job, config=TrainConfig.of(override(job.config.plain(), overrides)))
+
+
+def zero_shot(job: Job, texts: Path) -> Job:
+    """A pretraining as the task that it is evaluated as without any finetuning, by a file of texts;
+    RunError: it is none that answers to words."""
+    name = "" if job.task else job.learns.zero_shot
+    if not name:
+        raise RunError(f"a {job.title} does not answer to words: --texts is of a pop3d pretraining")
+    settings = TASKS(name).Settings(texts=absolute(str(texts)))
+    config = job.config.with_(tasks={**job.config.tasks, name: settings})
+    return replace(job, config=config, task=name)
 
 
 def _pretraining(

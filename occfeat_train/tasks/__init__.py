@@ -8,5 +8,6 @@ TASKS = Registry(
         "vehicle": "occfeat_train.tasks.vehicle:VehicleSegmentation",
         "map": "occfeat_train.tasks.map:MapSegmentation",
         "lidarseg": "occfeat_train.tasks.lidarseg:LidarSegmentation",
+        "open-vocabulary": "occfeat_train.tasks.open_vocabulary:OpenVocabulary",
     },
 )

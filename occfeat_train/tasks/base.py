@@ -28,8 +28,12 @@ class Task(Objective):
 
     eval_arrays: tuple[str, ...]
     """The store's arrays that its meters compare with."""
-    counted: ClassVar[str] = " at probability 0.5"
+    counted: str = " at probability 0.5"
     """Where a class begins to be predicted, as the end of a sentence."""
+    finetuned: ClassVar[bool] = True
+    """False: evaluation alone, of a pretraining whose ``zero_shot`` it is."""
+    beside: ClassVar[dict[str, str]] = {}
+    """Rows of a result that belong beside its headline in a table, by their names there."""
     protocols: tuple[str, ...] = ("ego",)
     """By name, the rules of what is where and what counts: it is evaluated under each."""
 

@@ -33,8 +33,8 @@ from occfeat_targets.store.semantics import (
 from occfeat_targets.store.settings import Settings
 from occfeat_train.distributed import all_reduce_sum
 from occfeat_train.objectives.base import Batch, Dots, Loss, Panel, Targets, divisors
+from occfeat_train.objectives.lovasz import lovasz_softmax
 from occfeat_train.tasks.base import Task, as_text
-from occfeat_train.tasks.lovasz import lovasz_softmax
 
 
 class LidarSegmentation(Task):

@@ -1,0 +1,162 @@
+"""Where in a frame a network sees what a text says."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from occfeat_targets.store.colours import directions
+from occfeat_targets.store.files import StoreError
+from occfeat_targets.store.pick import SCALE
+from occfeat_targets.store.pretrained import TextTower
+from occfeat_targets.store.reader import TargetStore
+from occfeat_targets.store.texts import Texts
+from occfeat_train.evaluate import predict
+from occfeat_train.geometry import project
+from occfeat_train.network import frames_for
+from occfeat_train.runs.job import Job
+from occfeat_train.runs.run import Run, RunError
+from occfeat_train.view import Viewer, draw_bev, require_place
+
+TOP = 5
+"""How many places are told."""
+_APART_M = 4.0
+"""Two of them are at least so far apart, or one thing would be all of them."""
+
+
+_STAR: Any = {"marker": "*", "linestyle": "none", "color": "white", "markeredgecolor": "black"}
+
+
+class Answer(NamedTuple):
+    """What a network says of a frame: V voxels that it takes for occupied."""
+
+    xyz: np.ndarray
+    """Their centres (V, 3), metres, ego."""
+    likeness: np.ndarray
+    """(V,), cosine of feature and text."""
+    batch: dict[str, torch.Tensor]
+    """The frame: images, K, cam_T_ego."""
+
+
+def open_viewer(job: Job, run: Run, device: torch.device) -> Viewer:
+    """RunError: the run learned no features of voxels; others as of ``Viewer``."""
+    if job.task or not job.learns.zero_shot:
+        raise RunError(f"a {job.title} does not answer to words: name a pop3d pretraining")
+    return Viewer(job, run, device)
+
+
+def vector_of(store: TargetStore, text: str, texts: Path | None, clip: Path | None) -> np.ndarray:
+    """A text in the space of a store's features (C,): of a file of texts, or by the text tower of
+    a CLIP's directory. StoreError: it is in another space; ConfigError: there is none."""
+    if texts:
+        found = Texts.load(texts)
+    else:
+        vector = TextTower(Path(str(clip))).ensemble([text])
+        found = Texts(vector[None], [text], [0], ["asked"], str(clip))
+    found.require_space_of(store)
+    return found.find(text)
+
+
+def ask(viewer: Viewer, i: int, vector: np.ndarray) -> Answer:
+    """How near frame i is to a text, where the network takes it for occupied."""
+    network, job = viewer.network, viewer.job
+    head: Any = network.objective.head
+    dataset = frames_for(job, network, [i], ("images",))
+    batch = dataset.collate([dataset[0]])
+    on_device = {name: values.to(viewer.device) for name, values in batch.items()}
+
+    def answer(bev: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        opened = head.open(bev)
+        occupied = (head.logits(opened) > 0).flatten().nonzero()[:, 0]
+        return occupied, head.features_of(opened, occupied)
+
+    occupied, features = (part.cpu() for part in predict(network, on_device, answer))
+    _, unit = directions(features.float().numpy())
+    xyz = viewer.store.grid.centres(occupied.numpy())
+    return Answer(xyz, unit @ vector / np.linalg.norm(vector), batch)
+
+
+def places(answer: Answer) -> list[int]:
+    """Voxels that are nearest to the text, best first, none near another one."""
+    found: list[int] = []
+    for voxel in np.argsort(-answer.likeness, kind="stable"):
+        apart = np.linalg.norm(answer.xyz[found] - answer.xyz[voxel], axis=1)
+        if (apart >= _APART_M).all():
+            found.append(int(voxel))
+        if len(found) == TOP:
+            break
+    return found
+
+
+def save_answer(viewer: Viewer, i: int | None, text: str, vector: np.ndarray, out: Path) -> str:
+    """Draw what a text is like in frame i, None the first of the evaluation split, to a PNG; and
+    say where it is most. Raises as ``save_frame`` does."""
+    require_place(out)
+    i = viewer.held_out()[0] if i is None else i
+    if not 0 <= i < len(viewer.store):
+        raise StoreError(f"no frame {i}: {viewer.store.url} has {len(viewer.store)} frames")
+    answer = ask(viewer, i, vector)
+    if not len(answer.xyz):
+        return f"frame {i}: {viewer.run.path} takes no voxel for occupied"
+    best = places(answer)
+    title = f"“{text}” in frame {i} ({viewer.store.scene(i)}) as {viewer.run.path} sees it"
+    _draw(title, viewer.store, answer, best).savefig(out, dpi=75, format="png")
+    lines = [f"{out}: {title}", "  likeness  x ahead, y left, z up (m)"]
+    for voxel in best:
+        x, y, z = answer.xyz[voxel]
+        lines.append(f"  {answer.likeness[voxel]:8.3f}  {x:7.1f} {y:7.1f} {z:6.1f}")
+    return "\n".join(lines)
+
+
+def _draw(title: str, store: TargetStore, answer: Answer, best: list[int]) -> Any:
+    """The cameras with the voxels at the left, from above at the right; colours from the least to
+    the most like voxel of the frame, since cosines with texts are all alike."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.figure import Figure
+
+    low, high = np.percentile(answer.likeness, [2, 100])
+    colour = LinearSegmentedColormap.from_list("likeness", [*SCALE.items()])
+    scale = ScalarMappable(Normalize(low, max(high, low + 1e-6)), colour)
+    names = store.attrs["cameras"]
+    columns = -(-len(names) // 2)
+    figure = Figure(figsize=(5.5 * columns + 8, 7.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    parts: Any = figure.subfigures(1, 2, width_ratios=[5.5 * columns, 8])
+    axes = parts[0].subplots(min(2, len(names)), columns, squeeze=False).ravel()
+    for c, (axis, name) in enumerate(zip(axes, names, strict=False)):
+        _draw_camera(axis, answer, c, scale, best)
+        axis.set_title(name, fontsize=10)
+    for axis in axes[len(names) :]:
+        axis.set_visible(False)
+    grid, axis = store.grid, parts[1].subplots()
+    index, _ = grid.flat_index(answer.xyz)
+    _, x, y = np.unravel_index(index, grid.shape)
+    picture = np.ones((*grid.bev_shape, 3))
+    upwards = np.argsort(answer.likeness, kind="stable")  # of a column the most like one
+    picture[x[upwards], y[upwards]] = scale.to_rgba(answer.likeness[upwards])[:, :3]
+    draw_bev(axis, grid, picture, "from above: the most like voxel of each column")
+    axis.plot(answer.xyz[best, 1], answer.xyz[best, 0], **_STAR, markersize=12)
+    parts[1].colorbar(scale, ax=axis, shrink=0.6, label="cosine of feature and text")
+    figure.suptitle(title, fontsize=11, wrap=True)
+    return figure
+
+
+def _draw_camera(axis: Any, answer: Answer, c: int, scale: Any, best: list[int]) -> None:
+    """The voxels in camera c's image, the most like ones on top, with stars at the best places."""
+    image, K, pose = (answer.batch[name][0, c] for name in ("images", "K", "cam_T_ego"))
+    H, W = image.shape[:2]
+    uv, depth = project(torch.from_numpy(answer.xyz).float(), K[None], pose[None])
+    inside = (depth[0] > 1) & (uv[0] >= 0).all(dim=1) & (uv[0] < uv.new_tensor([W, H])).all(dim=1)
+    shown = np.flatnonzero(inside.numpy())
+    shown = shown[np.argsort(answer.likeness[shown], kind="stable")]
+    axis.imshow(image.numpy(), extent=(0, W, H, 0))
+    size = (3 * float(K[0, 0]) / W * 40 / depth[0][shown].numpy()).clip(2, 120)
+    axis.scatter(
+        *uv[0][shown].numpy().T, c=scale.to_rgba(answer.likeness[shown]), s=size, alpha=0.5, lw=0
+    )
+    stars = [voxel for voxel in best if inside[voxel]]
+    axis.plot(*uv[0][stars].numpy().T, **_STAR, markersize=12)
+    axis.set(xticks=[], yticks=[], xlim=(0, W), ylim=(H, 0))
