@@ -102,7 +102,8 @@ def test_rows_that_answer_to_words_are_evaluated_without_finetuning(table, tmp_p
         assert f"--texts {tmp_path}/" in said
         assert any("occfeat-targets text" in fault for fault in pretraining.faults())
         assert (experiment.column, experiment.protocol) == ("open-vocabulary", "pop3d")
-    assert lifts == ["simplebev", "bevformer", "tpv"]
+    # The third takes 40 s a step on a CPU.
+    assert lifts == ["simplebev", "bevformer", "tpv"][: 2 if "miniature" in table else 3]
 
 
 @pytest.mark.parametrize(

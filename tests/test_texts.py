@@ -140,6 +140,8 @@ def test_odd_files_are_refused(tmp_path):
         Texts(np.eye(2, 3, dtype="f4"), ["a", "b"], [0, 0], ["c"], ""),
     )
     sound.save(path)
+    (tmp_path / "other").write_text("")
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
     assert Texts.load(path).prompts == ["a", "b"]
     with pytest.raises(StoreError, match="occfeat-targets text"):
         Texts.load(tmp_path / "none.safetensors")

@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from occfeat_targets.store.files import StoreError
 from occfeat_targets.store.reader import TargetStore
@@ -46,7 +46,7 @@ class Texts:
         """Write as safetensors, whole or not at all."""
         said = {k: v for k, v in vars(self).items() if k != "embeddings"}
         part = path.with_name(path.name + ".part")
-        save_file({"embeddings": self.embeddings}, part, {"texts": json.dumps(said)})
+        part.write_bytes(save({"embeddings": self.embeddings}, {"texts": json.dumps(said)}))
         os.replace(part, path)
 
     @classmethod
