@@ -5,7 +5,7 @@ where there is none, it is empty if one of 100 points from the lidar to a return
 unknown, and not counted. Predicted is empty, or the class of the prompt whose vector has the
 largest product with the voxel's feature as it is. Two protocols:
 
-- ``pop3d``: the network's occupancy and features. Its row ``chance`` is what the same occupancy
+- ``pop3d``: the network's occupancy and features. Its rows ``chance`` are what the same occupancy
   would get if classes were drawn evenly among those of the texts: of expected counts.
 - ``looked-up``: no network: the store's voxels, their class by the teacher's own features. What no
   camera sees has no answer and is wrong. It is what a network could reach by learning its targets.
@@ -62,6 +62,9 @@ class OpenVocabulary(Task):
     beside: ClassVar[dict[str, str]] = {
         "chance": "pop3d, chance, mean with empty",
         "looked up": "looked-up, mean with empty",
+        "16 classes": "pop3d, mean of classes",
+        "16 classes, chance": "pop3d, chance, mean of classes",
+        "16 classes, looked up": "looked-up, mean of classes",
     }
     head: OccFeatHead
     texts: Tensor
@@ -187,8 +190,9 @@ class VoxelMeter:
         rows["mean of classes"] = {"iou": mean_of(ious[:EMPTY]), "voxels": int(true[:EMPTY].sum())}
         rows["occupied"] = occupied_row(confusion)
         if self.protocol == "pop3d":
-            iou = mean_of(intersection_over_union(self._by_chance(confusion)))
-            rows["chance, mean with empty"] = {"iou": iou, "voxels": int(true.sum())}
+            chances = intersection_over_union(self._by_chance(confusion))
+            for name, part in (("mean with empty", chances), ("mean of classes", chances[:EMPTY])):
+                rows[f"chance, {name}"] = {"iou": mean_of(part), "voxels": rows[name]["voxels"]}
         name = f"mean of {len(known)} of {len(names)} classes"
         return {"rows": rows, "headline": {"name": name, "iou": mean}}
 
