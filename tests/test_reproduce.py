@@ -96,14 +96,15 @@ def test_rows_that_answer_to_words_are_evaluated_without_finetuning(table, tmp_p
     lifts = []
     for experiment in found:
         (pretraining,) = experiment.trainings
-        assert pretraining.job.kind == "pretrain" and pretraining.job.name == "pop3d"
+        assert pretraining.job.kind == "pretrain"
+        assert pretraining.job.name == ("occfeat" if "occfeat" in experiment.recipe else "pop3d")
         lifts.append(pretraining.job.config.model.lift)
         said = shlex.join(pretraining.evaluation(None))
         assert f"--texts {tmp_path}/" in said
         assert any("occfeat-targets text" in fault for fault in pretraining.faults())
         assert (experiment.column, experiment.protocol) == ("open-vocabulary", "pop3d")
-    # The third takes 40 s a step on a CPU.
-    assert lifts == ["simplebev", "bevformer", "tpv"][: 2 if "miniature" in table else 3]
+    wanted = ["simplebev", "bevformer", "tpv"]
+    assert lifts == (["simplebev", "simplebev"] if "miniature" in table else wanted)
 
 
 @pytest.mark.parametrize(
