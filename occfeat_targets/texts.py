@@ -64,6 +64,7 @@ def embed(vocabulary: Vocabulary, clip: Path) -> Texts:
         classes=[names.index(name) for name, _ in pairs],
         class_names=names,
         source=f"text tower of {clip}, {len(vocabulary.templates)} templates",
+        teacher=tower.teacher,
     )
 
 

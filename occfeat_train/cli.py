@@ -104,7 +104,7 @@ def finetune(**asked: Any) -> None:
 @main.command()
 @store_option
 @set_option
-@run_option("Finetuning run.  [default: the newest finished one in runs/]")
+@run_option("Finetuning run, or with --texts pretraining.  [default: the newest finished one]")
 @click.option(
     "--corrupted",
     metavar="FOLDER|URL",

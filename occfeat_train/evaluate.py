@@ -1,4 +1,4 @@
-"""Evaluation of a finetuned network over a whole split, by its task's own meters: one for each of
+"""Evaluation of a network over a whole split, by its task's own meters: one for each of
 the protocols that it is counted under, in one pass over the frames."""
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from occfeat_train.distributed import Process
 from occfeat_train.network import Network, frames_for, trained_network
 from occfeat_train.objectives.base import Batch
 from occfeat_train.runs.job import Job
-from occfeat_train.runs.run import Run, RunError
+from occfeat_train.runs.run import Run, RunError, check_same_teacher
 from occfeat_train.tasks import TASKS
 from occfeat_train.tasks.base import Task, as_columns
 
@@ -22,16 +22,25 @@ _BATCH = 4
 
 
 def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
-    """What a finetuned run's task measures on the evaluation split of the job's store, for
-    ``result.json``; ``rows`` and ``headline`` are of :func:`measure`.
+    """What the task of a finetuned run, or of a pretraining by words, measures on the evaluation
+    split of the job's store, for ``result.json``; ``rows`` and ``headline`` are of :func:`measure`.
 
     Processes take every ``world``-th frame, none twice, and their counts are summed. Raises
-    RunError: the run is not a finetuning, or of another grid; StoreError: nothing to evaluate on,
-    or the store lacks what the run learned.
+    RunError: the run has no task, or is of another grid or teacher; StoreError: nothing to evaluate
+    on, or the store lacks what the run learned.
     """
     if job.task is None:
-        raise RunError(f"{run.path} is a pretraining: finetune it first, then evaluate that run")
+        words = (
+            ", or evaluate it by words, --texts FILE"
+            if job.learns.zero_shot(job.own_settings)
+            else ""
+        )
+        raise RunError(
+            f"{run.path} is a pretraining: finetune it first, then evaluate that run{words}"
+        )
     store = open_store(job.store)
+    if job.kind == "pretrain":
+        check_same_teacher(run, store)
     frames = select_frames(store, split_names(job.config.data.eval_split, "val"))
     network, position = trained_network(job, run, store)
     protocols = cast(Task, network.objective).protocols
@@ -44,6 +53,7 @@ def evaluate(job: Job, run: Run, process: Process) -> dict[str, Any]:
         "frames": len(frames),
         **{name: getattr(job, name) for name in ("fraction", "init", "task")},
         "counted": cast(Task, network.objective).counted,
+        **cast(Task, network.objective).remarks(),
         **measured,
     }
 

@@ -16,7 +16,8 @@ from occfeat_train.evaluate import predict
 from occfeat_train.geometry import project
 from occfeat_train.network import frames_for
 from occfeat_train.runs.job import Job
-from occfeat_train.runs.run import Run, RunError
+from occfeat_train.runs.resolve import require_words
+from occfeat_train.runs.run import Run, check_same_teacher
 from occfeat_train.view import Viewer, draw_bev, require_place
 
 TOP = 5
@@ -40,10 +41,12 @@ class Answer(NamedTuple):
 
 
 def open_viewer(job: Job, run: Run, device: torch.device) -> Viewer:
-    """RunError: the run learned no features of voxels; others as of ``Viewer``."""
-    if job.task or not job.learns.zero_shot:
-        raise RunError(f"a {job.title} does not answer to words: name a pop3d pretraining")
-    return Viewer(job, run, device)
+    """RunError: the run learned no features of voxels, or of another teacher's; others as of
+    ``Viewer``."""
+    require_words(job)
+    viewer = Viewer(job, run, device)
+    check_same_teacher(run, viewer.store)
+    return viewer
 
 
 def vector_of(store: TargetStore, text: str, texts: Path | None, clip: Path | None) -> np.ndarray:
@@ -52,8 +55,9 @@ def vector_of(store: TargetStore, text: str, texts: Path | None, clip: Path | No
     if texts:
         found = Texts.load(texts)
     else:
-        vector = TextTower(Path(str(clip))).ensemble([text])
-        found = Texts(vector[None], [text], [0], ["asked"], str(clip))
+        tower = TextTower(Path(str(clip)))
+        vector = tower.ensemble([text])
+        found = Texts(vector[None], [text], [0], ["asked"], f"{clip}", tower.teacher)
     found.require_space_of(store)
     return found.find(text)
 

@@ -68,7 +68,7 @@ class Viewer:
         store, paint, place = self.store, cast(Paint, self.colours), None
         if not 0 <= i < len(store):
             raise StoreError(f"no frame {i}: {self.job.store} has frames 0 to {len(store) - 1}")
-        if picked and "features" not in self.network.objective.arrays:
+        if picked and not self.network.objective.predicts_features:
             raise ConfigError(f"--pick is for what predicts features: not a {self.job.title}")
         if picked:
             paint, place = pick(store, i, picked)

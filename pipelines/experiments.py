@@ -21,6 +21,7 @@ from occfeat_train.runs.resolve import HOW
 from occfeat_train.runs.run import Run, identity
 from occfeat_train.tasks import TASKS
 from occfeat_train.tasks.base import Task
+from occfeat_train.tasks.open_vocabulary import file_sha256
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,15 @@ class Experiment:
         job, task = self.trainings[-1].job, cast(type[Task], TASKS(self.task))
         return task.protocol_of(job.own_settings if job.task else task.Settings())
 
+    @property
+    def beside(self) -> dict[str, str]:
+        """Columns of other rows of its result, named ``PROTOCOL, ROW``."""
+        return {f"{self.column}, {name}": row for name, row in TASKS(self.task).beside.items()}
+
+    def texts(self) -> str:
+        """What made the texts that it was evaluated by; empty if it was by none."""
+        return self.result(None).get("texts", {}).get("source", "")
+
     def require_possible(self) -> None:
         """Raise ConfigError if a training that is not done has faults."""
         for training in self.trainings:
@@ -132,14 +142,16 @@ class Experiment:
                 raise ConfigError(f"row {self.recipe}: {fault}")
 
     def result(self, corrupted: str | None) -> dict[str, Any]:
-        """What ``evaluate`` wrote; empty if it did not, or for half a training, other images, or
-        before it named its protocol.
+        """What ``evaluate`` wrote; empty if it did not, or for half a training, other images, other
+        texts, or before it named its protocol.
 
         The result on corrupted images may lack some that were not made then: its ``missing``.
         """
         path = self.trainings[-1].path / ("corrupted.json" if corrupted else "result.json")
         result: dict = json.loads(path.read_text()) if path.exists() else {"finished": False}
         is_of_these = not corrupted or result.get("corrupted") == absolute(corrupted)
+        if (file := Path(self.trainings[-1].texts)).is_file():
+            is_of_these = result.get("texts", {}).get("sha256") == file_sha256(file)
         said = result.get("clean", result)
         is_sound = said["finished"] and "protocol" in said["headline"]
         return result if is_of_these and is_sound else {}
@@ -148,8 +160,8 @@ class Experiment:
         """Column -> IoU; None, or on corrupted images no column, before it has been evaluated."""
         result = self.result(corrupted)
         if not corrupted:
-            rows = {f"{self.column}, {name}": row for name, row in TASKS(self.task).beside.items()}
-            beside = {name: result["rows"][row]["iou"] for name, row in rows.items() if result}
+            rows = self.beside.items() if result else ()
+            beside = {name: result["rows"][row]["iou"] for name, row in rows}
             return {self.column: headline(result) if result else None, **beside}
         if not result:
             return {}

@@ -24,6 +24,8 @@ class Cell:
     """Under which IoU is measured."""
     ours: list[float] = field(default_factory=list)
     """One per seed that is finished."""
+    texts: str = ""
+    """What made the texts that it was evaluated by; empty without any."""
 
     @property
     def mean(self) -> float | None:
@@ -41,7 +43,9 @@ def cells(experiments: list[Experiment], corrupted: str | None) -> list[Cell]:
     found: dict[tuple[str, str], Cell] = {}
     for e in experiments:
         for column, value in e.scores(corrupted).items():
-            cell = Cell(e.label, column, None if corrupted else e.paper, e.teacher, e.protocol)
+            paper = None if corrupted or column in e.beside else e.paper
+            protocol = e.beside.get(column, e.protocol).partition(",")[0]
+            cell = Cell(e.label, column, paper, e.teacher, protocol, texts=e.texts())
             cell = found.setdefault((e.recipe, column), cell)
             if value is not None:
                 cell.ours.append(value)
@@ -59,9 +63,11 @@ def write(table: list[Cell], path: Path) -> None:
 
 
 def caption(table: list[Cell]) -> str:
-    """Whose features the rows learned: random weights must not pass for DINOv2. And under which
-    protocols IoU was measured."""
+    """Whose features the rows learned: random weights must not pass for DINOv2. Under which
+    protocols IoU was measured; and by which texts, for which stand-ins must not pass."""
     said = {"teacher": {c.teacher for c in table}, "IoU protocol": {c.protocol for c in table}}
+    if texts := {c.texts for c in table} - {""}:
+        said["texts"] = texts
     return "; ".join(f"{k}: {', '.join(sorted(v - {''})) or 'none'}" for k, v in said.items())
 
 

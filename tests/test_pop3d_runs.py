@@ -145,7 +145,7 @@ def test_a_report_has_its_iou(workplace, evaluated):
     pytest.importorskip("plotly")
     run("report", "runs/pre", "--frames", 1, cwd=workplace)
     page = (workplace / "report.html").read_text()
-    assert "none: zero-shot" in page and "open-vocabulary IoU of voxels; STAND-INS" in page
+    assert "open-vocabulary IoU of voxels; STAND-INS" in page
 
 
 # --- misuse ---------------------------------------------------------------------------------------
@@ -157,6 +157,8 @@ def test_what_answers_to_no_words_says_so(workplace, tmp_path):
     asked = ("--run-dir", "also", "--texts", workplace / "texts.safetensors")
     said = run("evaluate", *asked, cwd=tmp_path, code=1)
     assert "img-also pretraining does not answer to words" in said
+    said = run("evaluate", "--run-dir", "also", cwd=tmp_path, code=1)
+    assert "finetune it first" in said and "--texts" not in said
     said = run("query", *asked, "--text", "car", cwd=tmp_path, code=1)
     assert "img-also pretraining does not answer to words" in said
     fine = ("finetune", "--task", "open-vocabulary", "--init", "also")

@@ -17,6 +17,8 @@ from occfeat_targets.store.reader import open_store
 from occfeat_targets.store.semantics import CLASSES, IGNORED, class_numbers, majority
 from occfeat_targets.store.settings import ConfigError
 from occfeat_targets.store.texts import Texts
+from occfeat_targets.teachers import load_teacher
+from occfeat_targets.teachers.base import TeacherSettings
 from occfeat_targets.texts import VOCABULARY, embed, read_vocabulary, stand_in
 from occfeat_train.query import vector_of
 
@@ -45,6 +47,8 @@ def clip(tmp_path_factory):
         for parameter in model.parameters():
             parameter.normal_(0, 0.3, generator=generator)
     model.eval().save_pretrained(folder)
+    said = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
     return folder, model, words
 
 
@@ -104,7 +108,12 @@ def test_the_file_of_texts_comes_back(clip, tmp_path):
 
 
 def test_any_text_is_asked_by_the_clip_whose_features_the_store_has(clip, tmp_path, tiny_store):
-    found = vector_of(open_store(str(tiny_store)), "a red car", None, clip[0])
+    store = open_store(str(tiny_store))
+    with pytest.raises(StoreError, match="features of another teacher"):
+        vector_of(store, "a red car", None, clip[0])
+    teacher = load_teacher(TeacherSettings(name=str(clip[0])))
+    store.attrs["teacher"]["weights"] = teacher.weights
+    found = vector_of(store, "a red car", None, clip[0])
     np.testing.assert_allclose(found, by_hand(clip, ["a red car"]), atol=1e-5)
     without = open_store(str(make_tiny_store(tmp_path / "targets.zarr", dim=0)))
     with pytest.raises(StoreError, match="two spaces"):

@@ -108,7 +108,7 @@ def by_hand(lift, features, K, pose, image_hw):
                         cell = 0.5 + k * (size - 1) / (p.anchors - 1)
                         point[p.along] = lo + cell * (hi - lo) / size
                         xyz.append(torch.tensor(point, dtype=torch.float64))
-                    query = q[r, c] + (place[r, c] if p.name == "above" else 0)
+                    query = q[r, c]
                     seen = []
                     for camera in range(N):
                         pixels = []
@@ -211,9 +211,10 @@ def test_a_batch_equals_each_sample_alone_and_cameras_have_no_order(cameras, mon
 
 
 def test_a_star_of_equal_weights_on_each_level():
-    attention = LevelAttention(C, 4, 2, 3)
-    star = attention.sampling_offsets.bias.view(4, 3, 2, 2)
-    assert (star[:, :1] == star).all()
+    attention = LevelAttention(C, 4, anchors=5, per_anchor=2, levels=3)
+    star = attention.sampling_offsets.bias.view(4, 3, 2, 5, 2)
+    assert (star[:, :1] == star).all() and (star[:, :, :, :1] == star).all()
+    star = star[:, :, :, 0]
     assert star[:, 0].tolist() == [
         [[1, 0], [2, 0]],
         [[0, 1], [0, 2]],

@@ -1,5 +1,6 @@
 """Models that transformers reads, whole or not at all; and CLIP's text tower."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,23 @@ def load_whole(reader: Any, name: str) -> Any:
 class TextTower:
     """The text side of a CLIP in a directory."""
 
+    teacher: str
+    """Weights of its image side, as a store of its features names them."""
+
     def __init__(self, clip: Path):
         """ConfigError: it can't be loaded."""
-        from transformers import AutoTokenizer, CLIPTextModelWithProjection
+        from transformers import (
+            AutoTokenizer,
+            CLIPTextModelWithProjection,
+            CLIPVisionModelWithProjection,
+        )
 
         try:
             if not clip.is_dir():
                 raise ValueError("no such directory")
             self._model = load_whole(CLIPTextModelWithProjection, str(clip)).eval()
             self._tokenizer = AutoTokenizer.from_pretrained(clip)
+            self.teacher = state_sha256(load_whole(CLIPVisionModelWithProjection, str(clip)))
         except Exception as error:  # of its files, whatever transformers makes of them
             raise ConfigError(
                 f"cannot load the texts of {clip} ({(str(error) or repr(error)).splitlines()[0]}): "
@@ -56,3 +65,13 @@ class TextTower:
         found = self._model(**tokens).text_embeds
         mean = torch.nn.functional.normalize(found, dim=1).mean(dim=0)
         return torch.nn.functional.normalize(mean, dim=0).numpy()
+
+
+def state_sha256(model: torch.nn.Module) -> str:
+    """sha256 over a model's parameters, whatever they are called and whatever file held them."""
+    tensors = (tensor.contiguous().cpu() for tensor in model.state_dict().values())
+    digests = sorted(
+        hashlib.sha256(f"{t.dtype} {tuple(t.shape)}".encode() + t.numpy().tobytes()).digest()
+        for t in tensors
+    )
+    return hashlib.sha256(b"".join(digests)).hexdigest()

@@ -1,12 +1,12 @@
 """What the pipeline asks of a teacher, and how it runs one."""
 
-import hashlib
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
+from occfeat_targets.store.pretrained import state_sha256
 from occfeat_targets.store.settings import Settings, Size
 
 
@@ -118,13 +118,3 @@ def dense_features(
             f"teacher {teacher.name} returned shape {tuple(features.shape)}, promised {wanted}"
         )
     return features.float().cpu()
-
-
-def state_sha256(model: torch.nn.Module) -> str:
-    """sha256 over a model's parameters, whatever they are called and whatever file held them."""
-    tensors = (tensor.contiguous().cpu() for tensor in model.state_dict().values())
-    digests = sorted(
-        hashlib.sha256(f"{t.dtype} {tuple(t.shape)}".encode() + t.numpy().tobytes()).digest()
-        for t in tensors
-    )
-    return hashlib.sha256(b"".join(digests)).hexdigest()

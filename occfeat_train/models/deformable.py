@@ -90,11 +90,13 @@ class LevelAttention(nn.Module):
     """The same over maps of several sizes, ``levels``, of the same images: a query's weights are a
     softmax over the points of all of them together. Offsets are in cells of each level's own map.
 
-    Several points may share a position: of A positions, point p is at position p mod A.
+    Of A anchors, point p is at anchor p mod A; the first offsets are one cell for the first point
+    of each anchor, two for the second, and so on.
     """
 
-    def __init__(self, channels: int, heads: int, points: int, levels: int):
+    def __init__(self, channels: int, heads: int, anchors: int, per_anchor: int, levels: int):
         super().__init__()
+        points = anchors * per_anchor
         self.heads, self.points, self.levels = heads, points, levels
         self.value_proj = nn.Linear(channels, channels)
         self.sampling_offsets = nn.Linear(channels, heads * levels * points * 2)
@@ -104,7 +106,8 @@ class LevelAttention(nn.Module):
             nn.init.zeros_(module.weight)
         for module in (self.value_proj, self.attention_weights):
             nn.init.zeros_(module.bias)
-        star = _star(heads, points)[:, None].expand(-1, levels, -1, -1)
+        star = _star(heads, per_anchor).repeat_interleave(anchors, dim=1)
+        star = star[:, None].expand(-1, levels, -1, -1)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(star.flatten())
 
@@ -112,7 +115,7 @@ class LevelAttention(nn.Module):
         self, query: Tensor, values: list[Tensor], centres: Tensor, maps: Tensor, rows: Tensor
     ) -> Tensor:
         """As :meth:`DeformableAttention.forward`: ``values`` (M, h, w, C) of each level, and
-        ``centres`` (S, A, 2) in cells of the first; ``points`` is a multiple of A."""
+        ``centres`` (S, A, 2) in cells of the first."""
         shape = (self.heads, self.levels, self.points)
         projected = [self.value_proj(v).unflatten(-1, (self.heads, -1)) for v in values]
         with torch.autocast(query.device.type, enabled=False):

@@ -83,8 +83,8 @@ class Objective(nn.Module):
     """What its network looks through: a name of ``sensors.SENSORS``."""
     one_camera: ClassVar[bool] = False
     """Of lidar: whether it wants the rows in one random camera alone."""
-    zero_shot: ClassVar[str] = ""
-    """The task, a name of ``tasks.TASKS``, as which it is evaluated without any finetuning."""
+    predicts_features: bool = False
+    """Whether it predicts the teacher's features of voxels."""
     arrays: tuple[str, ...]
     """The store's arrays that it needs besides its sensor's and calibration."""
     head: nn.Module
@@ -95,6 +95,12 @@ class Objective(nn.Module):
         super().__init__()
         self.settings = settings
         self.grid: VoxelGrid = store.grid
+
+    @classmethod
+    def zero_shot(cls, settings: Settings) -> str:
+        """The task, a name of ``tasks.TASKS``, as which it can be evaluated without finetuning, by
+        its own ``head``; empty: none."""
+        return ""
 
     def frame(self, batch: Batch) -> Tensor | None:
         """The BEV frame that it wants, ``ego_T_bev`` float32 (B, 4, 4) on the device; None: ego,

@@ -56,7 +56,6 @@ class OccFeat(Objective):
 
     Settings = OccFeatSettings
     settings: OccFeatSettings
-    zero_shot = "open-vocabulary"
 
     def __init__(self, settings: OccFeatSettings, store: TargetStore, channels: int, turned: bool):
         """Raises StoreError if features are wanted of a store built without."""
@@ -69,12 +68,18 @@ class OccFeat(Objective):
                 "with a teacher, or pretrain on occupancy alone (--set "
                 "objectives.occfeat.features=false)"
             )
+        self.predicts_features = settings.features
         self.arrays = ("voxel_index", "feature_cameras")
         self.arrays += ("points",) if turned else ()
         if settings.features:
             self.arrays += ("features", "feature_scale") if turned else ("features",)
         heights = self.grid.shape[0]
         self.head = OccFeatHead(channels, heights, dim, settings.occupancy, settings.features)
+
+    @classmethod
+    def zero_shot(cls, settings: OccFeatSettings) -> str:
+        """As POP-3D, if it learned both; its head is the same."""
+        return "open-vocabulary" if settings.occupancy and settings.features else ""
 
     def targets(self, batch: Batch, angle: Tensor) -> Targets:
         """See :func:`voxel_targets`; also ``n_samples``."""

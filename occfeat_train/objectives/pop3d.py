@@ -54,7 +54,7 @@ class Pop3d(Objective):
     Settings = Pop3dSettings
     settings: Pop3dSettings
     head: OccFeatHead
-    zero_shot = "open-vocabulary"
+    predicts_features = True
 
     def __init__(self, settings: Pop3dSettings, store: TargetStore, channels: int, turned: bool):
         """Raises StoreError: the store has no features; or the BEV is turned, and it has no tokens,
@@ -75,6 +75,11 @@ class Pop3d(Objective):
             self.arrays += ("features", "feature_scale")
         self.head = feature_head(store, channels)
 
+    @classmethod
+    def zero_shot(cls, settings: Settings) -> str:
+        """Voxels that answer to words."""
+        return "open-vocabulary"
+
     def targets(self, batch: Batch, angle: Tensor) -> Targets:
         """``voxel`` int64 (V,), flat indices of the occupied ones; and of M pairs ``sample`` int64
         (M,), ``place`` float32 (M, 3), in voxels as of ``OccFeatHead.features_at``, and
@@ -91,7 +96,8 @@ class Pop3d(Objective):
         sample = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
         xyz_ego = batch["points"][:, :3].float() * self.point_step_m
         bev_T_ego = rotation_z(angle).to(xyz_ego.device)[:, :3, :3]
-        xyz_bev = torch.einsum("pij,pj->pi", bev_T_ego[sample], xyz_ego)
+        with torch.autocast(xyz_ego.device.type, enabled=False):
+            xyz_bev = torch.einsum("pij,pj->pi", bev_T_ego[sample], xyz_ego)
         _, inside = flat_index(xyz_bev, self.grid)
         pairs = seen_from(xyz_ego, sample, batch, self.image_hw, inside[:, None])
         feature = sample_tokens(batch["tokens"], batch["token_scale"], pairs.image, pairs.place)
@@ -145,7 +151,7 @@ class Pop3d(Objective):
         occupied.ravel()[batch["voxel"].cpu().numpy()] = 1
         probability = self.head.logits(self.head.open(bev))[0].float().sigmoid().cpu().numpy()
         seen = Panel("occupancy", occupied.max(axis=0), probability.max(axis=0))
-        return [seen, self.dots(bev, batch).panel("feature of the highest place", self.grid)]
+        return [seen, self.dots(bev, batch).panel(self.paint.title, self.grid)]
 
     def volume(self, bev: Tensor, batch: Batch) -> Volume:
         """Occupied voxels; predicted are those of probability above 0.5, by their feature."""

@@ -128,7 +128,7 @@ def result_table(groups: list[Group]) -> list[list[str]]:
         by_seed = ", ".join(f"{as_text(value)} (seed {seed})" for seed, value in values.items())
         protocols = dict.fromkeys(map(_protocol, results.values()))
         share = f"{100 * asked['fraction']:g} % of {asked['fraction_unit']}s"
-        share = share if group.kind == "finetune" else "none: zero-shot"
+        share = share if group.kind == "finetune" else "none"
         said = (
             "; ".join(protocols)
             or f"not evaluated: occfeat-train evaluate --run-dir {group.runs[0].path}"

@@ -121,12 +121,21 @@ def changed(job: Job, overrides: tuple[str, ...]) -> Job:
     return replace(job, config=TrainConfig.of(override(job.config.plain(), overrides)))
 
 
+def require_words(job: Job) -> str:
+    """The task that a pretraining is evaluated as without any finetuning; RunError: there is none,
+    since it does not answer to words."""
+    if name := "" if job.task else job.learns.zero_shot(job.own_settings):
+        return name
+    raise RunError(
+        f"this {job.title} does not answer to words: name a pretraining that learned occupancy and "
+        "features of voxels, such as pop3d's"
+    )
+
+
 def zero_shot(job: Job, texts: Path) -> Job:
-    """A pretraining as the task that it is evaluated as without any finetuning, by a file of texts;
-    RunError: it is none that answers to words."""
-    name = "" if job.task else job.learns.zero_shot
-    if not name:
-        raise RunError(f"a {job.title} does not answer to words: --texts is of a pop3d pretraining")
+    """A pretraining as the task that it is evaluated as without any finetuning, by a file of texts.
+    RunError: as :func:`require_words`."""
+    name = require_words(job)
     settings = TASKS(name).Settings(texts=absolute(str(texts)))
     config = job.config.with_(tasks={**job.config.tasks, name: settings})
     return replace(job, config=config, task=name)

@@ -183,6 +183,17 @@ def check_same_grid(run: Run, store: TargetStore) -> None:
         )
 
 
+def check_same_teacher(run: Run, store: TargetStore) -> None:
+    """Refuse a network that learned another teacher's features than a store's, by a RunError."""
+    learned, stored = run.description()["store_identity"]["teacher"], store.attrs["teacher"]
+    if learned["weights"] != stored["weights"]:
+        raise RunError(
+            f"{run.path} learned features of {learned['name']}, weights {learned['weights']:.16}; "
+            f"{store.url} has those of {stored['name']}, weights {stored['weights']:.16}: use a "
+            "store of the same teacher"
+        )
+
+
 def versions() -> dict[str, str]:
     """Of occfeat and what decides its numbers."""
     libraries = {module.__name__: module.__version__ for module in (torch, np, zarr)}

@@ -64,6 +64,10 @@ class Task(Objective):
         """A meter that has counted nothing, for predictions in the protocol's BEV frame."""
         raise NotImplementedError
 
+    def remarks(self) -> dict[str, Any]:
+        """What else a result must say."""
+        return {}
+
     @classmethod
     def table(cls, rows: dict[str, Any]) -> list[list[str]]:
         """``rows`` of a result, named ``PROTOCOL, ROW``, as lines of cells for people, the first

@@ -14,6 +14,7 @@ The mean is over 16 classes and empty. A class without a true voxel is left out 
 headline says of how many it is (POP-3D's code counts such a class as IoU 1).
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -86,6 +87,7 @@ class OpenVocabulary(Task):
         self.class_numbers = class_numbers(store.attrs["lidarseg_classes"])
         texts = Texts.load(Path(settings.texts))
         texts.require_space_of(store)
+        self.source = texts.source
         for name in texts.class_names:
             if name not in CLASSES:
                 known = did_you_mean(name, [*CLASSES])
@@ -96,10 +98,12 @@ class OpenVocabulary(Task):
         self.register_buffer("texts", torch.from_numpy(texts.embeddings), persistent=False)
         self.register_buffer("class_of_text", torch.tensor(numbers), persistent=False)
         self.counted = f" of voxels; {texts.source}"
+        self._last: tuple[Batch, Tensor] | None = None
 
     def classes_of(self, features: Tensor) -> Tensor:
         """Class numbers int64 (V,) of features (V, C)."""
-        return self.class_of_text[(features.float() @ self.texts.T).argmax(dim=1)]
+        with torch.autocast(features.device.type, enabled=False):  # likenesses are close together
+            return self.class_of_text[(features.float() @ self.texts.T).argmax(dim=1)]
 
     def predict(self, bev: Tensor) -> Tensor:
         """Class number or :data:`EMPTY` of each voxel: int64 (B·Z·X·Y,)."""
@@ -119,7 +123,13 @@ class OpenVocabulary(Task):
         return found
 
     def truth(self, batch: Batch) -> Tensor:
-        """What is true of each voxel, ``IGNORED`` if unknown: int64 (B·Z·X·Y,)."""
+        """What is true of each voxel, ``IGNORED`` if unknown: int64 (B·Z·X·Y,). Of the same batch,
+        which each protocol's meter asks for, it is computed once."""
+        if self._last is None or self._last[0] is not batch:
+            self._last = batch, self._truth(batch)
+        return self._last[1]
+
+    def _truth(self, batch: Batch) -> Tensor:
         xyz = batch["points"][:, :3].double() * self.point_step_m
         classes = self.class_numbers[batch["lidarseg"].cpu().numpy()]
         ends = batch["n_points"].cumsum(0).tolist()
@@ -133,11 +143,20 @@ class OpenVocabulary(Task):
         """IoU by class, over the whole split."""
         return VoxelMeter(self, device, protocol)
 
+    def remarks(self) -> dict[str, Any]:
+        """``texts``: what made them, and which file it was."""
+        return {"texts": {"source": self.source, "sha256": file_sha256(Path(self.settings.texts))}}
+
     @classmethod
     def table(cls, rows: dict[str, Any]) -> list[list[str]]:
         """Lines of cells: a class each."""
         lines = [["protocol, class", "IoU", "voxels"]]
         return lines + [[name, as_text(r["iou"]), f"{r['voxels']:,}"] for name, r in rows.items()]
+
+
+def file_sha256(path: Path) -> str:
+    """Of its bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def frame_truth(xyz: Tensor, classes: np.ndarray, sensor: Tensor, grid: VoxelGrid) -> Tensor:

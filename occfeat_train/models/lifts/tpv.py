@@ -9,8 +9,11 @@ Different from the published code, on purpose:
 
 - sizes of the images are made here, of one feature map, by convolutions of stride 2 (there: those
   of a feature pyramid);
-- the plane from above looks at itself once (there: at two copies of itself, for want of a frame
-  before);
+- neither levels nor cameras have embeddings: cameras may be any, in any order;
+- each plane has value and output projections of its own (there: one of each for all three), and the
+  feed-forward part no dropout;
+- the plane from above looks at itself as in ``bevformer``, once (there: at two copies of itself,
+  for want of a frame before, and at values without positions);
 - which queries a camera sees is decided per sample (there: by the first of the batch);
 - the volume goes through the BEV network's decoder (there: straight to the heads).
 """
@@ -70,6 +73,12 @@ class TpvLift(Lift):
             rule = f"model.channels must be a multiple of {HEADS}, the attention heads of tpv"
             raise ConfigError(f"{rule}, got {channels}")
 
+    def fixed(
+        self, K: Tensor, cam_T_bev: Tensor, image_hw: tuple[int, int], feature_hw: tuple[int, int]
+    ) -> nn.Module:
+        """ConfigError: it has none."""
+        raise ConfigError("ONNX files are of the lifts simplebev and bevformer, not of tpv")
+
     def forward(
         self, features: Tensor, K: Tensor, cam_T_bev: Tensor, image_hw: tuple[int, int]
     ) -> Tensor:
@@ -110,7 +119,7 @@ class TpvLayer(nn.Module):
         self.cross_attention = nn.ModuleDict(
             {
                 p.name: CrossAttention(
-                    channels, LevelAttention(channels, HEADS, PER_ANCHOR * p.anchors, LEVELS)
+                    channels, LevelAttention(channels, HEADS, p.anchors, PER_ANCHOR, LEVELS)
                 )
                 for p in PLANES
             }
@@ -134,8 +143,8 @@ class TpvLayer(nn.Module):
         queries = {n: looked if n == above else self.norm1(q) for n, q in queries.items()}
         found = {}
         for name, attention in self.cross_attention.items():
-            place = position if name == above else torch.zeros_like(queries[name])
-            seen = self.norm2(attention(queries[name], place, maps, views[name]))
+            nowhere = torch.zeros_like(queries[name])  # only the self-attention has positions
+            seen = self.norm2(attention(queries[name], nowhere, maps, views[name]))
             found[name] = self.norm3(seen + self.ffn(seen))
         return found
 
