@@ -131,7 +131,7 @@ def _draw(title: str, store: TargetStore, answer: Answer, best: list[int]) -> An
     parts: Any = figure.subfigures(1, 2, width_ratios=[5.5 * columns, 8])
     axes = parts[0].subplots(min(2, len(names)), columns, squeeze=False).ravel()
     for c, (axis, name) in enumerate(zip(axes, names, strict=False)):
-        _draw_camera(axis, answer, c, scale, best)
+        _draw_camera(axis, answer, c, scale, best, float(store.grid.cell_size.min()))
         axis.set_title(name, fontsize=10)
     for axis in axes[len(names) :]:
         axis.set_visible(False)
@@ -148,8 +148,11 @@ def _draw(title: str, store: TargetStore, answer: Answer, best: list[int]) -> An
     return figure
 
 
-def _draw_camera(axis: Any, answer: Answer, c: int, scale: Any, best: list[int]) -> None:
-    """The voxels in camera c's image, the most like ones on top, with stars at the best places."""
+def _draw_camera(
+    axis: Any, answer: Answer, c: int, scale: Any, best: list[int], edge: float
+) -> None:
+    """The voxels, ``edge`` metres wide, in camera c's image, the most like ones on top, with stars
+    at the best places."""
     image, K, pose = (answer.batch[name][0, c] for name in ("images", "K", "cam_T_ego"))
     H, W = image.shape[:2]
     uv, depth = project(torch.from_numpy(answer.xyz).float(), K[None], pose[None])
@@ -157,9 +160,14 @@ def _draw_camera(axis: Any, answer: Answer, c: int, scale: Any, best: list[int])
     shown = np.flatnonzero(inside.numpy())
     shown = shown[np.argsort(answer.likeness[shown], kind="stable")]
     axis.imshow(image.numpy(), extent=(0, W, H, 0))
-    size = (3 * float(K[0, 0]) / W * 40 / depth[0][shown].numpy()).clip(2, 120)
+    # Dots half as wide as a voxel there, in points: an image is about 400 wide.
+    wide = 200 * edge * float(K[0, 0]) / W / depth[0][shown].numpy()
     axis.scatter(
-        *uv[0][shown].numpy().T, c=scale.to_rgba(answer.likeness[shown]), s=size, alpha=0.5, lw=0
+        *uv[0][shown].numpy().T,
+        c=scale.to_rgba(answer.likeness[shown]),
+        s=wide.clip(2, 20) ** 2,
+        alpha=0.5,
+        lw=0,
     )
     stars = [voxel for voxel in best if inside[voxel]]
     axis.plot(*uv[0][stars].numpy().T, **_STAR, markersize=12)
