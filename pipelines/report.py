@@ -2,6 +2,7 @@
 
 import csv
 import statistics
+import textwrap
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -98,6 +99,8 @@ def paired(table: list[Cell]) -> list[list[str]]:
     for a, b in combinations(table, 2):
         if a.column == b.column and len(a.ours) == len(b.ours) > 2:
             found = [after - before for before, after in zip(a.ours, b.ours, strict=True)]
+            if not any(found):  # of what no training decides
+                continue
             mean, spread = statistics.fmean(found), statistics.stdev(found)
             above = f"{sum(value > 0 for value in found)} of {len(found)}"
             p = ttest_rel(b.ours, a.ours).pvalue
@@ -138,7 +141,8 @@ def draw(table: list[Cell], title: str, path: Path) -> None:
             axis.plot(cell.paper, y, "wD", markeredgecolor="black", clip_on=False)
     for axis, column in zip(axes, columns, strict=True):
         protocols = dict.fromkeys(c.protocol for c in table if c.column == column)
-        axis.set(title=column, xlabel=f"IoU ({', '.join(protocols)}), %", xlim=(0, None))
+        title, label = textwrap.fill(column, 26), f"IoU ({', '.join(protocols)}), %"
+        axis.set(title=title, xlabel=label, xlim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(rows)), rows)
     axes[0].invert_yaxis()
