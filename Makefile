@@ -95,6 +95,7 @@ fuzz: $(installed)
 # Builds, then trainings, that are killed, stopped, starved and doubled.
 torture: $(installed)
 	$(bin)/python tests/torture_store.py --rounds 100 --seed 1
+	$(bin)/python tests/torture_pairs.py --damages 2000 --pairs 50
 	OMP_NUM_THREADS=1 $(bin)/python tests/torture_train.py --rounds 100 --seed 1
 
 lint: $(installed)

@@ -11,7 +11,7 @@ import time
 
 import fsspec
 import pytest
-from conftest import build_store, tree_bytes
+from conftest import LONG, TESTS, build_store, tree_bytes
 from torture_store import torture
 
 from occfeat_targets import verify
@@ -221,3 +221,11 @@ def test_a_short_torture(bucket, demo_root, tmp_path):
     wrong, tried = torture(1, 0, demo_root, tmp_path)
     assert wrong == []
     assert tried.total() == 6
+
+
+@LONG
+def test_many_damages_and_pairs():
+    command = [sys.executable, "torture_pairs.py", "--damages", "60", "--pairs", "2"]
+    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "flip: 60 tried, 0 not named" in done.stdout and "; 0 wrong" in done.stdout
