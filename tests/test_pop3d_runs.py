@@ -10,10 +10,14 @@ from conftest import LONG
 from PIL import Image
 from train_runs import COMPARABLE, assert_same_state, curve, options, run, start, stop_at_step
 
+from occfeat_targets.store.reader import open_store
 from occfeat_targets.store.texts import Texts
 from occfeat_targets.texts import stand_in
+from occfeat_train.config import TrainConfig
 from occfeat_train.export import load_bev_net
-from occfeat_train.runs.run import Run
+from occfeat_train.runs.job import Job
+from occfeat_train.runs.resolve import require_words
+from occfeat_train.runs.run import Run, RunError, check_same_teacher
 
 ARGUMENTS = ("pretrain", "--objective", "pop3d", "--store", "targets.zarr", "--run-dir")
 
@@ -165,6 +169,21 @@ def test_what_answers_to_no_words_says_so(workplace, tmp_path):
     assert "evaluate --texts FILE" in run(*fine, cwd=tmp_path, code=1)
     said = run("evaluate", *asked, "--corrupted", "x", cwd=tmp_path, code=2)
     assert "--texts is of a pretraining" in said
+
+
+@pytest.mark.parametrize("lacks", ["occupancy", "features"])
+def test_half_an_occfeat_does_not_answer(lacks):
+    config = TrainConfig.load(None, [f"objectives.occfeat.{lacks}=false"])
+    with pytest.raises(RunError, match="occfeat pretraining does not answer to words"):
+        require_words(Job("pretrain", "targets.zarr", config))
+
+
+def test_features_of_another_teacher_are_not_compared(workplace):
+    store = open_store(str(workplace / "targets.zarr"))
+    check_same_teacher(Run(workplace / "runs/pre"), store)
+    store.attrs["teacher"] = store.attrs["teacher"] | {"weights": "others"}
+    with pytest.raises(RunError, match="weights others: use a store of the same teacher"):
+        check_same_teacher(Run(workplace / "runs/pre"), store)
 
 
 def test_texts_of_another_space_are_refused(workplace, tmp_path):

@@ -228,6 +228,12 @@ def test_odd_numbers_of_channels_are_refused():
         ModelSettings.of({"lift": "tpv", "channels": 12})
 
 
+def test_it_has_no_form_for_other_runtimes(cameras):
+    K, pose, hw = cameras
+    with pytest.raises(ConfigError, match="ONNX files are of the lifts simplebev and bevformer"):
+        TpvLift(GRID, C).fixed(K[:1], pose[:1], hw, FEATURE_HW)
+
+
 def test_a_network_of_it_learns(tiny_store, cameras):
     K, pose, _ = cameras
     torch.manual_seed(0)
