@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from occfeat_pipelines.recipes import HERE, Preset, Recipe
-from occfeat_targets.store.files import absolute
+from occfeat_targets.store.files import absolute, file_sha256
 from occfeat_targets.store.reader import TargetStore, open_store
 from occfeat_targets.store.settings import ConfigError, differences, read_yaml, settings_file
 from occfeat_train.config import TrainConfig
@@ -21,7 +21,6 @@ from occfeat_train.runs.resolve import HOW
 from occfeat_train.runs.run import Run, identity
 from occfeat_train.tasks import TASKS
 from occfeat_train.tasks.base import Task
-from occfeat_train.tasks.open_vocabulary import file_sha256
 
 
 @dataclass(frozen=True)

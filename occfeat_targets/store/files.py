@@ -1,6 +1,7 @@
 """A store's place: a local directory, or a URL that fsspec opens."""
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -39,6 +40,12 @@ def absolute(url: str) -> str:
     """A local path made absolute, since workers may run elsewhere; other urls as they are."""
     fs, path = filesystem(url)
     return path if isinstance(fs, LocalFileSystem) else str(url)
+
+
+def file_sha256(path: Path) -> str:
+    """Of a local file's bytes, 64 hex digits; OSError: it can't be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find(url: str, below: str = "") -> dict[str, int]:

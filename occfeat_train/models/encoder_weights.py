@@ -6,7 +6,6 @@ means which is written out here for each naming. The paper's ResNet-50 is that o
 https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar
 """
 
-import hashlib
 import importlib.util
 import json
 import pickle
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from occfeat_targets.store.files import file_sha256
 from occfeat_train.models.encoders import ENCODERS, EfficientNetBackbone, ImageEncoder
 
 _PICKLED = (".pth", ".pt", ".tar")  # .tar: MoCo's .pth.tar is no archive, only named so
@@ -192,7 +192,7 @@ def _load_transformers(encoder: ImageEncoder, config: Path, weights: Path) -> st
     prefix = f"{spec.family}."  # of models with a head
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     count = _load(encoder, state, _TRANSFORMERS, str(weights.parent))
-    return f"{count} tensors from {weights.name} (sha256 {_sha256(weights)})"
+    return f"{count} tensors from {weights.name} (sha256 {file_sha256(weights):.12})"
 
 
 def _load_file(encoder: ImageEncoder, path: Path) -> str:
@@ -213,7 +213,7 @@ def _load_file(encoder: ImageEncoder, path: Path) -> str:
         )
     count = _load(encoder, state, naming, str(path))
     label = "MoCo's query encoder" if moco else f"{naming.label}'s names"
-    return f"{count} tensors ({label}, file sha256 {_sha256(path)})"
+    return f"{count} tensors ({label}, file sha256 {file_sha256(path):.12})"
 
 
 def _load(encoder: ImageEncoder, state: dict, naming: _Naming, where: str) -> int:
@@ -290,8 +290,3 @@ def _some(names: Iterable[str]) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]

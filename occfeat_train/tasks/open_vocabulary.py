@@ -14,7 +14,6 @@ The mean is over 16 classes and empty. A class without a true voxel is left out 
 headline says of how many it is (POP-3D's code counts such a class as IoU 1).
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from occfeat_targets.store.files import StoreError
+from occfeat_targets.store.files import StoreError, file_sha256
 from occfeat_targets.store.grid import VoxelGrid
 from occfeat_targets.store.reader import TargetStore
 from occfeat_targets.store.semantics import CLASSES, IGNORED, class_numbers, majority
@@ -152,11 +151,6 @@ class OpenVocabulary(Task):
         """Lines of cells: a class each."""
         lines = [["protocol, class", "IoU", "voxels"]]
         return lines + [[name, as_text(r["iou"]), f"{r['voxels']:,}"] for name, r in rows.items()]
-
-
-def file_sha256(path: Path) -> str:
-    """Of its bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def frame_truth(xyz: Tensor, classes: np.ndarray, sensor: Tensor, grid: VoxelGrid) -> Tensor:
