@@ -345,6 +345,18 @@ def test_rays_free_what_they_pass(tiny_lidar_store, texts):
     assert (truth != IGNORED).sum() == 6
 
 
+def test_half_precision_moves_no_place_and_changes_no_class(tiny_lidar_store, texts):
+    task, model = task_of(tiny_lidar_store, texts), objective(tiny_lidar_store)
+    batch = batch_of(tiny_lidar_store, model.arrays)
+    features = torch.randn(2000, DIM)
+    whole = task.classes_of(features), model.targets(batch, torch.zeros(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = task.classes_of(features), model.targets(batch, torch.zeros(2))
+    assert torch.equal(whole[0], half[0])
+    for name in ("place", "sample", "feature"):
+        assert torch.equal(whole[1][name], half[1][name]), name
+
+
 def test_texts_that_do_not_fit_are_refused(tiny_lidar_store, tiny_store, texts, tmp_path):
     sound = Texts.load(texts)
     with pytest.raises(StoreError, match="lidarseg"):
