@@ -29,7 +29,7 @@ TESTS = Path(__file__).parent
 OFFLINE = (
     "against_reference build cli cluster corruptions demo_world docs geometry grid kill labels "
     "lidar_outputs lidar_overfit "
-    "lease protocols robustness sampling seams_targets teacher verify"
+    "lease protocols retrieval robustness sampling seams_targets teacher verify"
 )
 """Tests of the offline side: not collected where its extra ``targets`` is not installed."""
 HAS_DEVKIT = importlib.util.find_spec("nuscenes") is not None
@@ -37,7 +37,7 @@ collect_ignore = [] if HAS_DEVKIT else [f"test_{name}.py" for name in OFFLINE.sp
 SLOW = (
     "build checksums cluster demo_world docs encoder_weights export gradients img_also kill lease "
     "lidar_outputs lidar_overfit lidar_runs "
-    "map_task movie onnx overfit predict protocol_runs report reproduce robustness runs "
+    "map_task movie onnx overfit predict protocol_runs report reproduce retrieval robustness runs "
     "seams_targets seams_train trackers train train_cli "
     "train_view"
 )
