@@ -88,10 +88,11 @@ def _numbers(folder: Path, name: str, where: str) -> np.ndarray:
     try:
         if not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError("it lies elsewhere")
-        found = np.atleast_1d(np.load(path, allow_pickle=False).squeeze())
+        # Mapped, since a damaged size would be asked of memory; and never unpickled.
+        found = np.atleast_1d(np.array(np.lib.format.open_memmap(path, mode="r")).squeeze())
         if found.ndim != 1 or found.dtype.kind not in "biu":
             raise ValueError(f"it holds {found.dtype} {found.shape}, not a list of whole numbers")
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # whatever numpy makes of a damaged header
         raise StoreError(f"{where}: {path} is of no use: {error!s:.200}") from error
     return found
 

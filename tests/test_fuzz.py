@@ -13,6 +13,7 @@ import shutil
 import signal
 import time
 from contextlib import contextmanager, redirect_stderr, suppress
+from functools import partial
 
 import google_crc32c
 import numpy as np
@@ -24,6 +25,7 @@ from conftest import FAST
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from occfeat_pipelines.retrieval import read_queries
 from occfeat_targets.build import check_records, read_dataset
 from occfeat_targets.config import TargetsConfig
 from occfeat_targets.images import check_jpeg, decode_jpeg
@@ -384,6 +386,18 @@ def test_vocabularies(tmp_path):
     file = tmp_path / "words.json"
     whole = json.dumps(said).encode()
     fuzz(file, bent_json(whole), lambda: read_vocabulary(file), ConfigError)
+
+
+@pytest.mark.parametrize("name", ["retrieval_anns_val.csv", "true.npy", "visible.npy"])
+def test_retrieval_benchmarks(name, tmp_path):
+    np.save(tmp_path / "true.npy", np.arange(200)[:, None] % 7 == 0)
+    np.save(tmp_path / "visible.npy", np.arange(0, 200, 3))
+    table = tmp_path / "retrieval_anns_val.csv"
+    table.write_text("a;val;true.npy;visible.npy;a red car\nb;val;true.npy;visible.npy;grass\n")
+    whole = (tmp_path / name).read_bytes()
+    names = table.name, "true.npy", "visible.npy"
+    parse = partial(read_queries, tmp_path, "val")
+    fuzz(tmp_path / name, damaged(whole), parse, StoreError, names)
 
 
 def test_run_json(tmp_path):
