@@ -135,11 +135,13 @@ def returns_in_ego(record: FrameRecord) -> np.ndarray:
     return (found[:, :3] @ pose[:3, :3].T + pose[:3, 3]).astype(np.float32)
 
 
-def score(viewer: Viewer, i: int, xyz: np.ndarray, query: Query, vector: np.ndarray) -> list[float]:
+def score(
+    viewer: Viewer, i: int, xyz: np.ndarray, query: Query, vector: np.ndarray
+) -> list[float | None]:
     """Average precision in per cent of a sentence in frame i, by its vector (C,): of all returns
     (P, 3) in ego, of the visible ones, and of pairs of a return and a camera by the teacher's own
-    features; nan if the store has none of them at pixels. A return beyond the grid has the feature
-    at its border (POP-3D moves it there)."""
+    features; None if the store has no tokens. A return beyond the grid has the feature at its
+    border (POP-3D moves it there)."""
     import torch
     from sklearn.metrics import average_precision_score
 
@@ -164,8 +166,9 @@ def score(viewer: Viewer, i: int, xyz: np.ndarray, query: Query, vector: np.ndar
         pairs = seen_from(points, sample, batch, image_hw, everywhere)
         theirs = sample_tokens(batch["tokens"], batch["token_scale"], pairs.image, pairs.place)
         found.append((query.true[pairs.row.cpu().numpy()], theirs.cpu().numpy() @ vector))
-    each = [100 * average_precision_score(t, s) if t.any() else np.nan for t, s in found]
-    return [*each, np.nan][:3]
+    # What no return is true of, visible ones say, counts as 0, as in scikit-learn with a warning.
+    each = [float(100 * average_precision_score(t, s)) if t.any() else 0.0 for t, s in found]
+    return [*each, None][:3]
 
 
 def measure(viewer: Viewer, dataroot: Path, queries: list[Query], texts: Texts) -> list[list]:
@@ -193,11 +196,11 @@ def as_table(rows: list[list], n: int, split: str, source: str) -> tuple[str, di
     """What was found for ``n`` asked sentences, for people, and for ``retrieval.json``."""
     from occfeat_train.tasks.base import as_columns, as_text
 
-    values = np.array([row[1:] for row in rows], dtype=float)
-    means = [float(np.mean(c[~np.isnan(c)])) if (~np.isnan(c)).any() else None for c in values.T]
+    columns = zip(*(row[1:] for row in rows), strict=True)
+    means = [None if None in column else float(np.mean(column)) for column in columns]
     theirs = PUBLISHED.get(split, (None,) * 3)
     head = ["sentence", *COLUMNS]
-    each = [[q.text, *(as_text(None if np.isnan(v) else v) for v in r)] for q, *r in rows]
+    each = [[query.text, *map(as_text, found)] for query, *found in rows]
     mean = [[f"mean of {len(rows)}", *map(as_text, means)]]
     published = [["published, POP-3D; MaskCLIP", *map(as_text, theirs)]]
     text = as_columns([head, *each, *mean, *published])
