@@ -146,6 +146,6 @@ def draw(table: list[Cell], title: str, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(rows)), rows)
     axes[0].invert_yaxis()
-    figure.suptitle(f"{title}, {caption(table)}")
+    figure.suptitle(textwrap.fill(f"{title}, {caption(table)}", int(9 * size[0])))
     figure.supxlabel("bars: mean ± standard deviation; dots: seeds; diamonds: the paper", size=8)
     figure.savefig(path, dpi=120)
