@@ -141,8 +141,8 @@ def draw(table: list[Cell], title: str, path: Path) -> None:
             axis.plot(cell.paper, y, "wD", markeredgecolor="black", clip_on=False)
     for axis, column in zip(axes, columns, strict=True):
         protocols = dict.fromkeys(c.protocol for c in table if c.column == column)
-        title, label = textwrap.fill(column, 26), f"IoU ({', '.join(protocols)}), %"
-        axis.set(title=title, xlabel=label, xlim=(0, None))
+        label = f"IoU ({', '.join(protocols)}), %"
+        axis.set(title=textwrap.fill(column, 26), xlabel=label, xlim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(rows)), rows)
     axes[0].invert_yaxis()
