@@ -20,6 +20,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from conftest import LONG
+from matplotlib.figure import Figure
 from tiny_store import change_attributes, make_tiny_store
 from train_runs import SMALL
 
@@ -360,8 +361,12 @@ def test_report_as_csv(tmp_path):
     assert [row["std"] for row in rows[1:]] == ["", ""]
 
 
-def test_report_as_figure(tmp_path):
-    report.draw(CELLS, "title", tmp_path / "figure.png")
+def test_report_as_figure(tmp_path, monkeypatch):
+    drawn, save = [], Figure.savefig
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
+        report.draw(CELLS, "table-x", tmp_path / "figure.png")
+    assert drawn[0].get_suptitle().startswith("table-x, ")
     assert (tmp_path / "figure.png").stat().st_size > 5000
     report.draw([], "title", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
