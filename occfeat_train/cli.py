@@ -273,7 +273,8 @@ def view(store: str | None, run: Path | None, **asked: Any) -> None:
 def query(run: Path | None, store: str | None, text: str, out: Path, **asked: Any) -> None:
     """Where in a frame is what a text says? Draws it in the images and from above.
 
-    Of all voxels that a network takes for occupied, how near their features are to the text.
+    Of all voxels that a network takes for occupied, how like their features are to the text: with
+    --texts how much more than to any other class of the file, with --clip the cosine.
     """
     if (asked["texts"] is None) == (asked["clip"] is None):
         raise click.UsageError("name --texts FILE or --clip DIR")
@@ -286,8 +287,8 @@ def query(run: Path | None, store: str | None, text: str, out: Path, **asked: An
         job = Job.of_run(chosen, store, asked["plugins"])
         if process.is_main:
             viewer = query.open_viewer(job, chosen, process.device)
-            vector = query.vector_of(viewer.store, text, asked["texts"], asked["clip"])
-            say(query.save_answer(viewer, asked["frame"], text, vector, out))
+            texts = query.texts_of(viewer.store, text, asked["texts"], asked["clip"])
+            say(query.save_answer(viewer, asked["frame"], text, texts, out))
             _say_worth(viewer.store, say)
 
 

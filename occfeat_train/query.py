@@ -35,7 +35,9 @@ class Answer(NamedTuple):
     xyz: np.ndarray
     """Their centres (V, 3), metres, ego."""
     likeness: np.ndarray
-    """(V,), cosine of feature and text."""
+    """(V,), see ``Texts.likeness``."""
+    contrast: bool
+    """Whether the likeness to other classes was taken off, so that 0 means as like as another."""
     batch: dict[str, torch.Tensor]
     """The frame: images, K, cam_T_ego."""
 
@@ -49,9 +51,10 @@ def open_viewer(job: Job, run: Run, device: torch.device) -> Viewer:
     return viewer
 
 
-def vector_of(store: TargetStore, text: str, texts: Path | None, clip: Path | None) -> np.ndarray:
-    """A text in the space of a store's features (C,): of a file of texts, or by the text tower of
-    a CLIP's directory. StoreError: it is in another space; ConfigError: there is none."""
+def texts_of(store: TargetStore, text: str, texts: Path | None, clip: Path | None) -> Texts:
+    """What has a text in the space of a store's features: a file of texts, or, with it alone, the
+    text tower of a CLIP's directory. StoreError: it is in another space; ConfigError: it lacks the
+    text."""
     if texts:
         found = Texts.load(texts)
     else:
@@ -59,11 +62,12 @@ def vector_of(store: TargetStore, text: str, texts: Path | None, clip: Path | No
         vector = tower.ensemble([text])
         found = Texts(vector[None], [text], [0], ["asked"], f"{clip}", tower.teacher)
     found.require_space_of(store)
-    return found.find(text)
+    found.find(text)
+    return found
 
 
-def ask(viewer: Viewer, i: int, vector: np.ndarray) -> Answer:
-    """How near frame i is to a text, where the network takes it for occupied."""
+def ask(viewer: Viewer, i: int, text: str, texts: Texts) -> Answer:
+    """How like a text frame i is, where the network takes it for occupied."""
     network, job = viewer.network, viewer.job
     head: Any = network.objective.head
     dataset = frames_for(job, network, [i], ("images",))
@@ -76,9 +80,9 @@ def ask(viewer: Viewer, i: int, vector: np.ndarray) -> Answer:
         return occupied, head.features_of(opened, occupied)
 
     occupied, features = (part.cpu() for part in predict(network, on_device, answer))
-    _, unit = directions(features.float().numpy())
-    xyz = viewer.store.grid.centres(occupied.numpy())
-    return Answer(xyz, unit @ vector / np.linalg.norm(vector), batch)
+    seen, unit = directions(features.float().numpy())
+    xyz = viewer.store.grid.centres(occupied.numpy()[seen])
+    return Answer(xyz, texts.likeness(text, unit), len(texts.class_names) > 1, batch)
 
 
 def places(answer: Answer) -> list[int]:
@@ -93,37 +97,40 @@ def places(answer: Answer) -> list[int]:
     return found
 
 
-def save_answer(viewer: Viewer, i: int | None, text: str, vector: np.ndarray, out: Path) -> str:
-    """Draw what a text is like in frame i, None the first of the evaluation split, to a PNG; and
-    say where it is most. Raises as ``save_frame`` does."""
+def save_answer(viewer: Viewer, i: int | None, text: str, texts: Texts, out: Path) -> str:
+    """Draw what is like a text in frame i, None the first of the evaluation split, to a PNG; and
+    say what is most like it. Raises as ``save_frame`` does."""
     require_place(out)
     i = viewer.held_out()[0] if i is None else i
     if not 0 <= i < len(viewer.store):
         raise StoreError(f"no frame {i}: {viewer.store.url} has {len(viewer.store)} frames")
-    answer = ask(viewer, i, vector)
+    answer = ask(viewer, i, text, texts)
     if not len(answer.xyz):
         return f"frame {i}: {viewer.run.path} takes no voxel for occupied"
     best = places(answer)
     title = f"“{text}” in frame {i} ({viewer.store.scene(i)}) as {viewer.run.path} sees it"
     _draw(title, viewer.store, answer, best).savefig(out, dpi=75, format="png")
-    lines = [f"{out}: {title}", "  likeness  x ahead, y left, z up (m)"]
+    lines = [f"{out}: {title}"]
+    if answer.contrast:
+        n = int((answer.likeness > 0).sum())
+        lines.append(f"  {n} of {len(answer.xyz)} voxels are more like it than like another class")
+    lines += [f"  likeness: {_kind(answer)}", "  likeness  x ahead, y left, z up (m)"]
     for voxel in best:
         x, y, z = answer.xyz[voxel]
         lines.append(f"  {answer.likeness[voxel]:8.3f}  {x:7.1f} {y:7.1f} {z:6.1f}")
     return "\n".join(lines)
 
 
+def _kind(answer: Answer) -> str:
+    return "cosine with the text" + ", less that with the nearest other class" * answer.contrast
+
+
 def _draw(title: str, store: TargetStore, answer: Answer, best: list[int]) -> Any:
-    """The cameras with the voxels at the left, from above at the right; colours from the least to
-    the most like voxel of the frame, since cosines with texts are all alike."""
+    """The cameras with the voxels at the left, from above at the right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.figure import Figure
 
-    low, high = np.percentile(answer.likeness, [2, 100])
-    colour = LinearSegmentedColormap.from_list("likeness", [*SCALE.items()])
-    scale = ScalarMappable(Normalize(low, max(high, low + 1e-6)), colour)
+    scale = _scale(answer)
     names = store.attrs["cameras"]
     columns = -(-len(names) // 2)
     figure = Figure(figsize=(5.5 * columns + 8, 7.2), layout="constrained")
@@ -143,9 +150,22 @@ def _draw(title: str, store: TargetStore, answer: Answer, best: list[int]) -> An
     picture[x[upwards], y[upwards]] = scale.to_rgba(answer.likeness[upwards])[:, :3]
     draw_bev(axis, grid, picture, "from above: the most like voxel of each column")
     axis.plot(answer.xyz[best, 1], answer.xyz[best, 0], **_STAR, markersize=12)
-    parts[1].colorbar(scale, ax=axis, shrink=0.6, label="cosine of feature and text")
+    parts[1].colorbar(scale, ax=axis, shrink=0.6, label=_kind(answer))
     figure.suptitle(title, fontsize=11, wrap=True)
     return figure
+
+
+def _scale(answer: Answer) -> Any:
+    """Colours from the least to the most like voxel of a frame, since cosines with texts are all
+    alike; with other classes the upper half of them is for what is more like this one."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm
+
+    low, high = np.percentile(answer.likeness, [2, 100])
+    plain = Normalize(low, max(high, low + 1e-6))
+    halves = TwoSlopeNorm(0, min(low, -1e-6), max(high, 1e-6))
+    colour = LinearSegmentedColormap.from_list("likeness", [*SCALE.items()])
+    return ScalarMappable(halves if answer.contrast else plain, colour)
 
 
 def _draw_camera(

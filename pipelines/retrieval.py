@@ -271,7 +271,7 @@ def main(dataroot: Path, benchmark: Path, run: Path | None, split: str, **asked:
             sentences = [query.text for _, theirs in frames.values() for query in theirs]
             texts = texts_of(sentences, asked["clip"], asked["texts"])
             texts.require_space_of(viewer.store)
-            vectors = {sentence: texts.find(sentence) for sentence in sentences}
+            vectors = {text: texts.embeddings[texts.find(text)[0]] for text in sentences}
             rows = measure(viewer, frames, vectors)
         text, result = as_table(rows, len(queries), split, texts.source)
         say(text)

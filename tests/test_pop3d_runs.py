@@ -119,7 +119,9 @@ def test_a_frame_is_asked(workplace):
     said = run(*asked, "--frame", 13, cwd=workplace)
     lines = said.splitlines()
     assert lines[0].startswith("query.png: “car” in frame 13")
-    likeness = [float(line.split()[0]) for line in lines[2:7] if line[:2] == "  "]
+    n, voxels = (int(lines[1].split()[i]) for i in (0, 2))
+    likeness = [float(line.split()[0]) for line in lines[4:9] if line[:2] == "  "]
+    assert 0 <= n <= voxels and (n > 0) == (likeness[0] > 0)
     assert likeness and likeness == sorted(likeness, reverse=True)
     with Image.open(workplace / "query.png") as picture:
         assert picture.width > 1000

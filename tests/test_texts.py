@@ -20,7 +20,7 @@ from occfeat_targets.store.texts import Texts
 from occfeat_targets.teachers import load_teacher
 from occfeat_targets.teachers.base import TeacherSettings
 from occfeat_targets.texts import VOCABULARY, embed, read_vocabulary, stand_in
-from occfeat_train.query import vector_of
+from occfeat_train.query import texts_of
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz.{}"
 ENDS = ["<|startoftext|>", "<|endoftext|>"]
@@ -98,26 +98,38 @@ def test_the_file_of_texts_comes_back(clip, tmp_path):
     np.testing.assert_array_equal(
         texts.embeddings, embed(read_vocabulary(words), clip[0]).embeddings
     )
-    mean = texts.embeddings[:2].mean(axis=0)
-    np.testing.assert_allclose(texts.find("x"), texts.embeddings[2], rtol=1e-6)
-    np.testing.assert_allclose(texts.find("van"), texts.embeddings[1])
-    whole = Texts(texts.embeddings, ["a", "b", "c"], [0, 0, 1], ["car", "x"], "")
-    np.testing.assert_allclose(whole.find("car"), mean / np.linalg.norm(mean), rtol=1e-6)
+    assert (texts.find("x"), texts.find("van")) == ([2], [1])
     with pytest.raises(ConfigError, match="did you mean van"):
         texts.find("vam")
+
+
+def test_likeness_is_more_than_that_to_any_other_class():
+    rng = np.random.default_rng(5)
+    unit, rows = (v / np.linalg.norm(v, axis=1)[:, None] for v in rng.normal(size=(2, 6, 4)))
+    texts = Texts(rows, list("abcdef"), [0, 0, 1, 2, 1, 0], ["car", "x", "y"], "")
+    for text, own, others in [("car", "abf", "cde"), ("x", "ce", "abdf"), ("b", "b", "cde")]:
+        got = texts.likeness(text, unit)
+        for feature, likeness in zip(unit, got, strict=True):
+            cosine = {
+                letter: sum(feature * row) for letter, row in zip("abcdef", rows, strict=True)
+            }
+            best = max(cosine[letter] for letter in own)
+            assert abs(likeness - (best - max(cosine[letter] for letter in others))) < 1e-12
+    alone = Texts(rows[:2], ["a", "b"], [0, 0], ["car"], "")
+    np.testing.assert_allclose(alone.likeness("b", unit), unit @ rows[1])
 
 
 def test_any_text_is_asked_by_the_clip_whose_features_the_store_has(clip, tmp_path, tiny_store):
     store = open_store(str(tiny_store))
     with pytest.raises(StoreError, match="features of another teacher"):
-        vector_of(store, "a red car", None, clip[0])
+        texts_of(store, "a red car", None, clip[0])
     teacher = load_teacher(TeacherSettings(name=str(clip[0])))
     store.attrs["teacher"]["weights"] = teacher.weights
-    found = vector_of(store, "a red car", None, clip[0])
-    np.testing.assert_allclose(found, by_hand(clip, ["a red car"]), atol=1e-5)
+    found = texts_of(store, "a red car", None, clip[0])
+    np.testing.assert_allclose(found.embeddings[0], by_hand(clip, ["a red car"]), atol=1e-5)
     without = open_store(str(make_tiny_store(tmp_path / "targets.zarr", dim=0)))
     with pytest.raises(StoreError, match="two spaces"):
-        vector_of(without, "a red car", None, clip[0])
+        texts_of(without, "a red car", None, clip[0])
 
 
 def test_the_package_has_the_words_of_pop3d():

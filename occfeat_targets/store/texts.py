@@ -86,14 +86,24 @@ class Texts:
                 "occfeat-targets text"
             )
 
-    def find(self, text: str) -> np.ndarray:
-        """The vector (C,) of a prompt, or of a class: the mean of its prompts. ConfigError: there
-        is none."""
+    def find(self, text: str) -> list[int]:
+        """Rows of ``embeddings`` that a text names: its own, or those of a class. ConfigError:
+        there is none."""
         if text in self.prompts:
-            return self.embeddings[list(self.prompts).index(text)]
+            return [list(self.prompts).index(text)]
         if text in self.class_names:
-            chosen = np.array(self.classes) == list(self.class_names).index(text)
-            mean = self.embeddings[chosen].mean(axis=0)
-            return mean / np.linalg.norm(mean)
+            number = list(self.class_names).index(text)
+            return [row for row, c in enumerate(self.classes) if c == number]
         known = did_you_mean(text, [*self.class_names, *self.prompts])
         raise ConfigError(f"there is no text {text!r:.200} ({known})")
+
+    def likeness(self, text: str, unit: np.ndarray) -> np.ndarray:
+        """How much more features of length 1, (V, C), are like a text than like those of other
+        classes: float (V,), the greatest cosine with it less the greatest with one of them;
+        above 0 for a class where a voxel is given that class. The cosine where there is no other
+        class. ConfigError as of :meth:`find`."""
+        rows = self.find(text)
+        others = np.array(self.classes) != self.classes[rows[0]]
+        cosine = unit @ self.embeddings.T
+        best = cosine[:, rows].max(axis=1)
+        return best - cosine[:, others].max(axis=1) if others.any() else best

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def _curve(name: str, groups: list[Group], logs: dict[Path, list[dict[str, Any]]
                 Scatter(
                     x=[line["step"] for line in lines],
                     y=[line[name] for line in lines],
-                    name=group.label,
+                    name="<br>".join(wrap(group.label, 40)),  # a phone is as wide
                     legendgroup=group.label,
                     showlegend=n == 0,
                     mode="lines",
